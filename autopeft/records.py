@@ -1,0 +1,405 @@
+"""What a study writes down: frozen, typed records and their JSON codec.
+
+Standard library only, so that every layer, the driver and the workers can read them. Records are the product: a
+measurement that was not made is `None`, never a number. Numbers carry their unit last (`_bytes`, `_seconds`, `_steps`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from autopeft.errors import RecordError, suggest_nearest
+
+SCHEMA_VERSION = 1
+"""Raised when a record changes in a way that older code would misread; `tests/golden` keeps one file per version."""
+
+Scalar = bool | int | float | str
+Bits = Literal[4, 8, 16, 32]
+VramSource = Literal["estimated", "measured"]
+FailureReason = Literal["out_of_memory", "diverged", "worker_died", "error"]
+TrialSource = Literal["recipe", "included", "sampler", "baseline"]
+TrialState = Literal["waiting", "running", "paused", "stopped", "complete", "failed", "refused"]
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialSpec:
+    """One configuration, complete enough to train it again."""
+
+    method: str
+    """Key into `autopeft.methods.METHODS`."""
+    settings: dict[str, Scalar]
+    """The method's own dimensions without their prefix, e.g. {"rank": 8}."""
+    target_modules: str | None
+    """A group (`attention`, `all-linear`), `names:` and module names, or `re:` and a regular expression; None where the
+    method has no targets."""
+    bits: Bits
+    """Width of the base weights: 4 (NF4) and 8 (int8) by bitsandbytes, 16 on GPU, 32 on CPU."""
+    learning_rate: float
+    batch_size: int
+    max_steps: int
+    """Optimizer steps of the full length; the schedule is laid out over them."""
+    warmup_ratio: float
+    schedule: Literal["linear", "cosine", "constant"]
+    weight_decay: float
+    seed: int
+
+    def key(self) -> str:
+        """Identity of the configuration, seed apart: two trials with equal keys ask the same question."""
+        fields = to_record(self)
+        del fields["seed"]
+        return digest_json(fields)
+
+    def cost_key(self) -> str:
+        """Identity of everything that memory and parameter counts depend on."""
+        fields = to_record(self)
+        for name in ("seed", "learning_rate", "max_steps", "warmup_ratio", "schedule", "weight_decay"):
+            del fields[name]
+        return digest_json(fields)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What a configuration costs, known before it is trained; VRAM is replaced by the probe's measurement on CUDA."""
+
+    trainable_parameters: int
+    """Exact; the task head is not in it."""
+    head_parameters: int
+    """Trainable parameters of the task head."""
+    peak_vram_bytes: int
+    """Peak bytes allocated while training on the worst-case batch, evaluation excluded."""
+    vram_source: VramSource
+    reserved_vram_bytes: int | None = None
+    """The caching allocator's peak, only where measured."""
+    estimated_vram_bytes: int | None = None
+    """What had been estimated, kept beside a measurement."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RungScore:
+    """A trial's score on the search-validation split after `step` optimizer steps."""
+
+    rung: int
+    step: int
+    quality: float
+    loss: float
+    """Mean per-example loss in nats; the racing signal."""
+    num_examples: int
+    device_seconds: float
+    """Of the stretch that ended here: assignment to release, evaluation included; times threads on CPU."""
+    train_seconds: float
+    """Of the stretch's optimizer steps alone, by the worker's clock."""
+    scores_file: str
+    """Per-example losses and predictions, relative to the study's folder."""
+    scores_digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completed:
+    """Reached its last rung."""
+
+    kind: Literal["completed"] = "completed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stopped:
+    """Ended at a rung because a rival that costs no more was clearly better there."""
+
+    rung: int
+    rival: int
+    """Number of the trial that was better."""
+    detail: str
+    kind: Literal["stopped"] = "stopped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """Ended without a score. Out of memory and divergence are facts about the configuration, not errors."""
+
+    reason: FailureReason
+    detail: str
+    kind: Literal["failed"] = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """Never started, because its cost or a rule forbids it."""
+
+    rule: str
+    kind: Literal["refused"] = "refused"
+
+
+Outcome = Completed | Stopped | Failed | Refused
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Confirmation:
+    """One retraining of a finalist at full length with another seed."""
+
+    seed: int
+    quality: float
+    loss: float
+    test_quality: float
+    test_loss: float
+    num_test_examples: int
+    device_seconds: float
+    scores_file: str
+    scores_digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialRecord:
+    """A trial as everybody outside the search reads it."""
+
+    number: int
+    spec: TrialSpec
+    source: TrialSource
+    state: TrialState
+    cost: Cost | None
+    rungs: tuple[RungScore, ...]
+    outcome: Outcome | None
+    device_seconds: float
+    """All stretches, the unfinished ones included; confirmations apart."""
+    confirmations: tuple[Confirmation, ...]
+
+    @property
+    def quality(self) -> float | None:
+        """Search-validation quality: mean over seeds where confirmed, else of the last rung; None before the first."""
+        if not self.rungs:
+            return None
+        values = [self.rungs[-1].quality, *(c.quality for c in self.confirmations)]
+        return sum(values) / len(values)
+
+    @property
+    def test_quality(self) -> float | None:
+        """Mean over the confirmed seeds; None where none was confirmed."""
+        if not self.confirmations:
+            return None
+        return sum(c.test_quality for c in self.confirmations) / len(self.confirmations)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where the numbers come from. Holds digests of data and weights, never a local path."""
+
+    autopeft: str
+    python: str
+    packages: dict[str, str]
+    platform: str
+    device: str
+    device_count: int
+    threads: int
+    model_digest: str
+    task_digest: str
+    num_train: int
+    num_validation: int
+    num_test: int
+    created_at: str
+    """UTC, ISO 8601."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyConfig:
+    """What was asked for. Enough, with the study's folder, to resume it."""
+
+    name: str
+    task: str
+    """A shipped task's name, or the text of the user's own task file."""
+    task_name: str
+    model: str
+    """`minilm`, a hub id, or `local:` and a folder's last name."""
+    budget: str
+    objectives: tuple[str, ...]
+    rungs: tuple[int, ...]
+    """Step counts, ascending; the last is the full length."""
+    seed: int
+    workers: int
+    device_kind: Literal["cpu", "cuda"]
+    space: str
+    """The search space's YAML text."""
+    space_name: str
+    methods: tuple[str, ...] | None
+    fixed: dict[str, Scalar]
+    included: tuple[TrialSpec, ...]
+    max_vram_bytes: int | None
+    confirm_share: float
+    confirm_seeds: int
+    until: str | None
+    price_per_device_hour: float | None
+    majority_quality: float
+    """Search-validation quality of always answering with the most frequent training label."""
+    majority_test_quality: float
+    scorer: str
+    backend: str = "hf"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerRecord:
+    """Where the budget went, in device-seconds: GPU seconds, or core seconds on CPU."""
+
+    search_seconds: float
+    confirm_seconds: float
+    baseline_seconds: float
+    lost_seconds: float
+    """Spent on stretches that a crash or an interrupt cut off."""
+    wall_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """A stretch of one device's time, for the budget timeline."""
+
+    worker: int
+    trial: int
+    purpose: Literal["search", "confirm", "baseline", "lost"]
+    start_seconds: float
+    """Wall seconds since the study began, pauses of the study itself left out."""
+    end_seconds: float
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontMember:
+    """A member of the trade-off front."""
+
+    number: int
+    confidence: float
+    """Share of bootstrap resamples of the validation examples in which it is on the front, in [0, 1]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pick:
+    """A configuration chosen from the front, by name."""
+
+    name: Literal["best", "knee", "smallest"]
+    number: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyRecord:
+    """A whole study, as reports, leaderboards and exports read it."""
+
+    uid: str
+    config: StudyConfig
+    provenance: Provenance
+    trials: tuple[TrialRecord, ...]
+    baseline: TrialRecord | None
+    """A trained head on the frozen base."""
+    ledger: LedgerRecord
+    segments: tuple[Segment, ...]
+    front: tuple[FrontMember, ...]
+    picks: tuple[Pick, ...]
+    hypervolume: float | None
+    notes: tuple[str, ...]
+    """Sentences that a reader must know: budget too small, overrun, interrupted."""
+    finished: bool
+    reference: dict[str, float] = dataclasses.field(default_factory=dict)
+    """The hypervolume's fixed reference: the worst quality and costs that count, by objective."""
+    schema_version: int = SCHEMA_VERSION
+
+
+def to_record(value: Any) -> Any:
+    """Plain JSON data of a record: dataclasses become objects, tuples become lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_record(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, list | tuple):
+        return [to_record(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(k): to_record(v) for k, v in value.items()}
+    return value
+
+
+def from_record(cls: type[R], data: Any, where: str = "record") -> R:
+    """The inverse of `to_record`, checked field by field.
+
+    Raises RecordError where a key is unknown or missing, a type does not fit, or the schema is newer than this code.
+    """
+    return _decode(cls, data, where)  # type: ignore[no-any-return]
+
+
+def digest_json(data: Any) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of canonical JSON."""
+    text = json.dumps(to_record(data), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _decode(hint: Any, data: Any, where: str) -> Any:
+    origin = get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        return _decode_dataclass(hint, data, where)  # type: ignore[arg-type]
+    if origin in (Union, types.UnionType):
+        return _decode_union(get_args(hint), data, where)
+    if origin is Literal:
+        if data not in get_args(hint) or isinstance(data, bool):
+            raise RecordError(f"{where} must be one of {', '.join(map(str, get_args(hint)))}, but is {data!r}.")
+        return data
+    if origin is tuple:
+        if not isinstance(data, list):
+            raise RecordError(f"{where} must be a list, but is {type(data).__name__}.")
+        return tuple(_decode(get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(data))
+    if origin is dict:
+        if not isinstance(data, dict):
+            raise RecordError(f"{where} must be an object, but is {type(data).__name__}.")
+        return {k: _decode(get_args(hint)[1], v, f"{where}.{k}") for k, v in data.items()}
+    if hint is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if hint is type(None):
+        if data is not None:
+            raise RecordError(f"{where} must be null, but is {data!r}.")
+        return None
+    if not isinstance(data, hint) or (isinstance(data, bool) and hint is not bool):
+        raise RecordError(f"{where} must be {hint.__name__}, but is {data!r}.")
+    return data
+
+
+def _decode_union(choices: tuple[Any, ...], data: Any, where: str) -> Any:
+    if isinstance(data, dict) and "kind" in data:
+        for choice in choices:
+            if dataclasses.is_dataclass(choice) and _hints(choice).get("kind") == Literal[data["kind"]]:  # type: ignore[arg-type]
+                return _decode(choice, data, where)
+    if bool in choices and isinstance(data, bool):
+        return data
+    if int in choices and isinstance(data, int) and not isinstance(data, bool):
+        return data
+    errors = []
+    for choice in choices:
+        try:
+            return _decode(choice, data, where)
+        except RecordError as exc:
+            errors.append(str(exc))
+    raise RecordError(errors[0])
+
+
+def _decode_dataclass(cls: type[Any], data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise RecordError(f"{where} must be an object with the fields of {cls.__name__}, but is {type(data).__name__}.")
+    if isinstance(data.get("schema_version"), int) and data["schema_version"] > SCHEMA_VERSION:
+        raise RecordError(
+            f"{where} was written with schema {data['schema_version']}, and this autopeft reads schemas up to "
+            f"{SCHEMA_VERSION}. Nothing was changed. Install a newer autopeft to read it."
+        )
+    hints = _hints(cls)  # type: ignore[arg-type]  # mypy doubts that type[Any] is hashable
+    for key in data:
+        if key not in hints:
+            raise RecordError(f"{where} has the unknown field '{key}'. {suggest_nearest(key, hints)}")
+    values = {}
+    for field in dataclasses.fields(cls):
+        if field.name in data:
+            values[field.name] = _decode(hints[field.name], data[field.name], f"{where}.{field.name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise RecordError(f"{where} lacks the field '{field.name}' of {cls.__name__}.")
+    return cls(**values)
