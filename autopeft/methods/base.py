@@ -1,0 +1,129 @@
+"""What a PEFT method says of itself: one `Method` is one row of `METHODS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from autopeft.records import Bits, Scalar, TrialSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+ALL_BITS: tuple[Bits, ...] = (4, 8, 16, 32)
+UNQUANTIZED: tuple[Bits, ...] = (16, 32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dimension:
+    """One searched setting: a range (`low`, `high`) or `choices`. `default` stands wherever it is not searched."""
+
+    name: str
+    meaning: str
+    default: Scalar
+    kind: Literal["int", "float", "choice"]
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    choices: tuple[Scalar, ...] = ()
+    only_if: Mapping[str, tuple[Scalar, ...]] = field(default_factory=dict)
+    """Searched only where the settings named have one of these values; else `default` is used."""
+
+    def contains(self, value: Scalar) -> bool:
+        if self.kind == "choice":
+            return any(
+                value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in self.choices
+            )
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        if self.kind == "int" and not isinstance(value, int):
+            return False
+        assert self.low is not None
+        assert self.high is not None
+        return self.low <= value <= self.high
+
+
+def integers(name: str, low: int, high: int, default: int, meaning: str, *, log: bool = True) -> Dimension:
+    return Dimension(name=name, meaning=meaning, default=default, kind="int", low=low, high=high, log=log)
+
+
+def floats(name: str, low: float, high: float, default: float, meaning: str, *, log: bool = False) -> Dimension:
+    return Dimension(name=name, meaning=meaning, default=default, kind="float", low=low, high=high, log=log)
+
+
+def choice(
+    name: str,
+    choices: tuple[Scalar, ...],
+    default: Scalar,
+    meaning: str,
+    *,
+    only_if: Mapping[str, tuple[Scalar, ...]] | None = None,
+) -> Dimension:
+    return Dimension(name=name, meaning=meaning, default=default, kind="choice", choices=choices, only_if=only_if or {})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A known-good starting point; the first trials of a study are recipes."""
+
+    settings: Mapping[str, Scalar]
+    target_modules: str | None
+    learning_rate: float
+    source: str
+
+
+class PeftCall(NamedTuple):
+    """A `peft` configuration by class name and arguments, not yet made: reading it needs no torch."""
+
+    class_name: str
+    arguments: dict[str, Any]
+
+
+class BuildContext(NamedTuple):
+    """What a method may know of the model it is put on."""
+
+    targets: tuple[str, ...]
+    """Names of the linear modules that `TrialSpec.target_modules` means on this model."""
+    roles: dict[str, list[str]]
+    """Every role (`query`, `value`, `mlp-out`, ...) with the modules that play it."""
+    head: tuple[str, ...]
+    """Top-level modules of the task head; trained by every method."""
+
+
+def allow_everything(spec: TrialSpec, device_kind: str) -> str | None:
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """One way of fine-tuning. A row of `METHODS`; a new method is a file with one of these, and the row."""
+
+    name: str
+    title: str
+    paper: str
+    """Where it comes from, as an arXiv number or address."""
+    dimensions: tuple[Dimension, ...]
+    """The method's own, named in the field's terms without the method's prefix."""
+    learning_rate: tuple[float, float]
+    """Range worth searching, on a logarithmic scale."""
+    target_modules: tuple[str, ...] = ()
+    """Groups worth searching; empty where the method has no targets."""
+    bits: tuple[Bits, ...] = ALL_BITS
+    recipe: Recipe
+    writes_base: bool = False
+    """Whether training changes base weights themselves."""
+    searched: bool = True
+    """False for a baseline, which every study trains and no space offers."""
+    refuse: Callable[[TrialSpec, str], str | None] = allow_everything
+    """(spec, device kind) -> the rule that forbids it, or None."""
+    peft: Callable[[TrialSpec, BuildContext], PeftCall] | None = None
+    """How `peft` is asked for it; None where peft lacks it."""
+    build: Callable[[nn.Module, TrialSpec, BuildContext], nn.Module] | None = None
+    """Our own builder, where peft lacks it. Freezes and unfreezes; the head is the caller's."""
+    why_not_peft: str = ""
+    """Where `peft` is None: why the `peft` export refuses it, and what to do."""
+
+    def setting(self, spec: TrialSpec, name: str) -> Scalar:
+        """The value of one of its own dimensions."""
+        return spec.settings[name]

@@ -1,0 +1,55 @@
+"""Full fine-tuning, and the trained head on a frozen base that every study has as its baseline."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from autopeft.methods.base import UNQUANTIZED, BuildContext, Method, Recipe
+from autopeft.records import TrialSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def _unfreeze(model: nn.Module, spec: TrialSpec, context: BuildContext) -> nn.Module:
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model
+
+
+def _leave_frozen(model: nn.Module, spec: TrialSpec, context: BuildContext) -> nn.Module:
+    return model
+
+
+FULL = Method(
+    name="full",
+    title="Full fine-tuning",
+    paper="arXiv:1810.04805",
+    dimensions=(),
+    learning_rate=(1e-5, 1e-3),
+    bits=UNQUANTIZED,
+    recipe=Recipe(
+        settings={},
+        target_modules=None,
+        learning_rate=1e-4,
+        source="arXiv:1810.04805, appendix A.3, raised for short runs as measured on MiniLM",
+    ),
+    writes_base=True,
+    build=_unfreeze,
+    why_not_peft=(
+        "Full fine-tuning trains the base weights themselves and has no adapter, so there is no adapter_config.json to "
+        "write. Export another pick, or train it with transformers' Trainer from the values in `autopeft report`."
+    ),
+)
+
+HEAD = Method(
+    name="head",
+    title="Head only",
+    paper="arXiv:1610.01644",
+    dimensions=(),
+    learning_rate=(1e-3, 1e-1),
+    recipe=Recipe(settings={}, target_modules=None, learning_rate=3e-2, source="measured on short MiniLM runs"),
+    searched=False,
+    build=_leave_frozen,
+    why_not_peft="A head on a frozen base has no adapter, so there is no adapter_config.json to write.",
+)

@@ -1,0 +1,135 @@
+"""A typed search space: conditional dimensions, suggested by any sampler, decoded into a TrialSpec and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from autopeft.errors import SpecError
+from autopeft.methods import METHODS, check_spec, refuse_spec
+from autopeft.methods.base import Dimension
+from autopeft.records import Scalar, TrialSpec
+
+SHARED = ("learning_rate", "target_modules", "bits", "batch_size", "warmup_ratio", "schedule", "weight_decay")
+"""Settings of every method, searched per method because their best values are."""
+
+
+class Suggester(Protocol):
+    """The part of an Optuna trial that a space needs."""
+
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int: ...
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodSpace:
+    """What is searched of one method. Settings not among `dimensions` stand fixed."""
+
+    method: str
+    dimensions: tuple[Dimension, ...]
+    """Names without the method's prefix; shared settings among them."""
+    fixed: Mapping[str, Scalar]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchSpace:
+    """What a study may try, resolved for the device it runs on."""
+
+    name: str
+    device_kind: str
+    methods: Mapping[str, MethodSpace]
+    recipes: tuple[TrialSpec, ...]
+    """Known-good starting points inside the space, one a method where one fits."""
+
+    def suggest(self, suggester: Suggester, *, max_steps: int, seed: int) -> TrialSpec:
+        """Asks for every dimension that the earlier answers leave open."""
+        method = suggester.suggest_categorical("method", list(self.methods))
+        space = self.methods[method]
+        values = dict(space.fixed)
+        for dimension in space.dimensions:
+            values[dimension.name] = (
+                _suggest(suggester, f"{method}.{dimension.name}", dimension)
+                if is_open(dimension, values)
+                else dimension.default
+            )
+        return make_spec(method, values, max_steps=max_steps, seed=seed)
+
+    def params(self, spec: TrialSpec) -> dict[str, Scalar] | None:
+        """The answers that lead to `spec`, by full name; None where the space cannot express it."""
+        space = self.methods.get(spec.method)
+        if space is None:
+            return None
+        values = _values(spec)
+        answers: dict[str, Scalar] = {"method": spec.method}
+        for name, value in space.fixed.items():
+            if values.get(name) != value:
+                return None
+        for dimension in space.dimensions:
+            value = values[dimension.name]
+            if not is_open(dimension, values):
+                if value != dimension.default:
+                    return None
+            elif not dimension.contains(value):
+                return None
+            else:
+                answers[f"{spec.method}.{dimension.name}"] = value
+        return answers
+
+    def count_dimensions(self) -> int:
+        return 1 + sum(len(space.dimensions) for space in self.methods.values())
+
+
+def is_open(dimension: Dimension, values: Mapping[str, Scalar]) -> bool:
+    """Whether the settings chosen so far leave this one to be searched."""
+    return all(values.get(name) in allowed for name, allowed in dimension.only_if.items())
+
+
+def _suggest(suggester: Suggester, name: str, dimension: Dimension) -> Scalar:
+    if dimension.kind == "choice":
+        answer: Scalar = suggester.suggest_categorical(name, list(dimension.choices))
+        return answer
+    assert dimension.low is not None
+    assert dimension.high is not None
+    if dimension.kind == "int":
+        return suggester.suggest_int(name, int(dimension.low), int(dimension.high), log=dimension.log)
+    return suggester.suggest_float(name, dimension.low, dimension.high, log=dimension.log)
+
+
+def _values(spec: TrialSpec) -> dict[str, Scalar]:
+    values: dict[str, Scalar] = dict(spec.settings)
+    for name in SHARED:
+        value = getattr(spec, name)
+        if value is not None:
+            values[name] = value
+    return values
+
+
+def make_spec(method: str, values: Mapping[str, Scalar], *, max_steps: int, seed: int) -> TrialSpec:
+    """All settings of a method by name -> TrialSpec, checked."""
+    own = [dimension.name for dimension in METHODS[method].dimensions]
+    spec = TrialSpec(
+        method=method,
+        settings={name: values[name] for name in own},
+        target_modules=str(values["target_modules"]) if "target_modules" in values else None,
+        bits=values["bits"],  # type: ignore[arg-type]
+        learning_rate=float(values["learning_rate"]),
+        batch_size=int(values["batch_size"]),
+        max_steps=max_steps,
+        warmup_ratio=float(values["warmup_ratio"]),
+        schedule=values["schedule"],  # type: ignore[arg-type]
+        weight_decay=float(values["weight_decay"]),
+        seed=seed,
+    )
+    check_spec(spec)
+    return spec
+
+
+def check_feasible(spec: TrialSpec, device_kind: str) -> None:
+    """Raises SpecError with the rule by which this machine cannot train the configuration."""
+    rule = refuse_spec(spec, device_kind)
+    if rule is not None:
+        raise SpecError(rule)

@@ -1,0 +1,69 @@
+"""Task metrics that work offline, from labels and predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from autopeft.errors import TaskError, suggest_nearest
+
+Labels = npt.NDArray[np.integer[Any]]
+
+
+def _accuracy(labels: Labels, predictions: Labels) -> float:
+    return float(np.mean(labels == predictions))
+
+
+def _matthews_correlation(labels: Labels, predictions: Labels) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(labels, predictions))
+
+
+def _f1_macro(labels: Labels, predictions: Labels) -> float:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, predictions, average="macro", zero_division=0))
+
+
+def _f1_binary(labels: Labels, predictions: Labels) -> float:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, predictions, pos_label=1, zero_division=0))
+
+
+def _hub_metric(name: str) -> Callable[[Labels, Labels], float]:
+    def score(labels: Labels, predictions: Labels) -> float:
+        # `evaluate` takes seconds to import, and fetches the metric's code from the hub: only where a task asks for it.
+        import evaluate
+
+        result = evaluate.load(name).compute(references=labels.tolist(), predictions=predictions.tolist())
+        return float(next(iter(result.values())))
+
+    return score
+
+
+SCORERS: dict[str, Callable[[Labels, Labels], float]] = {
+    "accuracy": _accuracy,
+    "matthews_correlation": _matthews_correlation,
+    "f1_macro": _f1_macro,
+    "f1_binary": _f1_binary,
+}
+"""By name; larger is better. `hub:NAME` takes any metric of the `evaluate` package instead."""
+
+
+def check_scorer(name: str) -> None:
+    if name not in SCORERS and not name.startswith("hub:"):
+        raise TaskError(
+            f"There is no scorer '{name}'. {suggest_nearest(name, SCORERS)} A metric of the hub is written hub:NAME."
+        )
+
+
+def score_predictions(scorer: str, labels: Sequence[int] | Labels, predictions: Sequence[int] | Labels) -> float:
+    """Quality of predictions, both (N,) class indices; larger is better."""
+    check_scorer(scorer)
+    function = SCORERS[scorer] if scorer in SCORERS else _hub_metric(scorer.removeprefix("hub:"))
+    return function(np.asarray(labels), np.asarray(predictions))
