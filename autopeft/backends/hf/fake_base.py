@@ -1,0 +1,206 @@
+"""A base model without weights: first on the meta device, where adapters are put on it, then on fake CPU tensors.
+
+Fake tensors know shape, type and lifetime and hold no data, so that a 70B model fits into a laptop. Fake CUDA tensors
+would need a CUDA build of PyTorch; where a GPU keeps other tensors than a CPU, `OnGpu` sees to it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import bitsandbytes
+import torch
+from bitsandbytes.autograd._functions import MatMul8bitLt
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+from autopeft.backends.hf.base_model import (
+    BaseModel,
+    build_meta_model,
+    compute_dtype,
+    find_head,
+    find_linear_names,
+    quantization_config,
+)
+from autopeft.records import Bits
+
+# NF4 with double quantization (QLoRA, arXiv:2305.14314, section 3), laid out as by bitsandbytes' quantize_4bit.
+_WEIGHTS_PER_SCALE = 64
+_SCALES_PER_SCALE = 256
+
+
+def build_meta_base(config: Any, *, bits: Bits, device_kind: str) -> BaseModel:
+    """What `load_base` gives, on the meta device: adapters can be put on it, but it cannot run."""
+    model = build_meta_model(config, compute_dtype(device_kind))
+    head = find_head(model)
+    if bits < 16:
+        quantization = quantization_config(bits, head, compute_dtype(device_kind))
+        replace_with_bnb_linear(model, list(head), quantization)
+        # peft chooses its layers by these flags.
+        model.is_quantized = True
+        setattr(model, f"is_loaded_in_{bits}bit", True)
+    with torch.device("meta"):
+        for module in model.modules():
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
+                _quantize_to_4bit(module)
+            elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
+                _quantize_to_8bit(module, on_gpu=device_kind == "cuda")
+    model.requires_grad_(False)
+    return BaseModel(model=model, bits=bits, head=head, linear_names=find_linear_names(model, head))
+
+
+def make_fake(model: Any) -> None:
+    """Replaces a meta model's tensors by fake ones of the FakeTensorMode that is active: now it runs.
+
+    Adapters are put on before: peft moves its modules with `Module.to`, which fake tensors do not survive.
+    """
+    fakes: dict[int, torch.Tensor] = {}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        # Tied weights must stay tied, or they would count twice.
+        if id(tensor) not in fakes:
+            fakes[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return fakes[id(tensor)]
+
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = _fake_parameter(parameter, fake)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = fake(buffer)
+        if isinstance(module, _FakeLinear8bit):
+            module.state = _fake_state(module.state, fake)
+            module.state.CB = module.weight.data
+    if hasattr(model, "prompt_tokens"):
+        # peft keeps the ids of virtual tokens in a plain dictionary.
+        model.prompt_tokens = {name: fake(ids) for name, ids in model.prompt_tokens.items()}
+
+
+def _fake_parameter(parameter: nn.Parameter, fake: Callable[[torch.Tensor], torch.Tensor]) -> nn.Parameter:
+    replaced = nn.Parameter(fake(parameter), requires_grad=parameter.requires_grad)
+    for name, value in vars(parameter).items():
+        setattr(replaced, name, _fake_state(value, fake) if name == "quant_state" else value)
+    return replaced
+
+
+def _fake_state(state: Any, fake: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A copy of a quantization state, the nested one included; the base keeps its own."""
+    replaced = copy.copy(state)
+    for name, value in vars(state).items():
+        if isinstance(value, torch.Tensor):
+            setattr(replaced, name, fake(value))
+        elif name == "state2" and value is not None:
+            replaced.state2 = _fake_state(value, fake)
+    return replaced
+
+
+class _FakeLinear4bit(bitsandbytes.nn.Linear4bit):
+    @property
+    def W_q(self) -> Any:
+        """peft asks a layer with this attribute to dequantize itself (peft/utils/integrations.py).
+
+        Of any other it would take the packed weight for the weight, because a fake parameter is never a `Params4bit`.
+        """
+        return self.weight
+
+    def dequantize(self) -> torch.Tensor:
+        dequantized: torch.Tensor = bitsandbytes.functional.dequantize_4bit(self.weight.data, self.weight.quant_state)
+        return dequantized
+
+
+class _FakeLinear8bit(bitsandbytes.nn.Linear8bitLt):
+    @property
+    def W_q(self) -> Any:
+        return self.weight
+
+    def dequantize(self) -> torch.Tensor:
+        dequantized: torch.Tensor = bitsandbytes.functional.int8_vectorwise_dequant(self.weight.data, self.state.SCB)
+        return dequantized
+
+
+class _FakeLinear8bitOnGpu(_FakeLinear8bit):
+    """bitsandbytes picks the function by the tensor's device: on CPU it would dequantize the weight instead.
+
+    Without outlier columns, whose number depends on the data: a few in thousands (arXiv:2208.07339, section 4).
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = MatMul8bitLt.apply(x, self.weight, None, self.bias, self.state)
+        return output
+
+
+def _quantize_to_4bit(module: Any) -> None:
+    shape = module.weight.shape
+    num_scales = -(-shape.numel() // _WEIGHTS_PER_SCALE)
+    module.__class__ = _FakeLinear4bit
+    module.weight = nn.Parameter(torch.empty(-(-shape.numel() // 2), 1, dtype=torch.uint8), requires_grad=False)
+    module.weight.compress_statistics = True
+    module.weight.quant_type = "nf4"
+    module.weight.quant_state = bitsandbytes.functional.QuantState(
+        absmax=torch.empty(num_scales, dtype=torch.uint8),
+        shape=shape,
+        dtype=module.compute_dtype,
+        blocksize=_WEIGHTS_PER_SCALE,
+        code=torch.empty(16),
+        quant_type="nf4",
+        offset=torch.empty(()),
+        state2=bitsandbytes.functional.QuantState(
+            absmax=torch.empty(-(-num_scales // _SCALES_PER_SCALE)),
+            blocksize=_SCALES_PER_SCALE,
+            code=torch.empty(256),
+            dtype=torch.float32,
+        ),
+    )
+
+
+def _quantize_to_8bit(module: Any, *, on_gpu: bool) -> None:
+    shape = module.weight.shape
+    module.__class__ = _FakeLinear8bitOnGpu if on_gpu else _FakeLinear8bit
+    module.weight = nn.Parameter(torch.empty(shape, dtype=torch.int8), requires_grad=False)
+    # As after the first forward, which moves both from the weight into the state.
+    module.weight.CB = module.weight.SCB = None
+    module.state.CB = module.weight.data
+    module.state.SCB = torch.empty(shape[0])
+    module.state.threshold = 0.0
+
+
+class _GpuRules(TorchFunctionMode):
+    """Where CUDA keeps other tensors than a CPU under autocast.
+
+    Its autocast runs these functions in float32, the CPU's does not (docs.pytorch.org/docs/stable/amp.html). Its fused
+    attention kernels take dropout, while a CPU then keeps all attention weights; without dropout both are fused.
+    """
+
+    _IN_FLOAT32 = frozenset({F.layer_norm, F.group_norm, F.softmax, F.log_softmax, F.cross_entropy})
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention and "dropout_p" in kwargs:
+            kwargs["dropout_p"] = 0.0
+        elif func in self._IN_FLOAT32:
+            args, kwargs = tree_map(_to_float32, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _to_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+class OnGpu(nn.Module):
+    """A model on fake CPU tensors that computes as it would on CUDA under bfloat16 autocast."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: torch.Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16), _GpuRules():
+            return self.model(**batch)

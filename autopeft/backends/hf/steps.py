@@ -1,0 +1,90 @@
+"""One optimizer step, one scoring pass: the code that trials, the probe and the cost model share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from autopeft.backends.hf.build import trainable_parameters
+from autopeft.backends.hf.data import Batch
+from autopeft.records import TrialSpec
+
+MAX_GRAD_NORM = 1.0
+
+
+class Diverged(Exception):
+    """The loss is not finite; raised inside a worker, where it becomes an outcome."""
+
+
+class SplitScores(NamedTuple):
+    """Per example, in the split's order."""
+
+    losses: npt.NDArray[np.float32]
+    predictions: npt.NDArray[np.int64]
+
+
+def build_optimizer(model: nn.Module, spec: TrialSpec) -> torch.optim.Optimizer:
+    parameters = list(trainable_parameters(model).values())
+    return torch.optim.AdamW(parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay)
+
+
+def learning_rate_at(step: int, spec: TrialSpec) -> float:
+    """Of the step that leads from `step` to `step + 1`: linear warm-up, then the schedule down to zero."""
+    warmup = math.ceil(spec.warmup_ratio * spec.max_steps)
+    if step < warmup:
+        return spec.learning_rate * (step + 1) / warmup
+    if spec.schedule == "constant":
+        return spec.learning_rate
+    progress = (step - warmup) / max(spec.max_steps - warmup, 1)
+    if spec.schedule == "cosine":
+        return spec.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    return spec.learning_rate * (1 - progress)
+
+
+def autocast(device: str) -> AbstractContextManager[Any]:
+    """bfloat16 on GPUs; CPUs compute in float32."""
+    return torch.autocast("cuda", dtype=torch.bfloat16) if device.startswith("cuda") else nullcontext()
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, *, learning_rate: float, device: str
+) -> torch.Tensor:
+    """Forward, backward, clip, update. Returns the loss (detached, scalar), not yet read from the device."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    with autocast(device):
+        loss: torch.Tensor = model(**batch).loss
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], MAX_GRAD_NORM)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+@torch.no_grad()
+def score_batches(
+    model: nn.Module, batches: Sequence[list[int]], collate: Callable[[list[int]], Batch], *, device: str
+) -> SplitScores:
+    """Cross-entropy in nats and predicted class of every example. Leaves the model in training mode."""
+    model.eval()
+    num_examples = sum(len(batch) for batch in batches)
+    losses = np.zeros(num_examples, dtype=np.float32)
+    predictions = np.zeros(num_examples, dtype=np.int64)
+    for indices in batches:
+        batch = collate(indices)
+        labels_B = batch.pop("labels")
+        with autocast(device):
+            logits_BC = model(**batch).logits.float()
+        losses[indices] = nn.functional.cross_entropy(logits_BC, labels_B, reduction="none").cpu().numpy()
+        predictions[indices] = logits_BC.argmax(-1).cpu().numpy()
+    model.train()
+    if not np.isfinite(losses).all():
+        raise Diverged("the loss on the validation split is not finite")
+    return SplitScores(losses, predictions)

@@ -1,0 +1,315 @@
+"""A trial's life inside a worker, top to bottom: build, probe, train, score, checkpoint.
+
+The driver decides between stretches; here one stretch is run. The model of the last stretch is kept, so that a trial
+which is promoted at once on the same worker goes on without being rebuilt; the result is the same to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from autopeft.backends.base import Ended, Event, Finished, Progress, Ready, Score, Stretch, WorkerSetup
+from autopeft.backends.hf.base_model import BaseModel, digest_file, load_base, resolve_model
+from autopeft.backends.hf.build import build_trial_model, trainable_parameters
+from autopeft.backends.hf.data import TaskData, TokenizedSplit, longest_batch, plan_batches, scoring_batches
+from autopeft.backends.hf.steps import (
+    Diverged,
+    SplitScores,
+    build_optimizer,
+    learning_rate_at,
+    score_batches,
+    train_step,
+)
+from autopeft.methods import find_method
+from autopeft.records import Bits, TrialSpec
+from autopeft.tasks.scorers import score_predictions
+from autopeft.tasks.spec import parse_task
+
+_PROBE_STEPS = 3
+_PROGRESS_SECONDS = 1.0
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "optuna", "numpy")
+
+
+class Vram(NamedTuple):
+    peak_bytes: int
+    reserved_bytes: int
+
+
+class LiveTrial:
+    """A model being trained, and everything that a checkpoint of it must hold."""
+
+    def __init__(self, model: Any, spec: TrialSpec) -> None:
+        self.model = model
+        self.spec = spec
+        self.optimizer = build_optimizer(model, spec)
+        self.step = 0
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "trainable": {name: p.detach() for name, p in trainable_parameters(self.model).items()},
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for name, parameter in trainable_parameters(self.model).items():
+                parameter.copy_(state["trainable"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"].cpu())
+        if state["cuda_random"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda_random"].cpu())
+        self.step = state["step"]
+
+
+class HfBackend:
+    """Trains on real models. One a worker process; holds the resident bases and the tokenized task."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        torch.set_num_threads(setup.threads)
+        # Inter-op threads would only contend: a trial is one chain of operations.
+        with contextlib.suppress(RuntimeError):
+            torch.set_num_interop_threads(1)
+        self.setup = setup
+        self.task = parse_task(setup.task, "task")
+        self.data = TaskData(self.task, model=setup.model, data_dir=setup.data_dir, split_seed=setup.split_seed)
+        self._bases: dict[Bits, BaseModel] = {}
+        self._live: LiveTrial | None = None
+        self._live_of: tuple[int, str, int] | None = None
+
+    def ready(self) -> Ready:
+        """Loads the unquantized base, so that a model that cannot be had is known before any trial starts."""
+        base = self._base(16 if self.setup.device.startswith("cuda") else 32)
+        return Ready(
+            device_name=describe_device(self.setup.device),
+            packages={name: version(name) for name in _PACKAGES if _has(name)},
+            model_digest=digest_weights(self.setup.model),
+            num_parameters=sum(p.numel() for p in base.model.parameters()),
+        )
+
+    def run(self, stretch: Stretch, emit: Callable[[Event], None]) -> Finished | Ended:
+        vram: Vram | None = None
+        try:
+            live, vram = self._resume_or_build(stretch)
+            train_seconds = self._train(live, stretch, emit)
+            return self._finish(live, stretch, vram, train_seconds)
+        except Diverged as exc:
+            self._drop_live()
+            return Ended(job=stretch.job, reason="diverged", detail=str(exc))
+        except (torch.OutOfMemoryError, MemoryError) as exc:
+            peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+            self._drop_live()
+            return Ended(job=stretch.job, reason="out_of_memory", detail=str(exc)[:300], peak_vram_bytes=peak)
+        except RuntimeError as exc:
+            self._drop_live()
+            # PyTorch's CPU allocator has no exception type of its own.
+            if "not enough memory" in str(exc):
+                return Ended(job=stretch.job, reason="out_of_memory", detail=str(exc)[:300])
+            raise
+
+    # --- build
+
+    def _base(self, bits: Bits) -> BaseModel:
+        if bits not in self._bases:
+            if self.setup.device.startswith("cuda"):
+                # One base at a time on a GPU: a second one would count into the measured peak.
+                self._drop_live()
+                self._bases.clear()
+                release_memory()
+            self._bases[bits] = load_base(
+                self.setup.model, num_labels=len(self.task.labels), bits=bits, device=self.setup.device
+            )
+        base = self._bases[bits]
+        if bits >= 16:
+            base.model.to(self.setup.device)
+        return base
+
+    def _resume_or_build(self, stretch: Stretch) -> tuple[LiveTrial, Vram | None]:
+        at = (stretch.trial, f"{stretch.spec.key()}-{stretch.spec.seed}", stretch.from_step)
+        if self._live is not None and self._live_of == at:
+            return self._live, None
+        self._drop_live()
+        base = self._base(stretch.spec.bits)
+        self._live = LiveTrial(build_trial_model(base, stretch.spec), stretch.spec)
+        if find_method(stretch.spec.method).writes_base and self.setup.device.startswith("cuda"):
+            # Production would not keep a second copy of the weights, so neither may the measured peak.
+            base.model.to("cpu")
+            release_memory()
+        vram = None
+        if stretch.from_step == 0:
+            vram = self._probe(self._live)
+        else:
+            assert stretch.checkpoint is not None
+            path = Path(self.setup.study_dir) / stretch.checkpoint
+            self._live.restore(torch.load(path, map_location=self.setup.device, weights_only=True))
+        return self._live, vram
+
+    def _drop_live(self) -> None:
+        self._live = self._live_of = None
+        if self.setup.device.startswith("cuda"):
+            release_memory()
+
+    # --- probe
+
+    def _probe(self, live: LiveTrial) -> Vram | None:
+        """Peak memory of three steps on the longest rows, measured on CUDA; leaves no trace in the trial.
+
+        Three, because the optimizer's state is there from the second on, and the allocator settles by the third.
+        """
+        if not self.setup.device.startswith("cuda"):
+            return None
+        before = {name: p.detach().to("cpu", copy=True) for name, p in trainable_parameters(live.model).items()}
+        random_state, cuda_state = torch.get_rng_state(), torch.cuda.get_rng_state()
+        indices = longest_batch(self.data.train.lengths(), live.spec.batch_size)
+        batch = self.data.collate(self.data.train, indices, self.setup.device)
+        release_memory()
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(_PROBE_STEPS):
+            train_step(live.model, live.optimizer, dict(batch), learning_rate=0.0, device=self.setup.device)
+        torch.cuda.synchronize()
+        vram = Vram(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+        with torch.no_grad():
+            for name, parameter in trainable_parameters(live.model).items():
+                parameter.copy_(before[name])
+        live.optimizer = build_optimizer(live.model, live.spec)
+        torch.set_rng_state(random_state)
+        torch.cuda.set_rng_state(cuda_state)
+        return vram
+
+    # --- train
+
+    def _train(self, live: LiveTrial, stretch: Stretch, emit: Callable[[Event], None]) -> float:
+        spec, device = stretch.spec, self.setup.device
+        batches = plan_batches(
+            self.data.train.lengths(), batch_size=spec.batch_size, num_steps=stretch.to_step, seed=spec.seed
+        )
+        started = last_sign = time.monotonic()
+        for step in range(live.step, stretch.to_step):
+            batch = self.data.collate(self.data.train, batches[step], device)
+            loss = train_step(
+                live.model, live.optimizer, batch, learning_rate=learning_rate_at(step, spec), device=device
+            )
+            # Reading the loss waits for the GPU, so only every eighth step there.
+            if (device == "cpu" or step % 8 == 7) and not torch.isfinite(loss):
+                raise Diverged(f"the training loss is {loss.item()} at step {step + 1}")
+            live.step = step + 1
+            if time.monotonic() - last_sign > _PROGRESS_SECONDS:
+                last_sign = time.monotonic()
+                emit(Progress(job=stretch.job, step=live.step))
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return time.monotonic() - started
+
+    # --- score, checkpoint
+
+    def _finish(self, live: LiveTrial, stretch: Stretch, vram: Vram | None, train_seconds: float) -> Finished:
+        validation = self._score(live, self.data.validation)
+        arrays: dict[str, Any] = _pack_scores("validation", validation)
+        test = None
+        if stretch.score_test:
+            test_scores = self._score(live, self.data.test)
+            arrays |= _pack_scores("test", test_scores)
+            test = self._summarize(test_scores, self.data.test)
+        name = f"scores/trial-{stretch.trial:05d}-{stretch.purpose}-seed{stretch.spec.seed}-step{stretch.to_step}.npz"
+        digest = write_whole(Path(self.setup.study_dir) / name, lambda path: np.savez_compressed(path, **arrays))
+        checkpoint = checkpoint_digest = None
+        if stretch.save:
+            # The step is in the name, so a crash while writing leaves the earlier checkpoint usable.
+            checkpoint = f"checkpoints/trial-{stretch.trial:05d}-step{stretch.to_step}.pt"
+            path = Path(self.setup.study_dir) / checkpoint
+            checkpoint_digest = write_whole(path, lambda p: torch.save(live.state(), p))
+        self._live_of = (stretch.trial, f"{stretch.spec.key()}-{stretch.spec.seed}", stretch.to_step)
+        return Finished(
+            job=stretch.job,
+            validation=self._summarize(validation, self.data.validation),
+            test=test,
+            scores_file=name,
+            scores_digest=digest,
+            train_seconds=train_seconds,
+            checkpoint=checkpoint,
+            checkpoint_digest=checkpoint_digest,
+            peak_vram_bytes=vram.peak_bytes if vram else None,
+            reserved_vram_bytes=vram.reserved_bytes if vram else None,
+        )
+
+    def _score(self, live: LiveTrial, split: TokenizedSplit) -> SplitScores:
+        # Without activations kept for a backward pass, twice the training batch still needs less memory.
+        batches = scoring_batches(split.lengths(), 2 * live.spec.batch_size)
+        device = self.setup.device
+        return score_batches(live.model, batches, lambda i: self.data.collate(split, i, device), device=device)
+
+    def _summarize(self, scores: SplitScores, split: TokenizedSplit) -> Score:
+        quality = score_predictions(self.task.scorer, split.labels, scores.predictions)
+        return Score(quality=quality, loss=float(scores.losses.mean()), num_examples=len(split.labels))
+
+
+def _pack_scores(split: str, scores: SplitScores) -> dict[str, Any]:
+    # float16 holds losses to three digits, far below their noise, in half the space.
+    return {
+        f"{split}_losses": np.minimum(scores.losses, 65504).astype(np.float16),
+        f"{split}_predictions": scores.predictions.astype(np.int16),
+    }
+
+
+def write_whole(path: Path, write: Callable[[Any], object]) -> str:
+    """Writes a file so that it is either whole or absent, and returns its SHA-256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        write(file)
+    digest = digest_file(part)
+    part.replace(path)
+    return digest
+
+
+def release_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def describe_device(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    import platform
+
+    return f"CPU {platform.machine()}"
+
+
+def digest_weights(model: str) -> str:
+    """First 16 digits of the SHA-256 over the weight files of a folder or cached hub model; `` where none is found."""
+    folder = Path(resolve_model(model))
+    if not folder.is_dir():
+        return _cached_commit(model)
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        digest.update(digest_file(path).encode())
+    return digest.hexdigest()[:16]
+
+
+def _cached_commit(model: str) -> str:
+    """A hub model's commit, which names its weights as surely as their digest."""
+    from transformers import AutoConfig
+
+    return str(getattr(AutoConfig.from_pretrained(model), "_commit_hash", "") or "")[:16]
+
+
+def _has(package: str) -> bool:
+    from importlib.metadata import PackageNotFoundError
+
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,91 @@
+"""What this machine can train on, found without torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from typing import NamedTuple
+
+from autopeft.errors import DeviceError
+
+
+class Gpu(NamedTuple):
+    number: str
+    """As CUDA_VISIBLE_DEVICES names it."""
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+
+class KnownGpu(NamedTuple):
+    """A GPU that one may plan for without having it."""
+
+    title: str
+    total_bytes: int
+    bf16_flops: float
+    """Dense peak, from the maker's data sheet."""
+
+
+KNOWN_GPUS = {
+    "rtx4090": KnownGpu("GeForce RTX 4090", 24 * 2**30, 165e12),
+    "l4": KnownGpu("L4", 24 * 2**30, 121e12),
+    "a100": KnownGpu("A100 80GB", 80 * 2**30, 312e12),
+    "h100": KnownGpu("H100 80GB", 80 * 2**30, 989e12),
+    "h200": KnownGpu("H200 141GB", 141 * 2**30, 989e12),
+}
+
+
+def find_gpus() -> list[Gpu]:
+    """Visible NVIDIA GPUs, those that CUDA_VISIBLE_DEVICES hides left out; empty where there are none."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        output = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    wanted = None if visible is None else [part.strip() for part in visible.split(",") if part.strip()]
+    gpus = []
+    for line in output.splitlines():
+        index, uuid, name, total, free = (part.strip() for part in line.split(","))
+        if wanted is None or index in wanted or any(uuid.startswith(part) for part in wanted if "-" in part):
+            gpus.append(Gpu(index, name, int(float(total) * 2**20), int(float(free) * 2**20)))
+    return gpus
+
+
+def count_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_cpu() -> str:
+    """The processor's name, as the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def plan_cpu_workers(workers: int | None) -> tuple[int, int]:
+    """(workers, threads each). One thread a worker does the most steps: two do 1.4 times those of one with two."""
+    cores = count_cores()
+    if workers is None:
+        workers = min(cores, 4)
+    if not 1 <= workers <= cores:
+        raise DeviceError(f"--workers takes 1 to {cores} on this machine's {cores} cores, but was given {workers}.")
+    return workers, cores // workers
+
+
+def plan_gpu_workers(workers: int | None, gpus: list[Gpu]) -> list[str]:
+    """One worker a GPU, the emptiest GPUs first."""
+    if workers is not None and not 1 <= workers <= len(gpus):
+        raise DeviceError(f"--workers takes 1 to {len(gpus)}, one a GPU, but was given {workers}.")
+    chosen = sorted(gpus, key=lambda gpu: -gpu.free_bytes)[: workers or len(gpus)]
+    return [f"cuda:{gpu.number}" for gpu in chosen]

@@ -1,0 +1,187 @@
+"""Workers as processes on this machine, one a device, and the cost process beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import replace
+from typing import IO
+
+from autopeft.backends.base import (
+    Broken,
+    Command,
+    CostReply,
+    CostRequest,
+    Pack,
+    Ready,
+    WorkerSetup,
+    decode_event,
+    encode_message,
+)
+from autopeft.errors import ModelError, WorkerError
+from autopeft.executors.base import WorkerEvent
+from autopeft.records import TrialSpec
+
+_COST = -1
+"""The cost process's number among the workers."""
+_START_SECONDS = 1800.0
+"""A large base may have to be downloaded first."""
+_COST_SECONDS = 600.0
+
+
+class _Process:
+    """One worker process, and a thread that moves its events into the common queue."""
+
+    def __init__(self, number: int, setup: WorkerSetup, environment: dict[str, str], events: queue.Queue[WorkerEvent]):
+        self.number = number
+        # Not a pipe: nobody would read it while the worker trains. Kept to explain a death.
+        self.log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "autopeft.executors.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            env=environment,
+            text=True,
+            encoding="utf-8",
+        )
+        self._events = events
+        self._silent = False
+        self.send(setup)
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def send(self, message: Command | WorkerSetup) -> None:
+        assert self.process.stdin is not None
+        # A worker that has died is reported by its reader; there is nobody to tell anything.
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(encode_message(message) + "\n")
+            self.process.stdin.flush()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._put(WorkerEvent(self.number, decode_event(line), time.monotonic()))
+        code = self.process.wait()
+        self._put(WorkerEvent(self.number, None, time.monotonic(), f"exit status {code}. {self.last_words()}"))
+
+    def _put(self, event: WorkerEvent) -> None:
+        # A worker that was replaced has nothing more to say: its end would be taken for its successor's.
+        if not self._silent:
+            self._events.put(event)
+
+    def last_words(self) -> str:
+        with contextlib.suppress(OSError, ValueError):
+            self.log.seek(0, os.SEEK_END)
+            self.log.seek(max(0, self.log.tell() - 2000))
+            return self.log.read().decode(errors="replace").strip()
+        return ""
+
+    def kill(self) -> None:
+        self._silent = True
+        self.process.kill()
+        self.process.wait()
+
+
+class LocalExecutor:
+    """Worker processes on this machine. Its clock is the machine's."""
+
+    def __init__(self, setup: WorkerSetup, devices: list[str]) -> None:
+        """`devices` has one entry a worker: `cpu`, or `cuda:N` by the driver's numbering."""
+        self.num_workers = len(devices)
+        self._setup = setup
+        self._devices = devices
+        on_cpu = devices[0] == "cpu"
+        self.device_rate = float(setup.threads) if on_cpu else 1.0
+        self._events: queue.Queue[WorkerEvent] = queue.Queue()
+        self._cost_events: queue.Queue[WorkerEvent] = queue.Queue()
+        self._processes: dict[int, _Process] = {}
+        self._closed = False
+
+    def start(self) -> list[Ready]:
+        for worker in range(self.num_workers):
+            self._spawn(worker)
+        ready: dict[int, Ready] = {}
+        deadline = time.monotonic() + _START_SECONDS
+        while len(ready) < self.num_workers:
+            for event in self.wait(max(0.0, deadline - time.monotonic())) or [self._too_late()]:
+                ready[event.worker] = _expect_ready(event)
+        return [ready[worker] for worker in range(self.num_workers)]
+
+    def assign(self, worker: int, pack: Pack) -> None:
+        self._processes[worker].send(pack)
+
+    def wait(self, timeout_seconds: float) -> list[WorkerEvent]:
+        try:
+            events = [self._events.get(timeout=max(timeout_seconds, 0.001))]
+        except queue.Empty:
+            return []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                events.append(self._events.get_nowait())
+        return events
+
+    def restart(self, worker: int) -> None:
+        self._processes[worker].kill()
+        self._spawn(worker)
+
+    def cost(self, spec: TrialSpec) -> CostReply:
+        if _COST not in self._processes:
+            self._spawn(_COST)
+        self._processes[_COST].send(CostRequest(spec=spec))
+        try:
+            event = self._cost_events.get(timeout=_COST_SECONDS)
+        except queue.Empty:
+            raise WorkerError(f"The cost process gave no answer in {_COST_SECONDS:.0f} s for {spec}.") from None
+        if isinstance(event.event, CostReply):
+            return event.event
+        raise _death(event)
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def close(self) -> None:
+        for process in self._processes.values():
+            process.kill()
+        self._processes.clear()
+
+    def _spawn(self, worker: int) -> None:
+        environment = dict(os.environ)
+        # Set before torch is loaded; later changes have no effect on its thread pools.
+        threads = str(self._setup.threads)
+        environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+        setup = self._setup
+        if worker == _COST:
+            # Costs are computed without a device, but modelled for the one that will train.
+            environment |= {"CUDA_VISIBLE_DEVICES": ""}
+            setup = replace(setup, role="cost", device=self._devices[0])
+        elif self._devices[worker] == "cpu":
+            environment |= {"CUDA_VISIBLE_DEVICES": ""}
+            setup = replace(setup, device="cpu")
+        else:
+            environment |= {"CUDA_VISIBLE_DEVICES": self._devices[worker].removeprefix("cuda:")}
+            setup = replace(setup, device="cuda:0")
+        events = self._cost_events if worker == _COST else self._events
+        self._processes[worker] = _Process(worker, setup, environment, events)
+
+    def _too_late(self) -> WorkerEvent:
+        return WorkerEvent(0, None, time.monotonic(), f"not ready after {_START_SECONDS:.0f} s")
+
+
+def _expect_ready(event: WorkerEvent) -> Ready:
+    if isinstance(event.event, Ready):
+        return event.event
+    raise _death(event)
+
+
+def _death(event: WorkerEvent) -> WorkerError | ModelError:
+    if isinstance(event.event, Broken):
+        if event.event.usage:
+            return ModelError(event.event.detail)
+        return WorkerError(f"A worker broke: {event.event.detail}")
+    return WorkerError(f"A worker process died: {event.detail}")
