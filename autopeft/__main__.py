@@ -1,0 +1,7 @@
+"""`python -m autopeft`."""
+
+import sys
+
+from autopeft.cli.main import main
+
+sys.exit(main())

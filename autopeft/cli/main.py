@@ -1,0 +1,48 @@
+"""`autopeft`: parse, call, print. Commands import what they need when they run, so that --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from autopeft import __version__
+from autopeft.cli import export, listings, report, resume, search
+from autopeft.errors import AutopeftError
+
+COMMANDS = (search, resume, report, export, listings)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="autopeft",
+        description="Search parameter-efficient fine-tuning configurations inside a budget of device time.",
+        epilog="Start with: autopeft search --task demo --model minilm --budget 15trials",
+    )
+    parser.add_argument("--version", action="version", version=f"autopeft {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done; 1 failed; 2 usage; 3 nothing feasible within the budget; 130 interrupted."""
+    args = build_parser().parse_args(arguments)
+    try:
+        code: int = args.run(args)
+        return code
+    except AutopeftError as exc:
+        if args.debug:
+            raise
+        print(f"autopeft: {exc}", file=sys.stderr)
+        return exc.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

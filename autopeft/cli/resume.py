@@ -1,0 +1,31 @@
+"""`autopeft resume`: go on with a study that was interrupted or whose budget is raised."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser("resume", help="go on with a study", description="Goes on with a study.")
+    parser.add_argument("study", help="the study's name")
+    parser.add_argument("--budget", help="a new total, of the same kind; what was spent counts")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from autopeft.cli.session import STUDIES, check_outputs, read_local, run_study
+    from autopeft.executors.local import LocalExecutor
+    from autopeft.search.plan import make_setup, restore_devices, restore_space, seconds_until, with_budget
+    from autopeft.search.store import StudyStore
+
+    check_outputs()
+    store = StudyStore.open(STUDIES, args.study)
+    if args.budget:
+        store.save_config(with_budget(store.config, args.budget))
+    config = store.config
+    devices, threads = restore_devices(config)
+    local = read_local(store)
+    assert local["model"] is not None
+    setup = make_setup(config, local["model"], local["data_dir"], STUDIES, threads, devices[0])
+    executor = LocalExecutor(setup, devices)
+    return run_study(store, executor, restore_space(config), seconds_until(config))

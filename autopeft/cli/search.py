@@ -1,0 +1,144 @@
+"""`autopeft search`: a study from a task and a budget."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from autopeft.search.plan import Plan, Request
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "search",
+        help="search configurations for a task inside a budget",
+        description="Searches PEFT configurations for a task inside a budget; writes a report and a leaderboard.",
+    )
+    parser.add_argument("--task", required=True, help="a shipped task (autopeft tasks), or a task file: mine.yaml")
+    parser.add_argument(
+        "--budget", required=True, help="8gpu-h, 30gpu-min, 20cpu-min, 2h, 50trials, or two: 2h,50trials"
+    )
+    parser.add_argument("--model", default="auto", help="hub id, folder, or minilm; auto picks by device (default)")
+    parser.add_argument("--space", default="default", help="a shipped search space (autopeft spaces), or a file")
+    parser.add_argument("--methods", help="only these methods of the space: lora,ia3")
+    parser.add_argument(
+        "--fix", action="append", default=[], metavar="NAME=VALUE", help="bits=4, lora.rank=8; repeatable"
+    )
+    parser.add_argument("--objectives", default="quality,vram,params", help="default: quality,vram,params")
+    parser.add_argument("--max-vram", metavar="SIZE", help="never start what needs more: 24GB")
+    parser.add_argument("--max-steps", type=int, help="steps of the full length (default: from budget and data)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, help="default: one a GPU, or one a CPU core up to 4")
+    parser.add_argument("--name", help="the study's name (default: from task and model)")
+    parser.add_argument("--data-dir", help="searched before the hub: DIR/TASK/train.jsonl (or set AUTOPEFT_DATA_DIR)")
+    parser.add_argument(
+        "--include", action="append", default=[], metavar="FILE", help="a configuration of your own to race; repeatable"
+    )
+    parser.add_argument("--until", metavar="HH:MM", help="end by this time of day")
+    parser.add_argument("--price", metavar="AMOUNT", help="for the report: 2.5/gpu-h")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument(
+        "--plan-for", metavar="GPU", help="with --dry-run: plan for a GPU that is not here, such as h100"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from autopeft.cli.session import STUDIES, run_new_study
+    from autopeft.search.plan import make_plan
+
+    plan = make_plan(_request(args), studies=STUDIES, dry_run=args.dry_run)
+    print_plan(plan)
+    if args.dry_run:
+        _print_costs(plan)
+        return 0
+    return run_new_study(plan)
+
+
+def _request(args: argparse.Namespace) -> Request:
+    from dataclasses import fields
+
+    from autopeft.search.plan import Request
+
+    return Request(**{field.name: getattr(args, field.name) for field in fields(Request)})
+
+
+def print_plan(plan: Plan) -> None:
+    """What will be run, in a few lines."""
+    from autopeft.report.words import format_seconds
+
+    config = plan.config
+    lines = {
+        "study": config.name,
+        "task": f"{plan.task.title}, scored by {config.scorer}" + _describe_splits(plan),
+        "base model": config.model,
+        "devices": plan.device_title,
+        "budget": f"{config.budget}" + (f", until {config.until}" if config.until else "")
+        + f", {config.confirm_share:.0%} kept for confirmation",
+        "space": f"{config.space_name}: {', '.join(plan.space.methods)} ({plan.space.count_dimensions()} dimensions)",
+        "objectives": ", ".join(config.objectives),
+        "full length": f"{config.rungs[-1]} steps, compared at {', '.join(map(str, config.rungs))}",
+        "estimate": _describe_estimate(plan, format_seconds),
+    }  # fmt: skip
+    for note in plan.notes:
+        print(f"note: {note}")
+    for key, value in lines.items():
+        print(f"{key:<12} {value}")
+
+
+def _describe_splits(plan: Plan) -> str:
+    if plan.splits is None:
+        return ", rows not on this machine"
+    train, validation, test, _ = plan.splits
+    return f", {len(train)} train / {len(validation)} search-validation / {len(test)} test rows"
+
+
+def _describe_estimate(plan: Plan, format_seconds) -> str:  # type: ignore[no-untyped-def]
+    import math
+
+    steps = plan.config.rungs[-1]
+    each = plan.seconds_per_step * steps
+    lengths = plan.full_lengths()
+    if math.isinf(lengths):
+        trials = plan.budget.trials or 0
+        total = trials * each / len(plan.devices)
+        return f"{trials} trials, at most {format_seconds(total)} if none were stopped (rough)"
+    # With halving rungs a trial costs on average between its first rung and its full length.
+    first = plan.config.rungs[0] / steps
+    most = min(lengths / first, plan.budget.trials or math.inf)
+    few = min(lengths, most)
+    text = (
+        f"{few:.0f} to {most:.0f} trials, the fewer the later they are stopped; "
+        f"{format_seconds(each)} a full length (rough)"
+    )
+    if lengths < 3:
+        text += ". The budget is too small for anything useful: it buys fewer than three full lengths"
+    return text
+
+
+def _print_costs(plan: Plan) -> None:
+    """Peak VRAM and parameters of every recipe, computed without training."""
+    from autopeft.cli.session import STUDIES
+    from autopeft.errors import AutopeftError
+    from autopeft.executors.local import LocalExecutor
+    from autopeft.report.words import describe_spec, format_bytes, format_count
+
+    if plan.splits is None:
+        return
+    executor = LocalExecutor(plan.setup(STUDIES), list(plan.devices))
+    most = plan.config.max_vram_bytes
+    try:
+        print(f"\n{'peak VRAM, estimated':>20}  {'trainable':>10}  first trials, one a method")
+        for spec in (*plan.config.included, *plan.space.recipes):
+            reply = executor.cost(spec)
+            if reply.cost is None:
+                print(f"{'-':>20}  {'-':>10}  {describe_spec(spec)}: {reply.refused}")
+                continue
+            over = " (over --max-vram)" if most is not None and reply.cost.peak_vram_bytes > most else ""
+            size = format_bytes(reply.cost.peak_vram_bytes)
+            print(f"{size:>20}  {format_count(reply.cost.trainable_parameters):>10}  {describe_spec(spec)}{over}")
+    except AutopeftError as exc:
+        print(f"The costs of single configurations are not known: {exc}")
+    finally:
+        executor.close()

@@ -1,0 +1,149 @@
+"""Running a study in a terminal: progress, interrupts, and what is written at the end."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from autopeft.errors import NothingFeasibleError, UsageError
+
+if TYPE_CHECKING:
+    from autopeft.executors.base import Executor
+    from autopeft.records import StudyRecord
+    from autopeft.search.plan import Plan
+    from autopeft.search.store import StudyStore
+    from autopeft.spaces.space import SearchSpace
+
+STUDIES = Path("studies")
+REPORTS = Path("reports")
+LEADERBOARDS = Path("leaderboards")
+
+_LOCAL = "local.json"
+"""Where model and data lie on this machine; kept beside the study, never in its records."""
+
+
+def run_new_study(plan: Plan) -> int:
+    from autopeft.executors.local import LocalExecutor
+    from autopeft.search.plan import make_provenance
+    from autopeft.search.store import StudyStore, delete_study
+
+    check_outputs()
+    store = StudyStore.create(STUDIES, plan.config, make_provenance(plan), plan.validation_labels())
+    local = {"model": plan.model_argument, "data_dir": str(Path(plan.data_dir).resolve()) if plan.data_dir else None}
+    (store.folder / _LOCAL).write_text(json.dumps(local), encoding="utf-8")
+    executor = LocalExecutor(plan.setup(STUDIES), list(plan.devices))
+    try:
+        return run_study(store, executor, plan.space, plan.wall_seconds_limit)
+    except UsageError:
+        # It ended before it began: a model that cannot be had must not leave the name taken.
+        if not store.trials:
+            delete_study(STUDIES, plan.config.name)
+        raise
+
+
+def read_local(store: StudyStore) -> dict[str, str | None]:
+    path = store.folder / _LOCAL
+    local: dict[str, str | None] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {"model": store.config.model, "data_dir": None} | local
+
+
+def run_study(store: StudyStore, executor: Executor, space: SearchSpace, limit: float) -> int:
+    """Runs to the end or to an interrupt, and writes report and leaderboard either way."""
+    from autopeft.cli.progress import show_progress
+    from autopeft.search.study import Search, build_record
+
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with store.lock(), show_progress(store.config) as display:
+            search = Search(store, executor, space, wall_seconds_limit=limit, on_change=display)
+            record = search.run()
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. Go on with: autopeft resume {store.config.name}")
+        if store.trials:
+            write_outputs(build_record(store))
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    write_outputs(record)
+    if not record.picks:
+        raise NothingFeasibleError(_why_nothing(record))
+    return 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _why_nothing(record: StudyRecord) -> str:
+    states = [trial.state for trial in record.trials]
+    refused = next((t.outcome.rule for t in record.trials if t.outcome and t.outcome.kind == "refused"), None)
+    why = f" One was refused because it {refused}." if refused else ""
+    return (
+        f"The budget '{record.config.budget}' ended before any configuration was feasible and trained to its full "
+        f"length: of {len(states)} trials {states.count('refused')} were refused, {states.count('failed')} failed.{why}"
+        f" Nothing is lost: raise the limit or the budget, or lower --max-steps. To go on: autopeft resume "
+        f"{record.config.name} --budget LARGER."
+    )
+
+
+def check_outputs() -> None:
+    """Raises StudyError before hours are spent, if what they lead to could not be written."""
+    import os
+
+    from autopeft.errors import StudyError
+
+    for folder in (STUDIES, REPORTS, LEADERBOARDS):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise StudyError(
+                f"autopeft writes to {STUDIES}/, {REPORTS}/ and {LEADERBOARDS}/ in the current folder, but "
+                f"'{folder}' cannot be made: {exc.strerror}. Change to a folder that you may write to."
+            ) from exc
+        if not os.access(folder, os.W_OK):
+            raise StudyError(
+                f"autopeft writes to '{folder}' in the current folder, which must be writable, but is not."
+            )
+
+
+def write_outputs(record: StudyRecord) -> None:
+    from autopeft.report.leaderboard import update_leaderboard
+    from autopeft.report.page import write_page
+
+    page = REPORTS / f"{record.config.name}.html"
+    write_page(record, page)
+    board = update_leaderboard(record, LEADERBOARDS)
+    print_summary(record)
+    print(f"\nreport       {page}\nleaderboard  {board}")
+
+
+def print_summary(record: StudyRecord) -> None:
+    """The picks, and what they are worth, in a few lines."""
+    from autopeft.report.words import describe_spec, format_bytes, format_count, format_quality
+
+    scorer = record.config.scorer
+    print(f"\nmajority class {format_quality(record.config.majority_quality, scorer)}", end="")
+    if record.baseline is not None and record.baseline.quality is not None:
+        print(f", head on the frozen base {format_quality(record.baseline.quality, scorer)}", end="")
+    print()
+    for note in record.notes:
+        print(f"note: {note}")
+    for pick in record.picks:
+        trial = next(t for t in record.trials if t.number == pick.number)
+        assert trial.cost is not None
+        assert trial.quality is not None
+        test = "" if trial.test_quality is None else f", test {format_quality(trial.test_quality, scorer)}"
+        seeds = 1 + len(trial.confirmations)
+        print(
+            f"{pick.name:<9} trial {trial.number}: {format_quality(trial.quality, scorer)} ({seeds} seed"
+            f"{'s' if seeds > 1 else ''}){test}, {format_count(trial.cost.trainable_parameters)} parameters, "
+            f"{format_bytes(trial.cost.peak_vram_bytes)} {trial.cost.vram_source}\n"
+            f"          {describe_spec(trial.spec)}"
+        )
+    if record.picks:
+        print(
+            f"\nexport with: autopeft export {record.config.name} --pick knee --to peft --out {record.config.name}-knee"
+        )

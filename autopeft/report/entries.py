@@ -1,0 +1,138 @@
+"""What a leaderboard holds: entries, one a configuration, with their runs; and how studies' entries are merged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from autopeft.records import Cost, StudyRecord, TrialRecord, TrialSpec, digest_json
+
+EntryKind = Literal["trial", "head", "majority"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One training of a configuration, or one study's majority class, whose trial and seed are None."""
+
+    study_uid: str
+    study: str
+    trial: int | None
+    seed: int | None
+    quality: float
+    test_quality: float | None
+    num_examples: int
+    cost: Cost | None
+    device_seconds: float
+    device: str
+    autopeft: str
+    created_at: str
+
+    def identity(self) -> tuple[str, int, int]:
+        return (self.study_uid, -1 if self.trial is None else self.trial, -1 if self.seed is None else self.seed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One configuration on one version of the data and the weights, with all its runs."""
+
+    key: str
+    kind: EntryKind
+    spec: TrialSpec | None
+    """With the seed of its first run; None for the majority class."""
+    scorer: str
+    task_digest: str
+    model_digest: str
+    runs: tuple[Run, ...]
+
+
+def list_entries(study: StudyRecord) -> list[Entry]:
+    """What a study adds: its complete trials, the trained head where it is complete, and the majority class."""
+    entries = [_majority_entry(study)] if math.isfinite(study.config.majority_quality) else []
+    entries += [
+        _trial_entry(study, trial, "trial")
+        for trial in study.trials
+        if _is_full_length(trial) and trial.source != "baseline"
+    ]
+    if study.baseline is not None and _is_full_length(study.baseline):
+        entries.append(_trial_entry(study, study.baseline, "head"))
+    return entries
+
+
+def merge_entries(entries: Iterable[Entry]) -> list[Entry]:
+    """One entry a key and each run once, a later copy replacing an earlier; the order depends on the content alone."""
+    merged: dict[str, Entry] = {}
+    for entry in entries:
+        known = merged.get(entry.key)
+        runs = {run.identity(): run for run in (*(known.runs if known else ()), *entry.runs)}
+        ordered = tuple(runs[identity] for identity in sorted(runs))
+        merged[entry.key] = replace(entry, spec=_with_seed(entry.spec, ordered[0].seed), runs=ordered)
+    return [merged[key] for key in sorted(merged)]
+
+
+def _is_full_length(trial: TrialRecord) -> bool:
+    return trial.state == "complete" and bool(trial.rungs) and math.isfinite(trial.rungs[-1].quality)
+
+
+def _with_seed(spec: TrialSpec | None, seed: int | None) -> TrialSpec | None:
+    return spec if spec is None or seed is None else replace(spec, seed=seed)
+
+
+def _trial_entry(study: StudyRecord, trial: TrialRecord, kind: EntryKind) -> Entry:
+    last = trial.rungs[-1]
+    searched = _run(
+        study,
+        trial=trial.number,
+        seed=trial.spec.seed,
+        quality=last.quality,
+        num_examples=last.num_examples,
+        cost=trial.cost,
+        device_seconds=trial.device_seconds,
+    )
+    confirmed = [
+        replace(
+            searched,
+            seed=confirmation.seed,
+            quality=confirmation.quality,
+            test_quality=confirmation.test_quality,
+            device_seconds=confirmation.device_seconds,
+        )
+        for confirmation in trial.confirmations
+        if math.isfinite(confirmation.quality) and math.isfinite(confirmation.test_quality)
+    ]
+    return _entry(study, kind, trial.spec, (searched, *confirmed))
+
+
+def _majority_entry(study: StudyRecord) -> Entry:
+    config = study.config
+    run = _run(study, quality=config.majority_quality, num_examples=study.provenance.num_validation)
+    return _entry(study, "majority", None, (replace(run, test_quality=config.majority_test_quality),))
+
+
+def _entry(study: StudyRecord, kind: EntryKind, spec: TrialSpec | None, runs: tuple[Run, ...]) -> Entry:
+    provenance = study.provenance
+    identity = [kind, None if spec is None else spec.key(), provenance.task_digest, provenance.model_digest]
+    return Entry(
+        key=digest_json(identity),
+        kind=kind,
+        spec=spec,
+        scorer=study.config.scorer,
+        task_digest=provenance.task_digest,
+        model_digest=provenance.model_digest,
+        runs=runs,
+    )
+
+
+def _run(study: StudyRecord, *, quality: float, num_examples: int, **known: Any) -> Run:
+    unknown: dict[str, Any] = {"trial": None, "seed": None, "test_quality": None, "cost": None, "device_seconds": 0.0}
+    return Run(
+        study_uid=study.uid,
+        study=study.config.name,
+        quality=quality,
+        num_examples=num_examples,
+        device=study.provenance.device,
+        autopeft=study.provenance.autopeft,
+        created_at=study.provenance.created_at,
+        **{**unknown, **known},
+    )

@@ -1,0 +1,72 @@
+"""Leaderboards: every configuration that was trained at full length, over all studies of a task and model.
+
+`<root>/<task>/<model>.json` is what is kept; the Markdown and CSV beside it are derived from it each time. It holds
+runs, not means: a run is known by (study, trial, seed), so writing a study twice changes nothing, studies may come in
+any order, and two that trained the same configuration share a row.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from autopeft.errors import RecordError
+from autopeft.records import StudyRecord, from_record, to_record
+from autopeft.report.entries import Entry, list_entries, merge_entries
+from autopeft.report.files import safe_file_name, write_atomically
+from autopeft.report.standings import rank_entries
+from autopeft.report.tables import render_csv, render_markdown
+
+LEADERBOARD_VERSION = 1
+"""Raised when the JSON changes in a way that older code would misread."""
+
+
+def update_leaderboard(study: StudyRecord, root: Path) -> Path:
+    """Merges a study into its leaderboard and returns the Markdown file's path.
+
+    Raises RecordError where the JSON there is not a leaderboard of this task and model, or is of a newer schema; then
+    nothing is written.
+    """
+    config = study.config
+    path = root / safe_file_name(config.task_name) / f"{safe_file_name(config.model)}.json"
+    entries = merge_entries([*_read_entries(path, config.task_name, config.model), *list_entries(study)])
+    write_atomically(path, _encode(config.task_name, config.model, entries))
+    ranked = rank_entries(entries)
+    write_atomically(path.with_suffix(".csv"), render_csv(ranked))
+    markdown = path.with_suffix(".md")
+    write_atomically(markdown, render_markdown(config.task_name, config.model, ranked))
+    return markdown
+
+
+def _encode(task_name: str, model: str, entries: list[Entry]) -> str:
+    content = {
+        "schema_version": LEADERBOARD_VERSION,
+        "task_name": task_name,
+        "model": model,
+        "entries": to_record(entries),
+    }
+    return json.dumps(content, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _read_entries(path: Path, task_name: str, model: str) -> list[Entry]:
+    if not path.exists():
+        return []
+    keep = "Nothing was changed. Move the file away to begin a new leaderboard."
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as exc:
+        raise RecordError(f"A leaderboard must be JSON, but {path} is not: {exc}. {keep}") from exc
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if not isinstance(version, int) or not isinstance(content.get("entries"), list):
+        raise RecordError(f"A leaderboard holds a schema_version and a list of entries, but {path} does not. {keep}")
+    if version > LEADERBOARD_VERSION:
+        raise RecordError(
+            f"{path} was written with leaderboard schema {version}, and this autopeft reads schemas up to "
+            f"{LEADERBOARD_VERSION}. Nothing was changed. Install a newer autopeft to add to it."
+        )
+    if (content.get("task_name"), content.get("model")) != (task_name, model):
+        raise RecordError(
+            f"A leaderboard belongs to one task and model, but {path} is that of {content.get('task_name')!r} on "
+            f"{content.get('model')!r}, and this study is of {task_name!r} on {model!r}. {keep}"
+        )
+    return [from_record(Entry, item, f"{path}, entry {i}") for i, item in enumerate(content["entries"])]

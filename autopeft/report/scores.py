@@ -1,0 +1,88 @@
+"""What the tables and figures read out of records: scores with their spread, and who dominates whom."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from autopeft.records import StudyRecord, TrialRecord
+from autopeft.report.words import format_margin, format_quality, is_fraction
+
+
+class Score(NamedTuple):
+    """A mean quality and how far to trust it."""
+
+    mean: float
+    spread: float | None
+    """Standard deviation over seeds; with one seed the standard error over the examples; None where unknown."""
+    num_seeds: int
+
+    def text(self, scorer: str) -> str:
+        """`84.2% ± 0.6`."""
+        mean = format_quality(self.mean, scorer)
+        return mean if self.spread is None else f"{mean} ± {format_margin(self.spread, scorer)}"
+
+    def basis(self) -> str:
+        """What the spread is of."""
+        return f"sd over {self.num_seeds} seeds" if self.num_seeds > 1 else "one seed, standard error"
+
+
+def validation_score(trial: TrialRecord, scorer: str) -> Score | None:
+    """Search-validation quality at the last rung reached, over all seeds; None before the first rung."""
+    if not trial.rungs:
+        return None
+    last = trial.rungs[-1]
+    return summarize([last.quality, *(c.quality for c in trial.confirmations)], last.num_examples, scorer)
+
+
+def held_out_score(trial: TrialRecord, scorer: str) -> Score | None:
+    """Test quality over the confirmed seeds; None where none was confirmed."""
+    if not trial.confirmations:
+        return None
+    examples = min(c.num_test_examples for c in trial.confirmations)
+    return summarize([c.test_quality for c in trial.confirmations], examples, scorer)
+
+
+def summarize(values: Sequence[float], num_examples: int, scorer: str) -> Score:
+    mean = statistics.fmean(values)
+    if len(values) > 1:
+        return Score(mean, statistics.stdev(values), len(values))
+    return Score(mean, standard_error(mean, num_examples, scorer), 1)
+
+
+def standard_error(quality: float, num_examples: int, scorer: str) -> float | None:
+    """Of one run's quality, from the finite number of examples.
+
+    Binomial for shares: sqrt(q (1 - q) / n), an approximation for F1. For correlations (1 - r^2) / sqrt(n - 1), the
+    large-sample value for Pearson's r, of which Matthews' coefficient is the binary case.
+    """
+    if num_examples < 2 or not math.isfinite(quality):
+        return None
+    if is_fraction(scorer):
+        return math.sqrt(max(quality * (1 - quality), 0.0) / num_examples)
+    return max(1 - quality**2, 0.0) / math.sqrt(num_examples - 1) if abs(quality) <= 1 else None
+
+
+def all_trials(study: StudyRecord) -> list[TrialRecord]:
+    """Trials by number, the trained-head baseline first where it is not one of them."""
+    trials = sorted(study.trials, key=lambda trial: trial.number)
+    if study.baseline is not None and all(trial.number != study.baseline.number for trial in trials):
+        return [study.baseline, *trials]
+    return trials
+
+
+def undominated(points: Sequence[tuple[float, ...]]) -> list[bool]:
+    """For each point, whether no other is at least as low everywhere and lower somewhere."""
+    return [not any(_dominates(other, point) for other in points) for point in points]
+
+
+def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a != b and all(x <= y for x, y in zip(a, b, strict=True))
+
+
+def vram_title(trials: Sequence[TrialRecord]) -> str:
+    """`Peak VRAM, estimated` or `..., measured` where all values are one of them; else each value must say it."""
+    sources = {trial.cost.vram_source for trial in trials if trial.cost is not None}
+    return f"Peak VRAM, {sources.pop()}" if len(sources) == 1 else "Peak VRAM"

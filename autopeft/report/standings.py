@@ -1,0 +1,110 @@
+"""A leaderboard's entries ranked against their rivals."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from autopeft.records import Cost
+from autopeft.report.entries import Entry
+from autopeft.report.scores import undominated
+from autopeft.report.words import title_method
+
+_BASELINES = {"head": "baseline: trained head", "majority": "baseline: most frequent label"}
+
+
+class Standing(NamedTuple):
+    """An entry with what follows from its runs and its rivals."""
+
+    entry: Entry
+    rank: int | None
+    """From 1; None for baselines."""
+    on_front: bool
+    quality: float
+    quality_sd: float | None
+    """Over seeds; None with one."""
+    num_seeds: int
+    test_quality: float | None
+    test_quality_sd: float | None
+    num_test_seeds: int
+    cost: Cost | None
+    device_seconds: float
+    """Mean of a full-length run."""
+    studies: list[str]
+    date: str
+    """Of the newest run."""
+
+    @property
+    def title(self) -> str:
+        if self.entry.kind != "trial":
+            return _BASELINES[self.entry.kind]
+        return "" if self.entry.spec is None else title_method(self.entry.spec.method)
+
+
+def rank_entries(entries: Iterable[Entry]) -> list[Standing]:
+    """Sorted by search-validation quality: test scores never choose.
+
+    Entries on other data or weights are no rivals: each pair of digests is ranked apart, the most recent pair first.
+    """
+    groups = group_rivals(_stand(entry) for entry in entries)
+    ordered = sorted(groups.items(), key=lambda item: item[0])
+    ordered.sort(key=lambda item: max(standing.date for standing in item[1]), reverse=True)
+    return [standing for _, group in ordered for standing in _rank_group(group)]
+
+
+def group_rivals(standings: Iterable[Standing]) -> dict[tuple[str, str], list[Standing]]:
+    """(task digest, model digest) -> its standings, both in the order given."""
+    groups: dict[tuple[str, str], list[Standing]] = {}
+    for standing in standings:
+        groups.setdefault((standing.entry.task_digest, standing.entry.model_digest), []).append(standing)
+    return groups
+
+
+def _stand(entry: Entry) -> Standing:
+    qualities = _average_by_seed((run.seed, run.quality) for run in entry.runs)
+    tests = _average_by_seed((run.seed, run.test_quality) for run in entry.runs if run.test_quality is not None)
+    return Standing(
+        entry=entry,
+        rank=None,
+        on_front=False,
+        quality=statistics.fmean(qualities),
+        quality_sd=_deviation(qualities),
+        num_seeds=len(qualities),
+        test_quality=statistics.fmean(tests) if tests else None,
+        test_quality_sd=_deviation(tests),
+        num_test_seeds=len(tests),
+        cost=_choose_cost(entry),
+        device_seconds=statistics.fmean(run.device_seconds for run in entry.runs),
+        studies=sorted({run.study for run in entry.runs}),
+        date=max(run.created_at for run in entry.runs)[:10],
+    )
+
+
+def _average_by_seed(runs: Iterable[tuple[int | None, float]]) -> list[float]:
+    """One value a seed: two studies that used the same seed have repeated a run, and tell nothing of the spread."""
+    values: dict[int | None, list[float]] = {}
+    for seed, value in runs:
+        values.setdefault(seed, []).append(value)
+    return [statistics.fmean(group) for group in values.values()]
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _choose_cost(entry: Entry) -> Cost | None:
+    """The largest measurement, else the largest estimate: what a card must have to train it."""
+    costs = [run.cost for run in entry.runs if run.cost is not None]
+    return max(costs, key=lambda cost: (cost.vram_source == "measured", cost.peak_vram_bytes), default=None)
+
+
+def _rank_group(group: Sequence[Standing]) -> list[Standing]:
+    ordered = sorted(group, key=lambda standing: (-standing.quality, standing.entry.key))
+    rivals = [standing for standing in ordered if standing.entry.kind == "trial"]
+    priced = [(standing, standing.cost) for standing in rivals if standing.cost is not None]
+    points = [(-standing.quality, cost.peak_vram_bytes, cost.trainable_parameters) for standing, cost in priced]
+    kept = undominated(points)
+    front = {standing.entry.key for (standing, _), keep in zip(priced, kept, strict=True) if keep}
+    ranks = {standing.entry.key: place for place, standing in enumerate(rivals, start=1)}
+    return [s._replace(rank=ranks.get(s.entry.key), on_front=s.entry.key in front) for s in ordered]

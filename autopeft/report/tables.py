@@ -1,0 +1,161 @@
+"""A leaderboard's standings as Markdown, to read, and as CSV, to compute with."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+
+from autopeft.report.standings import Standing, group_rivals
+from autopeft.report.words import (
+    NOTHING,
+    describe_settings,
+    format_bytes,
+    format_count,
+    format_learning_rate,
+    format_margin,
+    format_quality,
+    format_seconds,
+    title_scorer,
+)
+
+_COLUMNS = (
+    "rank",
+    "method",
+    "configuration",
+    "bits",
+    "learning_rate",
+    "steps",
+    "quality",
+    "quality_sd",
+    "num_seeds",
+    "test_quality",
+    "test_quality_sd",
+    "num_test_seeds",
+    "trainable_parameters",
+    "head_parameters",
+    "peak_vram_bytes",
+    "vram_source",
+    "device_seconds",
+    "on_front",
+    "studies",
+    "date",
+    "scorer",
+    "task_digest",
+    "model_digest",
+    "key",
+)
+
+
+def render_csv(standings: Sequence[Standing]) -> str:
+    """Every number at full precision; empty where it was not measured."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    writer.writerows(_csv_row(standing) for standing in standings)
+    return out.getvalue()
+
+
+def render_markdown(task_name: str, model: str, standings: Sequence[Standing]) -> str:
+    groups = group_rivals(standings)
+    lines = [f"# {escape_markdown(task_name)} on {escape_markdown(model)}", "", *_explain(standings)]
+    for (task_digest, model_digest), group in groups.items():
+        if len(groups) > 1:
+            lines += ["", f"## Data {escape_markdown(task_digest)}, weights {escape_markdown(model_digest)}"]
+        lines += ["", *_markdown_table(group)]
+    return "\n".join(lines) + "\n"
+
+
+def escape_markdown(text: str) -> str:
+    """`text` as Markdown shows it literally, inside a table too."""
+    text = " ".join(text.split())
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*\[\]|~$#!])", r"\\\1", text)
+    return re.sub(r"(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])", r"\\_", text)
+
+
+def _csv_row(standing: Standing) -> list[object]:
+    entry, spec, cost = standing.entry, standing.entry.spec, standing.cost
+    return [
+        standing.rank,
+        standing.title if spec is None or entry.kind != "trial" else spec.method,
+        "" if spec is None else describe_settings(spec),
+        None if spec is None else spec.bits,
+        None if spec is None else spec.learning_rate,
+        None if spec is None else spec.max_steps,
+        standing.quality,
+        standing.quality_sd,
+        None if entry.kind == "majority" else standing.num_seeds,
+        standing.test_quality,
+        standing.test_quality_sd,
+        None if entry.kind == "majority" else standing.num_test_seeds,
+        None if cost is None else cost.trainable_parameters,
+        None if cost is None else cost.head_parameters,
+        None if cost is None else cost.peak_vram_bytes,
+        None if cost is None else cost.vram_source,
+        None if entry.kind == "majority" else standing.device_seconds,
+        standing.on_front,
+        "; ".join(standing.studies),
+        standing.date,
+        entry.scorer,
+        entry.task_digest,
+        entry.model_digest,
+        entry.key,
+    ]
+
+
+def _explain(standings: Sequence[Standing]) -> list[str]:
+    scorer = title_scorer(standings[0].entry.scorer) if standings else "quality"
+    return [
+        f"Ranked by {escape_markdown(scorer)} on search-validation, mean over seeds ± standard deviation; test scores "
+        "stand beside it and rank nothing. Only full-length runs are here. Front: no other row is at least as good in "
+        "quality, peak VRAM and trainable parameters, and better in one; baselines are not ranked. Device time is that "
+        "of one run.",
+    ]
+
+
+def _markdown_table(group: Sequence[Standing]) -> list[str]:
+    sources = {standing.cost.vram_source for standing in group if standing.cost is not None}
+    vram = f"Peak VRAM, {min(sources)}" if len(sources) == 1 else "Peak VRAM"
+    titles = (
+        "Rank|Method|Configuration|Bits|Learning rate|Steps|Quality|Test|Params|Head|{}|Device time|Front|Studies|Date"
+    )
+    header = titles.format(vram).split("|")
+    left = {"Method", "Configuration", "Front", "Studies"}
+    rule = [":--" if title in left else "--:" for title in header]
+    rows = [_markdown_row(standing, mixed=len(sources) > 1) for standing in group]
+    return [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]
+
+
+def _markdown_row(standing: Standing, *, mixed: bool) -> list[str]:
+    entry, spec, cost = standing.entry, standing.entry.spec, standing.cost
+    majority = entry.kind == "majority"
+    cells = [
+        NOTHING if standing.rank is None else str(standing.rank),
+        standing.title,
+        (describe_settings(spec) if spec else "") or NOTHING,
+        str(spec.bits) if spec else NOTHING,
+        format_learning_rate(spec.learning_rate) if spec else NOTHING,
+        f"{spec.max_steps:,}" if spec else NOTHING,
+        _score(standing.quality, standing.quality_sd, None if majority else standing.num_seeds, entry.scorer),
+        _score(
+            standing.test_quality, standing.test_quality_sd, None if majority else standing.num_test_seeds, entry.scorer
+        ),
+        format_count(cost.trainable_parameters) if cost else NOTHING,
+        format_count(cost.head_parameters) if cost else NOTHING,
+        f"{format_bytes(cost.peak_vram_bytes)}{f' ({cost.vram_source})' if mixed else ''}" if cost else NOTHING,
+        NOTHING if majority else format_seconds(standing.device_seconds),
+        "yes" if standing.on_front else "",
+        ", ".join(standing.studies),
+        standing.date,
+    ]
+    return [escape_markdown(cell) for cell in cells]
+
+
+def _score(mean: float | None, deviation: float | None, num_seeds: int | None, scorer: str) -> str:
+    if mean is None:
+        return NOTHING
+    spread = "" if deviation is None else f" ± {format_margin(deviation, scorer)}"
+    seeds = "" if num_seeds is None else f" ({num_seeds} seed{'s' if num_seeds > 1 else ''})"
+    return f"{format_quality(mean, scorer)}{spread}{seeds}"

@@ -1,0 +1,108 @@
+"""The answer in plain words: what won, what is nearly as good and cheaper, and whether it was worth it at all."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from autopeft.records import StudyRecord, TrialRecord, TrialState
+from autopeft.report.scores import all_trials, held_out_score, standard_error, validation_score
+from autopeft.report.words import (
+    describe_settings,
+    format_count,
+    format_learning_rate,
+    format_quality,
+    title_method,
+    title_scorer,
+)
+
+_CLEAR = 2.0
+"""A difference counts as clear from this many standard errors on."""
+
+_ORDER: tuple[TrialState, ...] = ("complete", "stopped", "paused", "running", "waiting", "failed", "refused")
+
+
+def write_verdict(study: StudyRecord) -> str:
+    """Two to four sentences."""
+    best = picked_trial(study, "best")
+    if best is None or not best.rungs:
+        return " ".join([_say_nothing_won(study), _say_baselines(study)])
+    return " ".join(
+        [_say_best(study, best), _say_smallest(study, best), _say_baselines(study), _say_doubt(study, best)]
+    )
+
+
+def picked_trial(study: StudyRecord, name: str) -> TrialRecord | None:
+    numbers = [pick.number for pick in study.picks if pick.name == name]
+    return next((trial for trial in all_trials(study) if trial.number in numbers), None)
+
+
+def count_states(study: StudyRecord) -> str:
+    """`18 complete, 9 stopped, 1 refused`, most finished first."""
+    counts = Counter(trial.state for trial in study.trials)
+    return ", ".join(f"{counts[state]} {state}" for state in _ORDER if counts[state])
+
+
+def _say_best(study: StudyRecord, best: TrialRecord) -> str:
+    scorer = study.config.scorer
+    score, test = validation_score(best, scorer), held_out_score(best, scorer)
+    assert score is not None
+    tried = sum(trial.state not in ("waiting", "refused") for trial in study.trials)
+    settings = [describe_settings(best.spec), f"lr {format_learning_rate(best.spec.learning_rate)}"]
+    name = f"{title_method(best.spec.method)} ({', '.join(filter(None, settings))})"
+    of = f"Of {tried} configurations tried, {name} is the best" if tried > 1 else f"{name} was the only trial"
+    found = f"{of}: {score.text(scorer)} {title_scorer(scorer)} on search-validation ({score.basis()})"
+    return f"{found} and {test.text(scorer)} on held-out test data." if test else f"{found}. It was not confirmed."
+
+
+def _say_smallest(study: StudyRecord, best: TrialRecord) -> str:
+    small = picked_trial(study, "smallest")
+    score = None if small is None else validation_score(small, study.config.scorer)
+    if small is None or score is None or small.cost is None or best.cost is None:
+        return ""
+    if small.number == best.number:
+        return "Nothing with fewer trainable parameters came within noise of it."
+    few, many = (format_count(trial.cost.trainable_parameters) for trial in (small, best) if trial.cost)
+    what = (
+        "A smaller one of the same method" if small.spec.method == best.spec.method else title_method(small.spec.method)
+    )
+    settings = f" ({describe_settings(small.spec)})" if describe_settings(small.spec) else ""
+    quality = format_quality(score.mean, study.config.scorer)
+    return (
+        f"{what}{settings} comes within noise of it, at {quality}, with {few} trainable parameters instead of {many}."
+    )
+
+
+def _say_baselines(study: StudyRecord) -> str:
+    scorer = study.config.scorer
+    majority = f"always answering the most frequent label gives {format_quality(study.config.majority_quality, scorer)}"
+    if study.baseline is None or study.baseline.quality is None:
+        return f"For comparison, {majority}."
+    return f"A trained head alone gives {format_quality(study.baseline.quality, scorer)}; {majority}."
+
+
+def _say_doubt(study: StudyRecord, best: TrialRecord) -> str:
+    """Says so where the best is not clearly above a baseline; unpaired, so rather too careful."""
+    scorer = study.config.scorer
+    quality, examples = best.quality or 0.0, best.rungs[-1].num_examples
+    error = standard_error(quality, examples, scorer) or 0.0
+    if quality - study.config.majority_quality < _CLEAR * error:
+        return (
+            "Nothing is clearly better than that: the budget was too small for this task, "
+            "or none of these configurations suits it."
+        )
+    head = None if study.baseline is None else study.baseline.quality
+    if head is None:
+        return ""
+    noise = math.hypot(error, standard_error(head, examples, scorer) or 0.0)
+    if quality - head < _CLEAR * noise:
+        return f"The best is not clearly above the trained head: {examples:,} examples cannot tell them apart."
+    return ""
+
+
+def _say_nothing_won(study: StudyRecord) -> str:
+    if not study.trials:
+        return "No configuration was tried, so there is nothing to recommend."
+    if any(trial.state == "complete" for trial in study.trials):
+        return f"No configuration was picked. Of {len(study.trials)}: {count_states(study)}."
+    return f"No configuration reached full length, so there is nothing to recommend ({count_states(study)})."

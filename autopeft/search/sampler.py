@@ -1,0 +1,105 @@
+"""What to try next: Optuna's multivariate TPE, asked through a study made anew from the history each time.
+
+The history holds paused trials at their last rung, with the missing share of training as a constraint. Asking the
+stored study itself would show TPE only finished trials, and its constant liar would drive it away from every trial that
+is paused because it is good. A study made anew also makes each answer a function of (history, seed) alone, so a resumed
+search decides as an uninterrupted one would.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from autopeft.methods import refuse_spec
+from autopeft.methods.base import Dimension
+from autopeft.records import Scalar, TrialSpec
+from autopeft.spaces.space import SearchSpace
+
+_STARTUP_TRIALS = 10
+"""TPE answers at random below this many observations (its default)."""
+_ATTEMPTS = 50
+
+
+class Observation(NamedTuple):
+    """What is known of a trial that the space can express."""
+
+    params: dict[str, Scalar]
+    values: tuple[float, ...] | None
+    """In the objectives' order; None where it was never scored."""
+    missing: float
+    """Share of the full length not trained, in [0, 1]; above 0 for what was stopped, refused or failed."""
+
+
+def suggest_spec(
+    space: SearchSpace,
+    history: Sequence[Observation],
+    *,
+    objectives: Sequence[str],
+    known: set[str],
+    max_steps: int,
+    seed: int,
+    number: int,
+) -> TrialSpec | None:
+    """A configuration that is new (`known` holds keys) and that the machine can train; None where none was found."""
+    directions = optuna_directions(objectives)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.TPESampler(
+            n_startup_trials=_STARTUP_TRIALS, multivariate=True, group=True, constant_liar=False,
+            seed=int(np.random.SeedSequence([seed, number]).generate_state(1)[0]),
+        )  # fmt: skip
+        study = optuna.create_study(directions=directions, sampler=sampler)
+        study.add_trials([_freeze(space, observation, len(objectives)) for observation in history])
+        for _ in range(_ATTEMPTS):
+            trial = study.ask()
+            spec = space.suggest(trial, max_steps=max_steps, seed=seed)
+            if spec.key() not in known and refuse_spec(spec, space.device_kind) is None:
+                return spec
+            # Forbidden by a rule or tried before: known to the sampler as infeasible, so that it looks elsewhere.
+            trial.set_constraint("missing", 1.0)
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+    return None
+
+
+def optuna_directions(objectives: Sequence[str]) -> list[optuna.study.StudyDirection]:
+    """Quality is made large, costs small."""
+    directions = optuna.study.StudyDirection
+    return [directions.MAXIMIZE if name == "quality" else directions.MINIMIZE for name in objectives]
+
+
+def distributions(space: SearchSpace, params: dict[str, Scalar]) -> dict[str, BaseDistribution]:
+    """Optuna's distributions of the dimensions that `params` answers."""
+    found: dict[str, BaseDistribution] = {"method": CategoricalDistribution(list(space.methods))}
+    method = str(params["method"])
+    for dimension in space.methods[method].dimensions:
+        name = f"{method}.{dimension.name}"
+        if name in params:
+            found[name] = _distribution(dimension)
+    return found
+
+
+def _distribution(dimension: Dimension) -> BaseDistribution:
+    if dimension.kind == "choice":
+        return CategoricalDistribution(list(dimension.choices))
+    assert dimension.low is not None
+    assert dimension.high is not None
+    if dimension.kind == "int":
+        return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
+    return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+
+
+def _freeze(space: SearchSpace, observation: Observation, num_objectives: int) -> optuna.trial.FrozenTrial:
+    scored = observation.values is not None
+    return optuna.trial.create_trial(
+        state=optuna.trial.TrialState.COMPLETE if scored else optuna.trial.TrialState.PRUNED,
+        values=list(observation.values) if observation.values is not None else None,
+        params=dict(observation.params),
+        distributions=distributions(space, observation.params),
+        constraints={"missing": observation.missing},
+    )

@@ -1,0 +1,380 @@
+"""The study on disk. Optuna's storage is the only state; checkpoints and per-example scores lie beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import optuna
+
+from autopeft.budget import Ledger
+from autopeft.errors import RecordError, StudyError, suggest_nearest
+from autopeft.records import (
+    SCHEMA_VERSION,
+    Confirmation,
+    Cost,
+    Failed,
+    Outcome,
+    Provenance,
+    RungScore,
+    Segment,
+    StudyConfig,
+    TrialRecord,
+    TrialSource,
+    TrialSpec,
+    TrialState,
+    from_record,
+    to_record,
+)
+from autopeft.search.sampler import distributions, optuna_directions
+from autopeft.spaces.space import SearchSpace
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_STUDY = "autopeft"
+
+Predictions = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class Trial:
+    """A trial while the study runs; every change is written through `StudyStore.save`."""
+
+    number: int
+    spec: TrialSpec
+    source: TrialSource
+    state: TrialState = "waiting"
+    cost: Cost | None = None
+    rungs: list[RungScore] = field(default_factory=list)
+    outcome: Outcome | None = None
+    device_seconds: float = 0.0
+    confirmations: list[Confirmation] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    checkpoint: str | None = None
+    checkpoint_digest: str | None = None
+    deaths: int = 0
+    """Workers that died under it; a few are an accident, more are its fault."""
+
+    @property
+    def step(self) -> int:
+        """Steps trained and scored so far."""
+        return self.rungs[-1].step if self.rungs else 0
+
+    def to_record(self) -> TrialRecord:
+        return TrialRecord(
+            number=self.number,
+            spec=self.spec,
+            source=self.source,
+            state=self.state,
+            cost=self.cost,
+            rungs=tuple(self.rungs),
+            outcome=self.outcome,
+            device_seconds=self.device_seconds,
+            confirmations=tuple(self.confirmations),
+        )
+
+
+_SAVED: dict[str, Any] = {
+    "spec": TrialSpec,
+    "source": TrialSource,
+    "state": TrialState,
+    "cost": Cost | None,
+    "rungs": tuple[RungScore, ...],
+    "outcome": Outcome | None,
+    "device_seconds": float,
+    "confirmations": tuple[Confirmation, ...],
+    "segments": tuple[Segment, ...],
+    "checkpoint": str | None,
+    "checkpoint_digest": str | None,
+    "deaths": int,
+}
+"""A trial's user attributes and their types."""
+
+
+def check_study_name(name: str) -> None:
+    """Raises StudyError for a name that is no plain file name, so that no study escapes its folder."""
+    if not _NAME.fullmatch(name):
+        raise StudyError(
+            f"A study's name is letters, digits, '.', '_' and '-', at most 100, and starts with a letter or digit, but "
+            f"'{name}' is not. Choose another with --name."
+        )
+
+
+class StudyStore:
+    """One study: its settings, its trials, and the files beside them."""
+
+    def __init__(self, folder: Path, study: optuna.Study, storage: optuna.storages.BaseStorage) -> None:
+        self.folder = folder
+        self._study = study
+        self._storage = storage
+        self._study_id = storage.get_study_id_from_name(_STUDY)
+        attributes = study.user_attrs
+        version = attributes.get("schema_version", 0)
+        if version > SCHEMA_VERSION:
+            raise RecordError(
+                f"The study in '{folder}' was written with schema {version}, and this autopeft reads schemas up to "
+                f"{SCHEMA_VERSION}. Nothing was changed. Install a newer autopeft to go on."
+            )
+        where = f"study '{folder.name}'"
+        self.config: StudyConfig = from_record(StudyConfig, attributes["config"], where)
+        self.provenance: Provenance = from_record(Provenance, attributes["provenance"], where)
+        self.uid: str = attributes["uid"]
+        self.reference: dict[str, float] = dict(attributes.get("reference", {}))
+        self.notes: list[str] = list(attributes.get("notes", []))
+        self.finished: bool = attributes.get("finished", False)
+        self.trials: list[Trial] = []
+        self.baseline: Trial | None = None
+        self._written: dict[int, dict[str, str]] = {}
+        for frozen in study.get_trials(deepcopy=False):
+            self.trials.append(self._read_trial(frozen))
+        if "baseline" in attributes:
+            self.baseline = _decode_trial(-1, attributes["baseline"], where)
+
+    # --- open, create
+
+    @classmethod
+    def create(
+        cls,
+        root: Path,
+        config: StudyConfig,
+        provenance: Provenance,
+        labels: npt.NDArray[np.int64],
+    ) -> StudyStore:
+        """A new study in `root/<name>/`. Raises StudyError where there is one already, or it cannot be written."""
+        check_study_name(config.name)
+        folder = root / config.name
+        if (folder / "study.db").exists():
+            raise StudyError(
+                f"There is already a study '{config.name}'. Go on with it: autopeft resume {config.name}. Or start "
+                "another under a new --name."
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            np.save(folder / "labels.npy", labels)
+        except OSError as exc:
+            raise StudyError(f"The study's folder '{folder}' must be writable, but: {exc.strerror}.") from exc
+        directions = optuna_directions(config.objectives)
+        # Written under another name first: a study.db that exists is whole.
+        part = folder / "study.part"
+        part.unlink(missing_ok=True)
+        storage = _open_storage(part)
+        study = optuna.create_study(study_name=_STUDY, storage=storage, directions=directions)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(list(config.objectives))
+        for key, value in {
+            "schema_version": SCHEMA_VERSION,
+            "uid": uuid.uuid4().hex[:16],
+            "config": to_record(config),
+            "provenance": to_record(provenance),
+        }.items():
+            study.set_user_attr(key, value)
+        storage.remove_session()
+        storage.engine.dispose()
+        part.replace(folder / "study.db")
+        return cls.open(root, config.name)
+
+    @classmethod
+    def open(cls, root: Path, name: str) -> StudyStore:
+        """Raises StudyError with the nearest name where there is no such study."""
+        check_study_name(name)
+        folder = root / name
+        if not (folder / "study.db").is_file():
+            known = sorted(path.parent.name for path in root.glob("*/study.db"))
+            hint = suggest_nearest(name, known) if known else "There are none yet; autopeft search starts one."
+            raise StudyError(f"There is no study '{name}' in '{root}'. {hint}")
+        try:
+            storage = _open_storage(folder / "study.db")
+            study = optuna.load_study(
+                study_name=_STUDY,
+                storage=storage,
+                # Only asked for what has been enqueued; see sampler.py.
+                sampler=optuna.samplers.RandomSampler(seed=0),
+            )
+        except Exception as exc:  # sqlalchemy's and optuna's many types, none of which a user can tell apart
+            raise StudyError(f"The study in '{folder}' cannot be read: {exc}. Restore study.db from a copy.") from exc
+        return cls(folder, study, storage)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held by the study's driver. Raises StudyError where another driver holds it."""
+        with (self.folder / "driver.lock").open("a+") as file:
+            try:
+                _lock_file(file.fileno())
+            except OSError:
+                raise StudyError(
+                    f"The study '{self.config.name}' is being run by another process. Wait for it, or stop it."
+                ) from None
+            yield
+
+    # --- trials
+
+    def add(self, spec: TrialSpec, source: TrialSource, space: SearchSpace) -> Trial:
+        """A new trial. It is stored with its configuration at once, so that a crash loses no question asked."""
+        params = space.params(spec) or {}
+        attributes = {
+            key: to_record(value) for key, value in {"spec": spec, "source": source, "state": "waiting"}.items()
+        }
+        self._study.enqueue_trial(params, user_attrs=attributes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            asked = self._study.ask(distributions(space, params) if params else {})
+        trial = Trial(number=asked.number, spec=spec, source=source)
+        self.trials.append(trial)
+        self.save(trial)
+        return trial
+
+    def save(self, trial: Trial) -> None:
+        """Writes what has changed of a trial; tells Optuna when it has ended."""
+        if trial is self.baseline:
+            self._study.set_user_attr("baseline", _encode_trial(trial))
+            return
+        encoded = _encode_trial(trial)
+        written = self._written.setdefault(trial.number, {})
+        trial_id = self._trial_id(trial.number)
+        state_before = json.loads(written.get("state", '"waiting"'))
+        if state_before in ("waiting", "running", "paused"):
+            for key, value in encoded.items():
+                text = json.dumps(value)
+                if written.get(key) != text:
+                    self._storage.set_trial_user_attr(trial_id, key, value)
+                    written[key] = text
+            if trial.state in ("complete", "stopped", "failed", "refused"):
+                self._tell(trial)
+        else:
+            # Optuna freezes the attributes of a trial that was told; confirmations come later.
+            self._study.set_user_attr(f"late:{trial.number}", {k: encoded[k] for k in ("confirmations", "segments")})
+
+    def _tell(self, trial: Trial) -> None:
+        study = self._study
+        if trial.state == "complete":
+            assert trial.cost is not None
+            values = {"quality": trial.rungs[-1].quality, "vram": float(trial.cost.peak_vram_bytes),
+                      "params": float(trial.cost.trainable_parameters)}  # fmt: skip
+            study.tell(trial.number, [values[name] for name in self.config.objectives])
+        elif isinstance(trial.outcome, Failed) and trial.outcome.reason in ("worker_died", "error"):
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        else:
+            missing = 1 - trial.step / trial.spec.max_steps
+            self._storage.set_trial_system_attr(self._trial_id(trial.number), "constraints:missing", missing)
+            study.tell(trial.number, state=optuna.trial.TrialState.PRUNED)
+
+    def _trial_id(self, number: int) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+
+    def _read_trial(self, frozen: optuna.trial.FrozenTrial) -> Trial:
+        attributes = dict(frozen.user_attrs)
+        attributes |= self._study.user_attrs.get(f"late:{frozen.number}", {})
+        self._written[frozen.number] = {key: json.dumps(value) for key, value in frozen.user_attrs.items()}
+        return _decode_trial(frozen.number, attributes, f"study '{self.folder.name}', trial {frozen.number}")
+
+    # --- the study itself
+
+    def save_baseline(self, trial: Trial) -> None:
+        self.baseline = trial
+        self.save(trial)
+
+    def save_study(self, **attributes: Any) -> None:
+        """Writes study-wide attributes: `ledger`, `reference`, `notes`, `finished`, `running`."""
+        for key, value in attributes.items():
+            if key in ("reference", "notes", "finished"):
+                setattr(self, key, value)
+            self._study.set_user_attr(key, to_record(value))
+
+    def read_ledger(self, ledger: Ledger) -> list[dict[str, Any]]:
+        """Fills a ledger with what earlier drivers spent; returns the stretches that were running at the last sign."""
+        saved = self._study.user_attrs.get("ledger", {})
+        for purpose in ledger.device_seconds:
+            ledger.device_seconds[purpose] = saved.get(f"{purpose}_seconds", 0.0)
+        ledger.wall_seconds = saved.get("wall_seconds", 0.0)
+        ledger.trials_started = sum(1 for trial in self.trials if trial.state not in ("waiting", "refused"))
+        running: list[dict[str, Any]] = self._study.user_attrs.get("running", [])
+        return running
+
+    def save_config(self, config: StudyConfig) -> None:
+        self.config = config
+        self._study.set_user_attr("config", to_record(config))
+
+    def save_provenance(self, provenance: Provenance) -> None:
+        self.provenance = provenance
+        self._study.set_user_attr("provenance", to_record(provenance))
+
+    # --- files
+
+    def read_scores(self, scores_file: str, key: str) -> npt.NDArray[Any]:
+        """`validation_losses`, `validation_predictions`, or the same of `test`, (N,)."""
+        with np.load(self.folder / scores_file) as arrays:
+            return np.asarray(arrays[key])
+
+    def read_labels(self) -> npt.NDArray[np.int64]:
+        """Labels of the search-validation split, (N,)."""
+        return np.asarray(np.load(self.folder / "labels.npy"))
+
+    def has_checkpoint(self, trial: Trial) -> bool:
+        """Whether the trial can go on from where it paused: the file is there, and whole."""
+        if trial.checkpoint is None:
+            return False
+        path = self.folder / trial.checkpoint
+        if not path.is_file():
+            return False
+        if trial.checkpoint_digest is None:
+            return True
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == trial.checkpoint_digest
+
+    def drop_checkpoints(self, trial: Trial, *, keep: str | None = None) -> None:
+        for path in (self.folder / "checkpoints").glob(f"trial-{trial.number:05d}-*"):
+            if keep is None or path.name != Path(keep).name:
+                path.unlink(missing_ok=True)
+
+
+def delete_study(root: Path, name: str) -> None:
+    """Removes a study with all its files: one whose start failed before anything was asked of it."""
+    check_study_name(name)
+    shutil.rmtree(root / name, ignore_errors=True)
+
+
+def _open_storage(path: Path) -> optuna.storages.RDBStorage:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna.storages.RDBStorage(f"sqlite:///{path.resolve()}", engine_kwargs={"connect_args": {"timeout": 60}})
+
+
+def _lock_file(descriptor: int) -> None:
+    if os.name == "posix":
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _encode_trial(trial: Trial) -> dict[str, Any]:
+    return {key: to_record(getattr(trial, key)) for key in _SAVED}
+
+
+def _decode_trial(number: int, attributes: dict[str, Any], where: str) -> Trial:
+    values = {key: from_record(hint, attributes[key], where) for key, hint in _SAVED.items() if key in attributes}
+    values |= {key: list(values[key]) for key in ("rungs", "confirmations", "segments") if key in values}
+    return Trial(number=number, **values)
+
+
+def is_ended(trial: Trial) -> bool:
+    return trial.state in ("complete", "stopped", "failed", "refused")
+
+
+def scored_runs(trials: Sequence[Trial]) -> Iterator[tuple[int, str]]:
+    """(number, scores file) of every full-length training: the trial's own and its confirmations."""
+    for trial in trials:
+        if trial.state == "complete":
+            yield trial.number, trial.rungs[-1].scores_file
+            for confirmation in trial.confirmations:
+                yield trial.number, confirmation.scores_file

@@ -1,0 +1,705 @@
+"""The driver: a study from its first question to its last answer, read from top to bottom.
+
+    suggest -> cost -> feasible? -> assign to a worker -> stretch ends -> record -> race -> promote, stop, pause
+    -> ... -> last rung -> complete; when the search's share is spent: finalists -> retrain with seeds -> score on test
+
+Workers train; only this process decides, keeps the ledger, and writes. It never imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from autopeft.backends.base import Broken, CostReply, Ended, Finished, Pack, Progress, Purpose, Ready, Stretch
+from autopeft.budget import Ledger, parse_budget
+from autopeft.errors import WorkerError
+from autopeft.executors.base import Executor, WorkerEvent
+from autopeft.methods import METHODS, refuse_spec
+from autopeft.records import (
+    Completed,
+    Confirmation,
+    Cost,
+    Failed,
+    LedgerRecord,
+    Refused,
+    RungScore,
+    Segment,
+    Stopped,
+    StudyRecord,
+    TrialSource,
+    TrialSpec,
+    to_record,
+)
+from autopeft.search.front import Front, Run, analyze_front, cost_vector
+from autopeft.search.policy import Promote, Situation, Speed, StartNew, choose_next, next_rung
+from autopeft.search.racing import Contender, PairedRacing, RacingRule
+from autopeft.search.sampler import Observation, suggest_spec
+from autopeft.search.store import StudyStore, Trial, is_ended, scored_runs
+from autopeft.spaces.space import SearchSpace
+
+MAX_FINALISTS = 5
+_MOST_DEATHS = 2
+"""Workers that may die under one trial before it is given up."""
+_WAIT_SECONDS = 0.5
+_HEARTBEAT_SECONDS = 5.0
+
+Phase = Literal["search", "confirm", "done"]
+
+
+class Status(NamedTuple):
+    """A moment of a study, for whoever displays it."""
+
+    phase: Phase
+    trials: list[Trial]
+    running: dict[int, tuple[int, Purpose, int, int]]
+    """Worker -> (trial, purpose, step reached, step to reach)."""
+    spent_share: float | None
+    """Of the budget, in [0, 1]; None where only trials bound it."""
+    seconds_left: float
+    trials_left: float
+    message: str = ""
+
+
+class _Running(NamedTuple):
+    worker: int
+    stretch: Stretch
+    trial: Trial
+    assigned_at: float
+    step: int
+
+
+class Search:
+    """Runs one study on one executor."""
+
+    def __init__(
+        self,
+        store: StudyStore,
+        executor: Executor,
+        space: SearchSpace,
+        *,
+        wall_seconds_limit: float = math.inf,
+        racing: RacingRule | None = None,
+        on_change: Callable[[Status], None] = lambda status: None,
+    ) -> None:
+        """`wall_seconds_limit` bounds this run beside the budget (`--until`)."""
+        self.store = store
+        self.executor = executor
+        self.space = space
+        self.config = store.config
+        self.budget = parse_budget(store.config.budget)
+        self.ledger = Ledger(self.budget)
+        self.racing = racing or PairedRacing()
+        self.on_change = on_change
+        self.speed = Speed()
+        self.phase: Phase = "search"
+        self._limit = wall_seconds_limit
+        self._running: dict[int, _Running] = {}
+        self._next_job = 0
+        self._started_at = 0.0
+        self._wall_before = 0.0
+        self._last_heartbeat = -math.inf
+        self._can_suggest = True
+        self._confirm_queue: list[tuple[Trial, int]] = []
+        self._costs: dict[str, CostReply] = {}
+        self._losses: dict[str, npt.NDArray[np.float64]] = {}
+
+    # --- the whole study
+
+    def run(self) -> StudyRecord:
+        """Runs until the budget is spent or nothing is left to do. KeyboardInterrupt leaves everything written."""
+        self._start()
+        try:
+            while self.phase != "done":
+                self._assign_idle_workers()
+                if not self._running:
+                    self._advance_phase()
+                    continue
+                for event in self.executor.wait(_WAIT_SECONDS if self.budget.is_clocked else 3600.0):
+                    self._take(event)
+                self._tick()
+        except BaseException:
+            self._abandon_running()
+            raise
+        finally:
+            self._write_ledger()
+            self.executor.close()
+        self.store.save_study(finished=True, running=[])
+        return build_record(self.store)
+
+    def _start(self) -> None:
+        running = self.store.read_ledger(self.ledger)
+        self._wall_before = self.ledger.wall_seconds
+        self._recover(running)
+        ready = self.executor.start()
+        self._note_workers(ready)
+        self._started_at = self.executor.now()
+        for trial in [*self.store.trials, *([self.store.baseline] if self.store.baseline else [])]:
+            before = 0
+            for score in trial.rungs:
+                self.speed.learn(trial.spec, score, score.step - before, self.executor.device_rate)
+                before = score.step
+        if not self.store.reference:
+            self._fix_reference()
+        if not self.store.trials:
+            for spec in self.config.included:
+                self.store.add(spec, "included", self.space)
+            for spec in self.space.recipes[: self._trials_left_to_add()]:
+                if spec.key() not in self._known():
+                    self.store.add(spec, "recipe", self.space)
+
+    def _trials_left_to_add(self) -> int | None:
+        left = self.ledger.trials_left()
+        return None if math.isinf(left) else max(0, int(left) - len(self.store.trials))
+
+    def _note_workers(self, ready: list[Ready]) -> None:
+        first = ready[0]
+        if not self.store.provenance.model_digest:
+            self.store.save_provenance(
+                replace(
+                    self.store.provenance,
+                    device=first.device_name if self.config.device_kind == "cuda" else self.store.provenance.device,
+                    model_digest=first.model_digest,
+                    packages=first.packages or self.store.provenance.packages,
+                )
+            )
+
+    def _fix_reference(self) -> None:
+        """The worst that counts in the hypervolume: the majority class at the cost of full fine-tuning."""
+        recipe = METHODS["full"].recipe
+        base = self.space.recipes[0] if self.space.recipes else self.config.included[0]
+        full = replace(
+            base, method="full", settings=dict(recipe.settings), target_modules=None,
+            bits=16 if self.config.device_kind == "cuda" else 32,
+        )  # fmt: skip
+        cost = self._cost(full).cost
+        reference = {"quality": self.config.majority_quality}
+        if cost is not None:
+            costs = {"vram": float(cost.peak_vram_bytes), "params": float(cost.trainable_parameters)}
+            reference |= {name: costs[name] for name in self.config.objectives if name != "quality"}
+        self.store.save_study(reference=reference)
+
+    # --- crash recovery
+
+    def _recover(self, running: list[dict[str, float]]) -> None:
+        """After a driver that died: charges what ran at its last sign of life, and pauses or requeues those trials."""
+        for item in running:
+            self.ledger.charge("lost", float(item["device_seconds"]))
+        for trial in self.store.trials:
+            if trial.state in ("running", "paused"):
+                self._requeue(trial)
+        baseline = self.store.baseline
+        if baseline is not None and baseline.state == "running":
+            baseline.state = "waiting"
+        self.store.save_study(running=[], finished=False)
+
+    def _requeue(self, trial: Trial) -> None:
+        """Back to its last checkpoint, or to the start where that is gone."""
+        if trial.rungs and not self.store.has_checkpoint(trial):
+            trial.rungs.clear()
+            trial.checkpoint = trial.checkpoint_digest = None
+        trial.state = "paused" if trial.rungs else "waiting"
+        self.store.save(trial)
+
+    def _abandon_running(self) -> None:
+        """An interrupt: the workers are ended, and what they had begun is charged and requeued."""
+        for running in self._running.values():
+            self._charge(running, "lost", self.executor.now())
+            if running.stretch.purpose == "search":
+                self._requeue(running.trial)
+            elif running.stretch.purpose == "baseline":
+                running.trial.state = "waiting"
+                self.store.save(running.trial)
+        self._running.clear()
+        self.store.save_study(running=[])
+
+    # --- assign
+
+    def _assign_idle_workers(self) -> None:
+        for worker in range(self.executor.num_workers):
+            if worker not in self._running:
+                stretch = self._next_stretch()
+                if stretch is None:
+                    return
+                self._assign(worker, *stretch)
+
+    def _next_stretch(self) -> tuple[Trial, Stretch] | None:
+        if self.phase == "confirm":
+            return self._next_confirmation()
+        if self.store.baseline is None or self.store.baseline.state == "waiting":
+            return self._next_baseline()
+        while True:
+            choice = choose_next(self._situation(), self.speed)
+            if isinstance(choice, Promote):
+                return self._stretch_of(self._trial(choice.number))
+            if not isinstance(choice, StartNew):
+                return None
+            trial = self._next_new()
+            if trial is None:
+                self._can_suggest = False
+            elif self._is_feasible(trial):
+                self.ledger.trials_started += 1
+                return self._stretch_of(trial)
+
+    def _situation(self) -> Situation:
+        return Situation(
+            trials=self.store.trials,
+            rungs=self.config.rungs,
+            objectives=self.config.objectives,
+            majority_quality=self.config.majority_quality,
+            num_workers=self.executor.num_workers,
+            seconds_left=self._search_seconds_left(),
+            trials_left=self.ledger.trials_left(),
+            can_suggest=self._can_suggest or any(t.state == "waiting" for t in self.store.trials),
+            recipes_left=any(t.state == "waiting" for t in self.store.trials),
+        )
+
+    def _next_new(self) -> Trial | None:
+        """A recipe or an included configuration first; then what the sampler suggests."""
+        for trial in self.store.trials:
+            if trial.state == "waiting":
+                return trial
+        spec = suggest_spec(
+            self.space,
+            self._history(),
+            objectives=self.config.objectives,
+            known=self._known(),
+            max_steps=self.config.rungs[-1],
+            seed=self.config.seed,
+            number=len(self.store.trials),
+        )
+        return self.store.add(spec, "sampler", self.space) if spec is not None else None
+
+    def _known(self) -> set[str]:
+        return {trial.spec.key() for trial in self.store.trials}
+
+    def _history(self) -> list[Observation]:
+        history = []
+        for trial in self.store.trials:
+            params = self.space.params(trial.spec)
+            if params is None or trial.state == "waiting":
+                continue
+            values = None
+            if trial.rungs and trial.cost is not None:
+                values = (trial.rungs[-1].quality, *cost_vector(trial.cost, self.config.objectives))
+            missing = 1 - trial.step / trial.spec.max_steps if values is not None else 1.0
+            history.append(Observation(params, values, missing))
+        return history
+
+    def _is_feasible(self, trial: Trial) -> bool:
+        """Costs are known before anything is trained; what they forbid is recorded as refused and never started."""
+        rule = refuse_spec(trial.spec, self.config.device_kind)
+        if rule is None:
+            reply = self._cost(trial.spec)
+            trial.cost, rule = reply.cost, reply.refused
+        most = self.config.max_vram_bytes
+        if rule is None and trial.cost is not None and most is not None and trial.cost.peak_vram_bytes > most:
+            rule = f"needs {trial.cost.peak_vram_bytes / 2**30:.2f} GiB, and --max-vram is {most / 2**30:.2f} GiB"
+        if rule is None:
+            return True
+        trial.state, trial.outcome = "refused", Refused(rule=rule)
+        self.store.save(trial)
+        return False
+
+    def _cost(self, spec: TrialSpec) -> CostReply:
+        key = spec.cost_key()
+        if key not in self._costs:
+            self._costs[key] = self.executor.cost(spec)
+        return self._costs[key]
+
+    def _stretch_of(self, trial: Trial) -> tuple[Trial, Stretch]:
+        to_step = next_rung(trial, self.config.rungs)
+        return trial, self._make_stretch(trial, trial.spec, "search", trial.step, to_step)
+
+    def _make_stretch(self, trial: Trial, spec: TrialSpec, purpose: Purpose, from_step: int, to_step: int) -> Stretch:
+        self._next_job += 1
+        return Stretch(
+            job=self._next_job,
+            trial=trial.number,
+            spec=spec,
+            purpose=purpose,
+            from_step=from_step,
+            to_step=to_step,
+            checkpoint=trial.checkpoint if from_step else None,
+            checkpoint_digest=trial.checkpoint_digest if from_step else None,
+            save=purpose == "search" and to_step < spec.max_steps,
+            score_test=purpose == "confirm",
+        )
+
+    def _next_baseline(self) -> tuple[Trial, Stretch]:
+        """A trained head on the frozen base, once, at full length: what the adapters must beat."""
+        recipe = METHODS["head"].recipe
+        base = self.space.recipes[0] if self.space.recipes else self.config.included[0]
+        spec = replace(
+            base, method="head", settings=dict(recipe.settings), target_modules=None,
+            learning_rate=recipe.learning_rate, bits=16 if self.config.device_kind == "cuda" else 32,
+        )  # fmt: skip
+        if self.store.baseline is None:
+            baseline = Trial(number=-1, spec=spec, source="baseline")
+            baseline.cost = self._cost(spec).cost
+            self.store.save_baseline(baseline)
+        assert self.store.baseline is not None
+        return self.store.baseline, self._make_stretch(self.store.baseline, spec, "baseline", 0, spec.max_steps)
+
+    def _assign(self, worker: int, trial: Trial, stretch: Stretch) -> None:
+        if stretch.purpose != "confirm":
+            trial.state = "running"
+            self.store.save(trial)
+        self._running[worker] = _Running(worker, stretch, trial, self.executor.now(), stretch.from_step)
+        self.executor.assign(worker, Pack(stretches=(stretch,)))
+        self._heartbeat(force=True)
+        self.on_change(self.status())
+
+    # --- record
+
+    def _take(self, event: WorkerEvent) -> None:
+        if event.event is None or isinstance(event.event, Broken):
+            self._bury(event)
+            return
+        running = self._running.get(event.worker)
+        if isinstance(event.event, Ready) or running is None:
+            return
+        if isinstance(event.event, Progress):
+            self._running[event.worker] = running._replace(step=event.event.step)
+            return
+        del self._running[event.worker]
+        purpose = running.stretch.purpose
+        seconds = self._charge(running, purpose, event.at_seconds)
+        if isinstance(event.event, Ended):
+            self._record_end(running, event.event)
+        else:
+            assert isinstance(event.event, Finished)
+            self._record_score(running, event.event, seconds)
+        self._heartbeat(force=True)
+        self.on_change(self.status())
+
+    def _charge(self, running: _Running, purpose: Literal["search", "confirm", "baseline", "lost"], at: float) -> float:
+        """Device-seconds from assignment to release, into the ledger and the timeline."""
+        seconds = max(0.0, at - running.assigned_at) * self.executor.device_rate
+        self.ledger.charge(purpose, seconds)
+        trial = running.trial
+        if running.stretch.purpose != "confirm":
+            trial.device_seconds += seconds
+        trial.segments.append(
+            Segment(
+                worker=running.worker,
+                trial=trial.number,
+                purpose=purpose,
+                start_seconds=self._study_seconds(running.assigned_at),
+                end_seconds=self._study_seconds(at),
+                step=running.step if purpose == "lost" else running.stretch.to_step,
+            )
+        )
+        return seconds
+
+    def _record_score(self, running: _Running, finished: Finished, seconds: float) -> None:
+        trial, stretch = running.trial, running.stretch
+        if stretch.purpose == "confirm":
+            assert finished.test is not None
+            trial.confirmations.append(
+                Confirmation(
+                    seed=stretch.spec.seed,
+                    quality=finished.validation.quality,
+                    loss=finished.validation.loss,
+                    test_quality=finished.test.quality,
+                    test_loss=finished.test.loss,
+                    num_test_examples=finished.test.num_examples,
+                    device_seconds=seconds,
+                    scores_file=finished.scores_file,
+                    scores_digest=finished.scores_digest,
+                )
+            )
+            self.store.save(trial)
+            return
+        score = RungScore(
+            rung=len(trial.rungs) if stretch.purpose == "search" else len(self.config.rungs) - 1,
+            step=stretch.to_step,
+            quality=finished.validation.quality,
+            loss=finished.validation.loss,
+            num_examples=finished.validation.num_examples,
+            device_seconds=seconds,
+            train_seconds=finished.train_seconds,
+            scores_file=finished.scores_file,
+            scores_digest=finished.scores_digest,
+        )
+        trial.rungs.append(score)
+        self.speed.learn(trial.spec, score, stretch.to_step - stretch.from_step, self.executor.device_rate)
+        if finished.peak_vram_bytes is not None and trial.cost is not None:
+            trial.cost = measured_cost(trial.cost, finished.peak_vram_bytes, finished.reserved_vram_bytes)
+        trial.checkpoint, trial.checkpoint_digest = finished.checkpoint, finished.checkpoint_digest
+        if stretch.to_step >= trial.spec.max_steps:
+            trial.state, trial.outcome = "complete", Completed()
+        else:
+            trial.state = "paused"
+        self.store.save(trial)
+        self.store.drop_checkpoints(trial, keep=trial.checkpoint)
+        if stretch.purpose == "search":
+            self._race(stretch.to_step)
+
+    def _record_end(self, running: _Running, ended: Ended) -> None:
+        trial = running.trial
+        if running.stretch.purpose == "confirm":
+            self.store.save_study(
+                notes=[
+                    *self.store.notes,
+                    f"A confirmation of trial {trial.number} ended: {ended.reason}, {ended.detail}.",
+                ]
+            )
+            return
+        if ended.peak_vram_bytes is not None and trial.cost is not None:
+            trial.cost = measured_cost(trial.cost, ended.peak_vram_bytes, None)
+        trial.state, trial.outcome = "failed", Failed(reason=ended.reason, detail=ended.detail)
+        self.store.save(trial)
+        self.store.drop_checkpoints(trial)
+
+    def _bury(self, event: WorkerEvent) -> None:
+        """A worker died: its unfinished stretch is lost, its trial goes back to its checkpoint, a new worker starts."""
+        detail = event.event.detail if isinstance(event.event, Broken) else event.detail
+        running = self._running.get(event.worker)
+        if running is None:
+            # The end of a process that was already buried, or of one that restarts without work.
+            return
+        self._charge(running, "lost", event.at_seconds)
+        del self._running[event.worker]
+        trial = running.trial
+        trial.deaths += 1
+        if running.stretch.purpose == "search":
+            if trial.deaths >= _MOST_DEATHS:
+                trial.state = "failed"
+                trial.outcome = Failed(reason="worker_died", detail=detail[-300:])
+                self.store.save(trial)
+                self.store.drop_checkpoints(trial)
+            else:
+                self._requeue(trial)
+        elif running.stretch.purpose == "confirm" and trial.deaths < _MOST_DEATHS:
+            self._confirm_queue.insert(0, (trial, running.stretch.spec.seed))
+        elif running.stretch.purpose == "baseline":
+            if trial.deaths >= _MOST_DEATHS:
+                raise WorkerError(f"The baseline cannot be trained: its worker died twice. {detail}")
+            trial.state = "waiting"
+            self.store.save(trial)
+        if sum(t.deaths for t in self.store.trials) > 3 * self.executor.num_workers + 3:
+            raise WorkerError(f"Workers keep dying, so the search was ended. The last one's words: {detail}")
+        self.executor.restart(event.worker)
+
+    # --- race
+
+    def _race(self, step: int) -> None:
+        """Stops paused trials at a rung against all that were ever scored there, now that one more was."""
+        paused = [t for t in self.store.trials if t.state == "paused" and t.step == step]
+        rivals = [self._contender(t, step) for t in self.store.trials if any(s.step == step for s in t.rungs)]
+        progress = step / self.config.rungs[-1]
+        for trial in paused:
+            verdict = self.racing.judge(
+                self._contender(trial, step), rivals, progress=progress, majority_quality=self.config.majority_quality
+            )
+            if verdict is not None:
+                trial.state = "stopped"
+                trial.outcome = Stopped(rung=trial.rungs[-1].rung, rival=verdict.rival, detail=verdict.detail)
+                self.store.save(trial)
+                self.store.drop_checkpoints(trial)
+
+    def _contender(self, trial: Trial, step: int) -> Contender:
+        score = next(score for score in trial.rungs if score.step == step)
+        if score.scores_file not in self._losses:
+            losses = self.store.read_scores(score.scores_file, "validation_losses")
+            self._losses[score.scores_file] = losses.astype(np.float64)
+        assert trial.cost is not None
+        return Contender(
+            number=trial.number,
+            costs=cost_vector(trial.cost, self.config.objectives),
+            quality=score.quality,
+            losses=self._losses[score.scores_file],
+        )
+
+    # --- confirm
+
+    def _advance_phase(self) -> None:
+        if self.phase == "search":
+            self.phase = "confirm"
+            self._confirm_queue = self._plan_confirmations()
+            self.on_change(self.status())
+        else:
+            self.phase = "done"
+            self._conclude()
+
+    def _plan_confirmations(self) -> list[tuple[Trial, int]]:
+        """(finalist, seed): one more seed for each finalist before a second for any."""
+        finalists = choose_finalists(analyze(self.store))
+        queue = []
+        for extra in range(1, self.config.confirm_seeds + 1):
+            for number in finalists:
+                trial = self._trial(number)
+                seed = self.config.seed + extra
+                if all(confirmation.seed != seed for confirmation in trial.confirmations):
+                    queue.append((trial, seed))
+        return queue
+
+    def _next_confirmation(self) -> tuple[Trial, Stretch] | None:
+        for index, (trial, seed) in enumerate(self._confirm_queue):
+            needed = self.speed.predict(trial.spec, trial.spec.max_steps)
+            if needed <= self._seconds_left():
+                del self._confirm_queue[index]
+                spec = replace(trial.spec, seed=seed)
+                return trial, self._make_stretch(trial, spec, "confirm", 0, spec.max_steps)
+        return None
+
+    def _conclude(self) -> None:
+        """What a reader must know about how it ended."""
+        notes = list(self.store.notes)
+        complete = [trial for trial in self.store.trials if trial.state == "complete"]
+        if not complete:
+            notes.append(
+                "The budget was too small: no trial reached its full length, so nothing can be recommended. Give a "
+                "larger --budget or a smaller --max-steps."
+            )
+        elif len(complete) < 3:
+            notes.append(f"The budget was small: only {len(complete)} trials reached their full length.")
+        if complete and not any(trial.confirmations for trial in complete) and self.config.confirm_seeds:
+            notes.append(
+                "No finalist could be confirmed with another seed within the budget: there are no test scores."
+            )
+        elif self._confirm_queue:
+            notes.append(f"{len(self._confirm_queue)} planned confirmations did not fit into the budget.")
+        overrun = -self._budget_seconds_left()
+        if overrun > 0 and math.isfinite(overrun):
+            notes.append(f"The budget was overrun by {overrun:.0f} s of wall time, the end of the last stretch.")
+        if not self._can_suggest:
+            notes.append("The sampler found nothing new in the space before the budget ended.")
+        self.store.save_study(notes=list(dict.fromkeys(notes)))
+
+    # --- time
+
+    def _study_seconds(self, at: float) -> float:
+        return self._wall_before + at - self._started_at
+
+    def _budget_seconds_left(self) -> float:
+        self.ledger.wall_seconds = self._study_seconds(self.executor.now())
+        rate = self.executor.device_rate * self.executor.num_workers
+        unbilled = sum(
+            (self.executor.now() - running.assigned_at) * self.executor.device_rate
+            for running in self._running.values()
+        )
+        return self.ledger.remaining_wall_seconds(rate, unbilled)
+
+    def _seconds_left(self) -> float:
+        """Wall seconds until everything must end, with all workers busy."""
+        return min(self._budget_seconds_left(), self._limit - (self.executor.now() - self._started_at))
+
+    def _search_seconds_left(self) -> float:
+        """The same for the search, which leaves a share for confirmation."""
+        rate = self.executor.device_rate * self.executor.num_workers
+        total = min(self.budget.wall_bound_seconds(rate), self._limit)
+        if math.isinf(total):
+            return math.inf
+        return self._seconds_left() - self.config.confirm_share * total
+
+    def _tick(self) -> None:
+        self._heartbeat()
+        self.on_change(self.status())
+
+    def _heartbeat(self, *, force: bool = False) -> None:
+        """Writes what is running and since when, so that a killed driver's successor can charge it."""
+        now = self.executor.now()
+        if not force and now - self._last_heartbeat < _HEARTBEAT_SECONDS:
+            return
+        self._last_heartbeat = now
+        running = [
+            {"trial": r.trial.number, "device_seconds": (now - r.assigned_at) * self.executor.device_rate}
+            for r in self._running.values()
+        ]
+        self._write_ledger()
+        self.store.save_study(running=running)
+
+    def _write_ledger(self) -> None:
+        if self._started_at:
+            self.ledger.wall_seconds = self._study_seconds(self.executor.now())
+        self.store.save_study(ledger=to_record(self.ledger.to_record()))
+
+    # --- small things
+
+    def _trial(self, number: int) -> Trial:
+        return self.store.trials[number]
+
+    def status(self) -> Status:
+        left = self._seconds_left()
+        rate = self.executor.device_rate * self.executor.num_workers
+        total = min(self.budget.wall_bound_seconds(rate), self._limit)
+        return Status(
+            phase=self.phase,
+            trials=self.store.trials,
+            running={
+                worker: (r.trial.number, r.stretch.purpose, r.step, r.stretch.to_step)
+                for worker, r in self._running.items()
+            },
+            spent_share=None if math.isinf(total) else min(1.0, 1 - left / total),
+            seconds_left=left,
+            trials_left=self.ledger.trials_left(),
+        )
+
+
+def measured_cost(cost: Cost, peak_bytes: int, reserved_bytes: int | None) -> Cost:
+    """The cost with its VRAM replaced by what the probe measured; the estimate is kept beside it."""
+    return replace(
+        cost,
+        peak_vram_bytes=peak_bytes,
+        vram_source="measured",
+        reserved_vram_bytes=reserved_bytes,
+        estimated_vram_bytes=cost.estimated_vram_bytes or cost.peak_vram_bytes,
+    )
+
+
+def choose_finalists(front: Front) -> list[int]:
+    """The picks first, then the rest of the front, most certain first; at most `MAX_FINALISTS`."""
+    by_confidence = sorted(front.members, key=lambda member: -member.confidence)
+    numbers = [pick.number for pick in front.picks] + [member.number for member in by_confidence]
+    return list(dict.fromkeys(numbers))[:MAX_FINALISTS]
+
+
+def analyze(store: StudyStore) -> Front:
+    runs = [
+        Run(number, store.read_scores(file, "validation_predictions").astype(np.int64))
+        for number, file in scored_runs(store.trials)
+    ]
+    return analyze_front(
+        [trial.to_record() for trial in store.trials],
+        runs,
+        store.read_labels(),
+        objectives=store.config.objectives,
+        scorer=store.config.scorer,
+        reference=store.reference,
+        seed=store.config.seed,
+    )
+
+
+def build_record(store: StudyStore) -> StudyRecord:
+    """The study as it stands, finished or not."""
+    front = analyze(store)
+    ledger = Ledger(parse_budget(store.config.budget))
+    store.read_ledger(ledger)
+    baseline = store.baseline
+    every = [*store.trials, *([baseline] if baseline else [])]
+    record: LedgerRecord = ledger.to_record()
+    return StudyRecord(
+        uid=store.uid,
+        config=store.config,
+        provenance=store.provenance,
+        trials=tuple(trial.to_record() for trial in store.trials),
+        baseline=baseline.to_record() if baseline is not None and is_ended(baseline) else None,
+        ledger=record,
+        segments=tuple(sorted((s for t in every for s in t.segments), key=lambda s: (s.start_seconds, s.worker))),
+        front=front.members,
+        picks=front.picks,
+        hypervolume=front.hypervolume if front.members else None,
+        notes=tuple(store.notes),
+        finished=store.finished,
+        reference=store.reference,
+    )
+
+
+__all__ = ["Search", "Status", "TrialSource", "build_record"]

@@ -1,0 +1,217 @@
+"""Leaderboards: merging, ranking, and the three files."""
+
+import csv
+import dataclasses
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autopeft.errors import RecordError
+from autopeft.report.entries import list_entries, merge_entries
+from autopeft.report.leaderboard import update_leaderboard
+from autopeft.report.standings import rank_entries
+from autopeft.report.tables import escape_markdown, render_csv, render_markdown
+
+
+def read_all(root):
+    return {path.relative_to(root).as_posix(): path.read_text() for path in root.rglob("*") if path.is_file()}
+
+
+def test_three_files_are_written_under_task_and_model(study, tmp_path):
+    path = update_leaderboard(study, tmp_path)
+    assert path == tmp_path / "sst2" / "minilm.md"
+    assert set(read_all(tmp_path)) == {"sst2/minilm.md", "sst2/minilm.csv", "sst2/minilm.json"}
+
+
+def test_writing_a_study_twice_changes_nothing(study, tmp_path):
+    update_leaderboard(study, tmp_path)
+    once = read_all(tmp_path)
+    update_leaderboard(study, tmp_path)
+    assert read_all(tmp_path) == once
+
+
+def test_studies_may_come_in_any_order(study_of, tmp_path):
+    studies = [
+        study_of(14, uid=f"uid{i}", name=f"study-{i}", created_at=f"2026-05-0{i + 1}T10:00:00") for i in range(3)
+    ]
+    for root, order in (("a", studies), ("b", studies[::-1])):
+        for study in order:
+            update_leaderboard(study, tmp_path / root)
+    assert read_all(tmp_path / "a") == read_all(tmp_path / "b")
+
+
+@given(data=st.data())
+def test_merging_is_idempotent_and_knows_no_order(study_of, data):
+    entries = [
+        entry
+        for i in range(3)
+        for entry in list_entries(study_of(10, uid=f"uid{i}", created_at=f"2026-05-0{i + 1}T10:00:00"))
+    ]
+    shuffled = data.draw(st.permutations(entries))
+    merged = merge_entries(shuffled)
+    assert merged == merge_entries(entries)
+    assert merge_entries([*merged, *shuffled]) == merged
+
+
+def test_a_trial_that_grew_replaces_what_was_written_of_it(study_of, trial_of, tmp_path):
+    update_leaderboard(study_of(trials=[trial_of(0)], with_picks=False), tmp_path)
+    update_leaderboard(study_of(trials=[trial_of(0, confirmed=2)], with_picks=False), tmp_path)
+    assert "(3 seeds)" in (tmp_path / "sst2" / "minilm.md").read_text()
+
+
+def test_two_studies_that_trained_the_same_configuration_share_a_row(study_of, trial_of, spec_of):
+    ours = study_of(trials=[trial_of(0, spec=spec_of(seed=1))], name="ours", uid="a", with_picks=False)
+    theirs = study_of(trials=[trial_of(4, spec=spec_of(seed=2))], name="theirs", uid="b", with_picks=False)
+    ranked = rank_entries(merge_entries([*list_entries(ours), *list_entries(theirs)]))
+    (row,) = [standing for standing in ranked if standing.entry.kind == "trial"]
+    assert (row.num_seeds, row.studies) == (2, ["ours", "theirs"])
+
+
+def test_a_seed_run_twice_counts_once(study_of, trial_of):
+    studies = [study_of(trials=[trial_of(0)], uid=uid, with_picks=False) for uid in "ab"]
+    ranked = rank_entries(merge_entries(entry for study in studies for entry in list_entries(study)))
+    (row,) = [standing for standing in ranked if standing.entry.kind == "trial"]
+    assert (len(row.entry.runs), row.num_seeds, row.quality_sd) == (2, 1, None)
+
+
+def test_only_full_length_trials_and_the_two_baselines_enter(study):
+    entries = list_entries(study)
+    assert sum(entry.kind == "trial" for entry in entries) == sum(trial.state == "complete" for trial in study.trials)
+    assert sorted(entry.kind for entry in entries if entry.kind != "trial") == ["head", "majority"]
+
+
+def test_rows_are_ranked_by_validation_and_never_by_test(study_of, trial_of):
+    worse_on_test = trial_of(0, final=0.9, confirmed=1)
+    low = dataclasses.replace(worse_on_test.confirmations[0], test_quality=0.1)
+    worse_on_test = dataclasses.replace(worse_on_test, confirmations=(low,))
+    study = study_of(trials=[worse_on_test, trial_of(1, final=0.8, confirmed=1)], with_picks=False)
+    trials = [standing for standing in rank_entries(list_entries(study)) if standing.rank is not None]
+    assert [standing.rank for standing in trials] == [1, 2]
+    assert [standing.test_quality == 0.1 for standing in trials] == [True, False]
+
+
+def test_baselines_stand_in_the_order_without_a_rank(study):
+    ranked = rank_entries(list_entries(study))
+    assert [s.quality for s in ranked] == sorted((s.quality for s in ranked), reverse=True)
+    assert {s.entry.kind for s in ranked if s.rank is None} == {"head", "majority"}
+    assert not any(s.on_front for s in ranked if s.rank is None)
+
+
+def test_the_front_is_worked_out_over_all_studies(study_of, trial_of, spec_of):
+    ours = study_of(trials=[trial_of(0, spec=spec_of(), final=0.8)], uid="a")
+    better = study_of(trials=[trial_of(0, spec=spec_of(batch_size=8), final=0.9)], uid="b")
+    alone = [s for s in rank_entries(list_entries(ours)) if s.on_front]
+    together = [s for s in rank_entries(merge_entries([*list_entries(ours), *list_entries(better)])) if s.on_front]
+    assert [s.entry.spec.batch_size for s in alone] == [16]
+    assert [s.entry.spec.batch_size for s in together] == [8]
+
+
+def test_other_data_is_ranked_apart(study_of, trial_of):
+    ours = study_of(trials=[trial_of(0)], uid="a")
+    provenance = dataclasses.replace(ours.provenance, task_digest="f" * 16, created_at="2027-01-01T00:00:00")
+    newer = dataclasses.replace(ours, uid="b", provenance=provenance)
+    ranked = rank_entries(merge_entries([*list_entries(ours), *list_entries(newer)]))
+    assert [s.rank for s in ranked if s.rank] == [1, 1]
+    assert ranked[0].entry.task_digest == "f" * 16
+    assert render_markdown("t", "m", ranked).count("\n## Data ") == 2
+
+
+def test_a_measurement_is_preferred_to_an_estimate(study_of, trial_of):
+    estimated = study_of(trials=[trial_of(0, vram_bytes=900, vram_source="estimated")], uid="a")
+    measured = study_of(trials=[trial_of(0, vram_bytes=700, vram_source="measured")], uid="b")
+    for pair in ([estimated, measured], [measured, estimated]):
+        ranked = rank_entries(merge_entries(entry for study in pair for entry in list_entries(study)))
+        (row,) = [standing for standing in ranked if standing.entry.kind == "trial"]
+        assert (row.cost.peak_vram_bytes, row.cost.vram_source) == (700, "measured")
+
+
+def test_markdown_says_whether_memory_was_estimated(study_of, tmp_path):
+    update_leaderboard(study_of(20), tmp_path)
+    assert "| Peak VRAM, estimated |" in (tmp_path / "sst2" / "minilm.md").read_text()
+    update_leaderboard(study_of(8, uid="other", vram_source="measured"), tmp_path)
+    text = (tmp_path / "sst2" / "minilm.md").read_text()
+    assert "| Peak VRAM |" in text
+    assert re.search(r"MiB \(estimated\).*MiB \(measured\)|MiB \(measured\).*MiB \(estimated\)", text, re.DOTALL)
+
+
+def test_csv_holds_every_row_with_full_precision(study, tmp_path):
+    path = update_leaderboard(study, tmp_path).with_suffix(".csv")
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    entries = {entry.key: entry for entry in list_entries(study)}
+    assert {row["key"] for row in rows} == set(entries)
+    for row in rows:
+        if (spec := entries[row["key"]].spec) is not None:
+            assert float(row["learning_rate"]) == spec.learning_rate
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_no_name_breaks_the_markdown_table(study_of, name):
+    study = study_of(1, name=name, with_picks=False)
+    table = [
+        line for line in render_markdown("t", "m", rank_entries(list_entries(study))).splitlines() if line[:1] == "|"
+    ]
+    assert len(table) == 2 + 3
+    assert {len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in table} == {16}
+
+
+def test_markdown_in_a_name_is_shown_and_not_obeyed():
+    assert escape_markdown("a|b\n<i> *x* `y` my_name _z_") == r"a\|b &lt;i&gt; \*x\* \`y\` my_name \_z\_"
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "..", "/abs", "a/../../b", "C:\\x", "", ".hidden", "nul\0"])
+def test_a_hostile_name_cannot_leave_the_folder(study_of, trial_of, tmp_path, name):
+    root = tmp_path / "boards"
+    path = update_leaderboard(study_of(trials=[trial_of(0)], task_name=name, model=name), root)
+    assert path.resolve().parent.parent == root.resolve()
+    assert {p.name for p in tmp_path.iterdir()} == {"boards"}
+
+
+def test_a_newer_schema_is_refused_and_left_alone(study, tmp_path):
+    path = update_leaderboard(study, tmp_path).with_suffix(".json")
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "schema_version": 99}))
+    before = read_all(tmp_path)
+    with pytest.raises(RecordError, match=r"schema 99.*Install a newer autopeft"):
+        update_leaderboard(study, tmp_path)
+    assert read_all(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "text", ["not json", "[]", '{"schema_version": 1}', '{"entries": []}', '{"schema_version": "1", "entries": []}']
+)
+def test_a_file_that_is_no_leaderboard_is_refused_and_left_alone(study, tmp_path, text):
+    path = tmp_path / "sst2" / "minilm.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(RecordError, match="Nothing was changed"):
+        update_leaderboard(study, tmp_path)
+    assert read_all(tmp_path) == {"sst2/minilm.json": text}
+
+
+def test_an_entry_with_an_unknown_field_is_refused(study, tmp_path):
+    path = update_leaderboard(study, tmp_path).with_suffix(".json")
+    content = json.loads(path.read_text())
+    content["entries"][0]["colour"] = "red"
+    path.write_text(json.dumps(content))
+    with pytest.raises(RecordError, match="unknown field 'colour'"):
+        update_leaderboard(study, tmp_path)
+
+
+def test_a_leaderboard_of_another_model_is_not_mixed_in(study, tmp_path):
+    path = update_leaderboard(study, tmp_path).with_suffix(".json")
+    path.write_text(path.read_text().replace('"model": "minilm"', '"model": "other"'))
+    with pytest.raises(RecordError, match="belongs to one task and model"):
+        update_leaderboard(study, tmp_path)
+
+
+def test_a_study_without_a_complete_trial_leaves_only_baselines(study_of, tmp_path):
+    text = update_leaderboard(study_of(trials=[]), tmp_path).read_text()
+    assert "baseline: trained head" in text
+    assert "| 1 |" not in text
+
+
+def test_csv_of_nothing_is_a_header():
+    assert render_csv([]).count("\n") == 1
