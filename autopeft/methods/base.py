@@ -91,6 +91,10 @@ class BuildContext(NamedTuple):
     """Top-level modules of the task head; trained by every method."""
 
 
+def write_nothing(spec: TrialSpec) -> bool:
+    return False
+
+
 def allow_everything(spec: TrialSpec, device_kind: str) -> str | None:
     return None
 
@@ -111,8 +115,8 @@ class Method:
     """Groups worth searching; empty where the method has no targets."""
     bits: tuple[Bits, ...] = ALL_BITS
     recipe: Recipe
-    writes_base: bool = False
-    """Whether training changes base weights themselves."""
+    writes_base: Callable[[TrialSpec], bool] = write_nothing
+    """Whether building or training changes base weights themselves, so that the trial needs weights of its own."""
     searched: bool = True
     """False for a baseline, which every study trains and no space offers."""
     refuse: Callable[[TrialSpec, str], str | None] = allow_everything

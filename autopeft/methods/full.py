@@ -34,7 +34,7 @@ FULL = Method(
         learning_rate=1e-4,
         source="arXiv:1810.04805, appendix A.3, raised for short runs as measured on MiniLM",
     ),
-    writes_base=True,
+    writes_base=lambda spec: True,
     build=_unfreeze,
     why_not_peft=(
         "Full fine-tuning trains the base weights themselves and has no adapter, so there is no adapter_config.json to "

@@ -35,6 +35,11 @@ def _peft(spec: TrialSpec, context: BuildContext) -> PeftCall:
     )
 
 
+def _writes_base(spec: TrialSpec) -> bool:
+    # PiSSA moves the principal components out of the base weights into the adapter.
+    return spec.settings["init"] == "pissa"
+
+
 LORA = Method(
     name="lora",
     title="LoRA",
@@ -61,6 +66,7 @@ LORA = Method(
         learning_rate=1e-3,
         source="all linear layers as in QLoRA (arXiv:2305.14314); learning rate measured on short MiniLM runs",
     ),
+    writes_base=_writes_base,
     refuse=_refuse,
     peft=_peft,
 )

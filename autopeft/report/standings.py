@@ -102,9 +102,11 @@ def _choose_cost(entry: Entry) -> Cost | None:
 def _rank_group(group: Sequence[Standing]) -> list[Standing]:
     ordered = sorted(group, key=lambda standing: (-standing.quality, standing.entry.key))
     rivals = [standing for standing in ordered if standing.entry.kind == "trial"]
-    priced = [(standing, standing.cost) for standing in rivals if standing.cost is not None]
+    # The trained-head baseline is ranked nowhere, but what it dominates is on no front.
+    priced = [(standing, standing.cost) for standing in ordered if standing.cost is not None]
     points = [(-standing.quality, cost.peak_vram_bytes, cost.trainable_parameters) for standing, cost in priced]
     kept = undominated(points)
     front = {standing.entry.key for (standing, _), keep in zip(priced, kept, strict=True) if keep}
+    front &= {standing.entry.key for standing in rivals}
     ranks = {standing.entry.key: place for place, standing in enumerate(rivals, start=1)}
     return [s._replace(rank=ranks.get(s.entry.key), on_front=s.entry.key in front) for s in ordered]

@@ -109,6 +109,7 @@ def scaled_points(trials: Sequence[TrialRecord], reference: dict[str, float]) ->
 
 def analyze_front(
     trials: Sequence[TrialRecord],
+    baseline: TrialRecord | None,
     runs: Sequence[Run],
     labels: npt.NDArray[np.int64],
     *,
@@ -119,6 +120,8 @@ def analyze_front(
 ) -> Front:
     """The front of complete trials, each member's confidence, the picks, and the hypervolume in [0, 1].
 
+    What the trained-head baseline dominates is on no front: nobody needs an adapter that is worse than none.
+
     Confidence comes from a bootstrap over validation examples and, where a configuration was trained with several
     seeds, over its runs.
     """
@@ -126,9 +129,16 @@ def analyze_front(
     if not complete:
         return Front((), (), 0.0)
     costs = [cost_vector(trial.cost, objectives) for trial in complete if trial.cost]
-    on_front = find_nondominated(_points([trial.quality or 0.0 for trial in complete], costs))
+    floor = np.empty((0, 1 + len(costs[0])))
+    if baseline is not None and baseline.cost is not None and baseline.quality is not None:
+        floor = _points([baseline.quality], [cost_vector(baseline.cost, objectives)])
+
+    def on_front_of(qualities: Sequence[float] | Points) -> npt.NDArray[np.bool_]:
+        return find_nondominated(np.vstack([_points(qualities, costs), floor]))[: len(complete)]
+
+    on_front = on_front_of([trial.quality or 0.0 for trial in complete])
     resampled = _resample_qualities(complete, runs, labels, scorer, seed)
-    confidence = np.mean([find_nondominated(_points(row, costs)) for row in resampled], axis=0)
+    confidence = np.mean([on_front_of(row) for row in resampled], axis=0)
     members = [
         FrontMember(number=trial.number, confidence=float(share))
         for trial, on, share in zip(complete, on_front, confidence, strict=True)

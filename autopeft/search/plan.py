@@ -95,7 +95,10 @@ class Plan:
     """None only in a dry run whose rows are not on this machine."""
     devices: tuple[str, ...]
     threads: int
+    device_name: str
+    """One device's, as records keep it."""
     device_title: str
+    """All of them, as the plan prints it."""
     data_dir: str | None
     model_argument: str
     """What workers load; the config keeps no local path."""
@@ -198,6 +201,7 @@ def make_plan(request: Request, *, studies: Path, dry_run: bool = False) -> Plan
         splits=splits,
         devices=tuple(devices),
         threads=threads,
+        device_name=gpu.title if gpu else describe_cpu(),
         device_title=title,
         data_dir=data_dir,
         model_argument=model,
@@ -283,7 +287,7 @@ def make_provenance(plan: Plan) -> Provenance:
         python=platform.python_version(),
         packages={name: _version(name) for name in ("optuna", "torch", "transformers", "peft", "bitsandbytes")},
         platform=f"{platform.system()} {platform.machine()}",
-        device=plan.device_title,
+        device=plan.device_name,
         device_count=len(plan.devices),
         threads=plan.threads,
         model_digest="",

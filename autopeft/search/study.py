@@ -668,6 +668,7 @@ def analyze(store: StudyStore) -> Front:
     ]
     return analyze_front(
         [trial.to_record() for trial in store.trials],
+        store.baseline.to_record() if store.baseline is not None else None,
         runs,
         store.read_labels(),
         objectives=store.config.objectives,

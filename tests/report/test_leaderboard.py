@@ -101,8 +101,8 @@ def test_baselines_stand_in_the_order_without_a_rank(study):
 
 
 def test_the_front_is_worked_out_over_all_studies(study_of, trial_of, spec_of):
-    ours = study_of(trials=[trial_of(0, spec=spec_of(), final=0.8)], uid="a")
-    better = study_of(trials=[trial_of(0, spec=spec_of(batch_size=8), final=0.9)], uid="b")
+    ours = study_of(trials=[trial_of(0, spec=spec_of(), final=0.92)], uid="a")
+    better = study_of(trials=[trial_of(0, spec=spec_of(batch_size=8), final=0.95)], uid="b")
     alone = [s for s in rank_entries(list_entries(ours)) if s.on_front]
     together = [s for s in rank_entries(merge_entries([*list_entries(ours), *list_entries(better)])) if s.on_front]
     assert [s.entry.spec.batch_size for s in alone] == [16]

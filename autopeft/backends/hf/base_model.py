@@ -77,6 +77,8 @@ def load_config(name: str, num_labels: int) -> Any:
     # Decoders have no padding token of their own, and a classifier finds each sequence's last token by it.
     if config.pad_token_id is None:
         config.pad_token_id = config.eos_token_id
+    # Otherwise each forward pass guesses it from the labels, which DeBERTa does by reading their values.
+    config.problem_type = "single_label_classification"
     return config
 
 
@@ -174,7 +176,7 @@ def quantization_config(bits: Bits, head: Sequence[str], dtype: torch.dtype) -> 
 
 
 def lend_model(base: BaseModel, *, own_weights: bool) -> Any:
-    """A copy of the base's module tree that shares its storages, or has float32 weights of its own.
+    """A copy of the base's module tree that shares its storages, or has weights of its own.
 
     Quantized parameters and their states are shared whole: nothing trains or changes them.
     """
@@ -183,7 +185,7 @@ def lend_model(base: BaseModel, *, own_weights: bool) -> Any:
         if not parameter.is_floating_point():
             memo[id(parameter)] = parameter
             continue
-        data = parameter.data.to(torch.float32, copy=True) if own_weights else parameter.data
+        data = parameter.data.clone() if own_weights else parameter.data
         memo[id(parameter)] = nn.Parameter(data, requires_grad=False)
     for module in base.model.modules():
         for attribute in ("quant_state", "state"):

@@ -37,7 +37,7 @@ def build_trial_model(base: BaseModel, spec: TrialSpec) -> Any:
     """The model to train, in training mode, everything random drawn from the trial's seed."""
     method = find_method(spec.method)
     context = build_context(base, spec)
-    model = lend_model(base, own_weights=method.writes_base)
+    model = lend_model(base, own_weights=method.writes_base(spec))
     draw_head(model, base.head, seed=spec.seed)
     if method.peft is not None:
         model = put_on_peft(model, method.peft(spec, context))

@@ -47,8 +47,6 @@ class HfCostModel:
         self.longest_tokens = -(-longest_tokens // 8) * 8 if device_kind == "cuda" else longest_tokens
         self._model = model
         self._config = load_config(model, num_labels)
-        # Said beforehand, because DeBERTa would otherwise ask the labels' values, which fakes do not have.
-        self._config.problem_type = "single_label_classification"
         self._bases: dict[Bits, BaseModel] = {}
         self._costs: dict[str, Cost] = {}
 

