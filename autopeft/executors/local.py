@@ -54,7 +54,8 @@ class _Process:
         self._events = events
         self._silent = False
         self.send(setup)
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def send(self, message: Command | WorkerSetup) -> None:
         assert self.process.stdin is not None
@@ -86,6 +87,12 @@ class _Process:
         self._silent = True
         self.process.kill()
         self.process.wait()
+        # The process is gone, so its pipe ends and the reader with it.
+        self._reader.join()
+        for file in (self.process.stdin, self.process.stdout, self.log):
+            assert file is not None
+            with contextlib.suppress(BrokenPipeError):
+                file.close()
 
 
 class LocalExecutor:

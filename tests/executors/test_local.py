@@ -1,0 +1,130 @@
+"""Worker processes: they answer, die without harm, and never outlive their driver."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from autopeft.backends.base import Finished, Pack, Stretch, WorkerSetup
+from autopeft.errors import ModelError
+from autopeft.executors.local import LocalExecutor
+from autopeft.methods import METHODS
+from autopeft.records import TrialSpec
+
+
+def make_setup(folder: Path, backend: str = "fake", model: str = "") -> WorkerSetup:
+    return WorkerSetup(
+        backend=backend,
+        model=model,
+        task="name: demo\ntitle: Demo\ntext: text\nlabels: [a, b]\nembedded: true\n",
+        data_dir=None,
+        split_seed=0,
+        study_dir=str(folder),
+        device="cpu",
+        threads=1,
+    )
+
+
+def make_pack(job: int) -> Pack:
+    recipe = METHODS["ia3"].recipe
+    spec = TrialSpec(
+        method="ia3",
+        settings=dict(recipe.settings),
+        target_modules=None,
+        bits=32,
+        learning_rate=0.01,
+        batch_size=16,
+        max_steps=40,
+        warmup_ratio=0.06,
+        schedule="linear",
+        weight_decay=0.0,
+        seed=0,
+    )
+    return Pack(stretches=(Stretch(job=job, trial=0, spec=spec, purpose="search", from_step=0, to_step=40),))
+
+
+@pytest.fixture
+def executor(tmp_path: Path):
+    executor = LocalExecutor(make_setup(tmp_path), ["cpu", "cpu"])
+    executor.start()
+    yield executor
+    executor.close()
+
+
+def test_two_workers_answer_what_they_were_asked(executor: LocalExecutor) -> None:
+    executor.assign(0, make_pack(1))
+    executor.assign(1, make_pack(2))
+    events = []
+    while len(events) < 2:
+        events += executor.wait(10.0)
+    answered = {(event.worker, event.event.job) for event in events if isinstance(event.event, Finished)}
+    assert answered == {(0, 1), (1, 2)}
+
+
+def test_the_cost_process_answers_beside_the_workers(executor: LocalExecutor) -> None:
+    reply = executor.cost(make_pack(1).stretches[0].spec)
+    assert reply.cost is not None
+    assert reply.cost.trainable_parameters > 0
+
+
+def test_a_killed_worker_is_reported_once_and_its_successor_works(executor: LocalExecutor) -> None:
+    executor._processes[0].process.send_signal(signal.SIGKILL)
+    events = executor.wait(10.0)
+    assert [(event.worker, event.event) for event in events] == [(0, None)]
+    assert "-9" in events[0].detail
+    executor.restart(0)
+    executor.assign(0, make_pack(7))
+    answers = []
+    while not any(isinstance(event.event, Finished) for event in answers):
+        answers += executor.wait(10.0)
+    assert not any(event.event is None for event in answers)
+
+
+def test_a_worker_that_cannot_have_its_model_says_so_in_a_paragraph(tmp_path: Path) -> None:
+    executor = LocalExecutor(make_setup(tmp_path, "hf", str(tmp_path / "nowhere")), ["cpu"])
+    with pytest.raises(ModelError, match=r"neither a folder .* --model minilm"):
+        executor.start()
+    executor.close()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat")
+    # A zombie has ended; nobody here reaps what another process started.
+    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_worker_outlives_a_driver_that_was_killed(tmp_path: Path) -> None:
+    script = f"""
+        import sys, time
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from pathlib import Path
+        from test_local import LocalExecutor, make_pack, make_setup
+        executor = LocalExecutor(make_setup(Path({str(tmp_path)!r})), ["cpu", "cpu"])
+        executor.start()
+        executor.cost(make_pack(1).stretches[0].spec)
+        print(*(p.process.pid for p in executor._processes.values()), flush=True)
+        time.sleep(60)
+    """
+    driver = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    with driver.stdout:
+        workers = [int(pid) for pid in driver.stdout.readline().split()]
+        assert len(workers) == 3
+        driver.kill()
+        driver.wait()
+    deadline = time.monotonic() + 20
+    while any(is_alive(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(is_alive(pid) for pid in workers)
