@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 # A real search on two cores in minutes: the packaged MiniLM, the embedded task, nothing from a hub.
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/autopeft search --task demo --model minilm --space demo --max-steps 160 \
-		--budget 15trials,5min --workers 2
+		--budget 15trials,6min --workers 2
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -162,6 +162,8 @@ class LocalExecutor:
         # Set before torch is loaded; later changes have no effect on its thread pools.
         threads = str(self._setup.threads)
         environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+        # Threads that spin at barriers take the cores from whatever else runs, the other workers included.
+        environment |= {"OMP_WAIT_POLICY": "PASSIVE"}
         setup = self._setup
         if worker == _COST:
             # Costs are computed without a device, but modelled for the one that will train.
