@@ -344,7 +344,7 @@ def _decode(hint: Any, data: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         return _decode_union(get_args(hint), data, where)
     if origin is Literal:
-        if data not in get_args(hint) or isinstance(data, bool):
+        if not any(data == known and type(data) is type(known) for known in get_args(hint)):
             raise RecordError(f"{where} must be one of {', '.join(map(str, get_args(hint)))}, but is {data!r}.")
         return data
     if origin is tuple:

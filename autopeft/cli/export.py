@@ -23,8 +23,8 @@ def run(args: argparse.Namespace) -> int:
 
     from autopeft.cli.session import STUDIES, read_local
     from autopeft.export import export_trial, find_trial
+    from autopeft.search.results import build_record
     from autopeft.search.store import StudyStore
-    from autopeft.search.study import build_record
 
     store = StudyStore.open(STUDIES, args.study)
     record = build_record(store)

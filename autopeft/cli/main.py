@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AutopeftError as exc:
         if args.debug:
             raise
-        print(f"autopeft: {exc}", file=sys.stderr)
+        # One paragraph, whatever a library's message within it looked like.
+        print(f"autopeft: {' '.join(str(exc).split())}", file=sys.stderr)
         return exc.exit_code
     except KeyboardInterrupt:
         return 130

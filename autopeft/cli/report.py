@@ -15,8 +15,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     from autopeft.cli.session import STUDIES, check_outputs, write_outputs
+    from autopeft.search.results import build_record
     from autopeft.search.store import StudyStore
-    from autopeft.search.study import build_record
 
     check_outputs()
     write_outputs(build_record(StudyStore.open(STUDIES, args.study)))

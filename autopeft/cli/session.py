@@ -53,7 +53,8 @@ def read_local(store: StudyStore) -> dict[str, str | None]:
 def run_study(store: StudyStore, executor: Executor, space: SearchSpace, limit: float) -> int:
     """Runs to the end or to an interrupt, and writes report and leaderboard either way."""
     from autopeft.cli.progress import show_progress
-    from autopeft.search.study import Search, build_record
+    from autopeft.search.results import build_record
+    from autopeft.search.study import Search
 
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import yaml
@@ -29,11 +30,19 @@ def export_to_peft(record: StudyRecord, trial: TrialRecord, model: str, out: Pat
     try:
         out.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(out)
+        _sort_names(out / "adapter_config.json")
         path = out / "training.yaml"
         path.write_text(_training_yaml(record, trial, task.labels), encoding="utf-8")
     except OSError as exc:
         raise ExportError(f"--out must be writable, but '{out}' is not: {exc.strerror}.") from exc
     return [out / "adapter_config.json", path]
+
+
+def _sort_names(path: Path) -> None:
+    """peft keeps module names in sets; the same configuration should give the same file."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data = {k: sorted(v) if isinstance(v, list) and all(isinstance(i, str) for i in v) else v for k, v in data.items()}
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def _training_yaml(record: StudyRecord, trial: TrialRecord, labels: tuple[str, ...]) -> str:

@@ -34,7 +34,8 @@ from autopeft.executors.devices import (
 from autopeft.methods import find_method
 from autopeft.records import Provenance, Scalar, StudyConfig, TrialSpec
 from autopeft.search.front import parse_objectives
-from autopeft.spaces.load import default_dimensions, find_space, parse_space
+from autopeft.search.store import check_new_study
+from autopeft.spaces.load import check_value, default_dimensions, find_space, parse_space
 from autopeft.spaces.space import SearchSpace, check_feasible, make_spec
 from autopeft.tasks.data import Splits, load_splits, majority_predictions
 from autopeft.tasks.scorers import score_predictions
@@ -139,7 +140,11 @@ def make_setup(
 
 def make_plan(request: Request, *, studies: Path, dry_run: bool = False) -> Plan:
     """Everything that can be known before a worker starts. Raises a UsageError for whatever the user can mend."""
+    if request.name is not None:
+        check_new_study(studies, request.name)
     budget = parse_budget(request.budget)
+    if request.seed < 0:
+        raise SpecError(f"--seed must be at least 0, but is {request.seed}.")
     price = parse_price(request.price) if request.price else None
     limit = parse_until(request.until, datetime.now()) if request.until else math.inf
     objectives = parse_objectives(request.objectives)
@@ -153,7 +158,9 @@ def make_plan(request: Request, *, studies: Path, dry_run: bool = False) -> Plan
     per_step = _guess_seconds_per_step(model, splits, threads, gpu)
     rate = (threads if device_kind == "cpu" else 1) * len(devices)
     wall = min(budget.wall_bound_seconds(rate), limit)
-    max_steps = request.max_steps or _choose_max_steps(wall * len(devices), per_step, splits)
+    max_steps = request.max_steps
+    if max_steps is None:
+        max_steps = _choose_max_steps(wall * len(devices), per_step, splits)
     if max_steps < 4:
         raise SpecError(f"--max-steps must be at least 4, but is {max_steps}.")
     fixed = parse_fixed(request.fix)
@@ -228,8 +235,8 @@ def parse_bytes(text: str) -> int:
         size = float(number) * units[cleaned[len(number) :].strip()]
     except (ValueError, KeyError):
         raise SpecError(f"--max-vram takes a size such as 24GB or 800MB, but was given '{text}'.") from None
-    if size <= 0:
-        raise SpecError(f"--max-vram must be above zero, but is '{text}'.")
+    if not 0 < size < math.inf:
+        raise SpecError(f"--max-vram must be a number above zero, but is '{text}'.")
     return int(size)
 
 
@@ -266,6 +273,8 @@ def read_included(path: Path, *, device_kind: str, max_steps: int, seed: int) ->
     if not isinstance(data, dict) or "method" not in data:
         raise SpecError(f"The configuration '{path}' must name its method, such as method: lora, but does not.")
     method = find_method(str(data.pop("method")))
+    if not method.searched:
+        raise SpecError(f"{path}: '{method.name}' is the baseline, which every study trains. Name a method to race.")
     dimensions = default_dimensions(method, device_kind)
     values: dict[str, Scalar] = {name: dimension.default for name, dimension in dimensions.items()}
     values |= method.recipe.settings
@@ -273,6 +282,8 @@ def read_included(path: Path, *, device_kind: str, max_steps: int, seed: int) ->
         if key not in dimensions:
             raise SpecError(f"{path}: {method.title} has no setting '{key}'. {suggest_nearest(str(key), dimensions)}")
         values[key] = _parse_scalar(str(value)) if isinstance(value, str) else value
+        if key != "bits":
+            check_value(dimensions[key], values[key], f"{path}: {key}")
     if values["bits"] == "unquantized":
         values["bits"] = dimensions["bits"].default
     spec = make_spec(method.name, values, max_steps=max_steps, seed=seed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -99,7 +98,11 @@ _SAVED: dict[str, Any] = {
     "checkpoint_digest": str | None,
     "deaths": int,
 }
-"""A trial's user attributes and their types."""
+"""What is kept of a trial, and its types."""
+
+_TRIAL = "trial"
+"""The user attribute that holds all of it: one, because each is a write of its own, and a driver may be killed between
+two of them."""
 
 
 def check_study_name(name: str) -> None:
@@ -108,6 +111,16 @@ def check_study_name(name: str) -> None:
         raise StudyError(
             f"A study's name is letters, digits, '.', '_' and '-', at most 100, and starts with a letter or digit, but "
             f"'{name}' is not. Choose another with --name."
+        )
+
+
+def check_new_study(root: Path, name: str) -> None:
+    """Raises StudyError where the name cannot be given to a new study."""
+    check_study_name(name)
+    if (root / name / "study.db").exists():
+        raise StudyError(
+            f"There is already a study '{name}'. Go on with it: autopeft resume {name}. Or start another under a new "
+            "--name."
         )
 
 
@@ -135,7 +148,7 @@ class StudyStore:
         self.finished: bool = attributes.get("finished", False)
         self.trials: list[Trial] = []
         self.baseline: Trial | None = None
-        self._written: dict[int, dict[str, str]] = {}
+        self._written: dict[int, dict[str, Any]] = {}
         for frozen in study.get_trials(deepcopy=False):
             self.trials.append(self._read_trial(frozen))
         if "baseline" in attributes:
@@ -152,13 +165,8 @@ class StudyStore:
         labels: npt.NDArray[np.int64],
     ) -> StudyStore:
         """A new study in `root/<name>/`. Raises StudyError where there is one already, or it cannot be written."""
-        check_study_name(config.name)
+        check_new_study(root, config.name)
         folder = root / config.name
-        if (folder / "study.db").exists():
-            raise StudyError(
-                f"There is already a study '{config.name}'. Go on with it: autopeft resume {config.name}. Or start "
-                "another under a new --name."
-            )
         try:
             folder.mkdir(parents=True, exist_ok=True)
             np.save(folder / "labels.npy", labels)
@@ -222,18 +230,28 @@ class StudyStore:
 
     def add(self, spec: TrialSpec, source: TrialSource, space: SearchSpace) -> Trial:
         """A new trial. It is stored with its configuration at once, so that a crash loses no question asked."""
-        params = space.params(spec) or {}
-        attributes = {
-            key: to_record(value) for key, value in {"spec": spec, "source": source, "state": "waiting"}.items()
-        }
-        self._study.enqueue_trial(params, user_attrs=attributes)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            asked = self._study.ask(distributions(space, params) if params else {})
-        trial = Trial(number=asked.number, spec=spec, source=source)
+        trial = Trial(number=len(self.trials), spec=spec, source=source)
+        self._study.enqueue_trial(space.params(spec) or {}, user_attrs={_TRIAL: _encode_trial(trial)})
+        self._ask(spec, space)
         self.trials.append(trial)
         self.save(trial)
         return trial
+
+    def _ask(self, spec: TrialSpec, space: SearchSpace) -> None:
+        """Makes the trial that waits in Optuna's queue a running one."""
+        params = space.params(spec) or {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._study.ask(distributions(space, params) if params else {})
+
+    def repair(self, space: SearchSpace) -> None:
+        """Brings Optuna's trials up to ours, where a driver was killed between writing the one and the other."""
+        for frozen in self._study.get_trials(deepcopy=False):
+            trial = self.trials[frozen.number]
+            if frozen.state == optuna.trial.TrialState.WAITING:
+                self._ask(trial.spec, space)
+            if is_ended(trial) and not frozen.state.is_finished():
+                self._tell(trial)
 
     def save(self, trial: Trial) -> None:
         """Writes what has changed of a trial; tells Optuna when it has ended."""
@@ -241,15 +259,11 @@ class StudyStore:
             self._study.set_user_attr("baseline", _encode_trial(trial))
             return
         encoded = _encode_trial(trial)
-        written = self._written.setdefault(trial.number, {})
-        trial_id = self._trial_id(trial.number)
-        state_before = json.loads(written.get("state", '"waiting"'))
-        if state_before in ("waiting", "running", "paused"):
-            for key, value in encoded.items():
-                text = json.dumps(value)
-                if written.get(key) != text:
-                    self._storage.set_trial_user_attr(trial_id, key, value)
-                    written[key] = text
+        written = self._written.get(trial.number, {})
+        if written.get("state", "waiting") in ("waiting", "running", "paused"):
+            if encoded != written:
+                self._storage.set_trial_user_attr(self._trial_id(trial.number), _TRIAL, encoded)
+                self._written[trial.number] = encoded
             if trial.state in ("complete", "stopped", "failed", "refused"):
                 self._tell(trial)
         else:
@@ -274,9 +288,8 @@ class StudyStore:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
 
     def _read_trial(self, frozen: optuna.trial.FrozenTrial) -> Trial:
-        attributes = dict(frozen.user_attrs)
-        attributes |= self._study.user_attrs.get(f"late:{frozen.number}", {})
-        self._written[frozen.number] = {key: json.dumps(value) for key, value in frozen.user_attrs.items()}
+        self._written[frozen.number] = frozen.user_attrs[_TRIAL]
+        attributes = self._written[frozen.number] | self._study.user_attrs.get(f"late:{frozen.number}", {})
         return _decode_trial(frozen.number, attributes, f"study '{self.folder.name}', trial {frozen.number}")
 
     # --- the study itself

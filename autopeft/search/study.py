@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autopeft.backends.base import Broken, CostReply, Ended, Finished, Pack, Progress, Purpose, Ready, Stretch
-from autopeft.budget import Ledger, parse_budget
+from autopeft.budget import Purpose as LedgerPurpose
 from autopeft.errors import WorkerError
 from autopeft.executors.base import Executor, WorkerEvent
 from autopeft.methods import METHODS, refuse_spec
@@ -26,7 +26,6 @@ from autopeft.records import (
     Confirmation,
     Cost,
     Failed,
-    LedgerRecord,
     Refused,
     RungScore,
     Segment,
@@ -34,20 +33,23 @@ from autopeft.records import (
     StudyRecord,
     TrialSource,
     TrialSpec,
-    to_record,
 )
-from autopeft.search.front import Front, Run, analyze_front, cost_vector
+from autopeft.search.account import Account
+from autopeft.search.front import cost_vector
 from autopeft.search.policy import Promote, Situation, Speed, StartNew, choose_next, next_rung
 from autopeft.search.racing import Contender, PairedRacing, RacingRule
+from autopeft.search.results import analyze, build_record, choose_finalists
 from autopeft.search.sampler import Observation, suggest_spec
-from autopeft.search.store import StudyStore, Trial, is_ended, scored_runs
-from autopeft.spaces.space import SearchSpace
+from autopeft.search.store import StudyStore, Trial
+from autopeft.spaces.load import default_dimensions
+from autopeft.spaces.space import SearchSpace, make_spec
 
-MAX_FINALISTS = 5
 _MOST_DEATHS = 2
 """Workers that may die under one trial before it is given up."""
+_MOST_REFUSED = 50
+"""Suggestions refused in a row before the space is taken to hold nothing more that fits."""
+_MOST_IDLE_DEATHS = 3
 _WAIT_SECONDS = 0.5
-_HEARTBEAT_SECONDS = 5.0
 
 Phase = Literal["search", "confirm", "done"]
 
@@ -70,7 +72,6 @@ class _Running(NamedTuple):
     worker: int
     stretch: Stretch
     trial: Trial
-    assigned_at: float
     step: int
 
 
@@ -92,19 +93,16 @@ class Search:
         self.executor = executor
         self.space = space
         self.config = store.config
-        self.budget = parse_budget(store.config.budget)
-        self.ledger = Ledger(self.budget)
+        self.account = Account(store, executor, wall_seconds_limit)
         self.racing = racing or PairedRacing()
         self.on_change = on_change
         self.speed = Speed()
         self.phase: Phase = "search"
-        self._limit = wall_seconds_limit
         self._running: dict[int, _Running] = {}
         self._next_job = 0
-        self._started_at = 0.0
-        self._wall_before = 0.0
-        self._last_heartbeat = -math.inf
         self._can_suggest = True
+        self._refused_in_a_row = 0
+        self._idle_deaths = 0
         self._confirm_queue: list[tuple[Trial, int]] = []
         self._costs: dict[str, CostReply] = {}
         self._losses: dict[str, npt.NDArray[np.float64]] = {}
@@ -120,25 +118,24 @@ class Search:
                 if not self._running:
                     self._advance_phase()
                     continue
-                for event in self.executor.wait(_WAIT_SECONDS if self.budget.is_clocked else 3600.0):
+                for event in self.executor.wait(_WAIT_SECONDS if self.account.budget.is_clocked else 3600.0):
                     self._take(event)
-                self._tick()
+                self.account.heartbeat()
+                self.on_change(self.status())
         except BaseException:
             self._abandon_running()
             raise
         finally:
-            self._write_ledger()
+            self.account.write()
             self.executor.close()
         self.store.save_study(finished=True, running=[])
         return build_record(self.store)
 
     def _start(self) -> None:
-        running = self.store.read_ledger(self.ledger)
-        self._wall_before = self.ledger.wall_seconds
-        self._recover(running)
-        ready = self.executor.start()
-        self._note_workers(ready)
-        self._started_at = self.executor.now()
+        self.account.reopen()
+        self._recover()
+        self._note_workers(self.executor.start())
+        self.account.start_clock()
         for trial in [*self.store.trials, *([self.store.baseline] if self.store.baseline else [])]:
             before = 0
             for score in trial.rungs:
@@ -146,16 +143,19 @@ class Search:
                 before = score.step
         if not self.store.reference:
             self._fix_reference()
-        if not self.store.trials:
+        if all(trial.source != "sampler" for trial in self.store.trials):
             for spec in self.config.included:
-                self.store.add(spec, "included", self.space)
-            for spec in self.space.recipes[: self._trials_left_to_add()]:
-                if spec.key() not in self._known():
-                    self.store.add(spec, "recipe", self.space)
+                self._add_first(spec, "included")
+            for spec in self.space.recipes:
+                if sum(trial.state == "waiting" for trial in self.store.trials) < self.account.ledger.trials_left():
+                    self._add_first(spec, "recipe")
+        for step in self.config.rungs[:-1]:
+            # A driver killed between a score and its consequences left them to its successor.
+            self._race(step)
 
-    def _trials_left_to_add(self) -> int | None:
-        left = self.ledger.trials_left()
-        return None if math.isinf(left) else max(0, int(left) - len(self.store.trials))
+    def _add_first(self, spec: TrialSpec, source: TrialSource) -> None:
+        if spec.key() not in self._known():
+            self.store.add(spec, source, self.space)
 
     def _note_workers(self, ready: list[Ready]) -> None:
         first = ready[0]
@@ -172,9 +172,8 @@ class Search:
     def _fix_reference(self) -> None:
         """The worst that counts in the hypervolume: the majority class at the cost of full fine-tuning."""
         recipe = METHODS["full"].recipe
-        base = self.space.recipes[0] if self.space.recipes else self.config.included[0]
         full = replace(
-            base, method="full", settings=dict(recipe.settings), target_modules=None,
+            self._template(), method="full", settings=dict(recipe.settings), target_modules=None,
             bits=16 if self.config.device_kind == "cuda" else 32,
         )  # fmt: skip
         cost = self._cost(full).cost
@@ -184,19 +183,27 @@ class Search:
             reference |= {name: costs[name] for name in self.config.objectives if name != "quality"}
         self.store.save_study(reference=reference)
 
+    def _template(self) -> TrialSpec:
+        """Where the baseline and the reference take their batch size and schedule from."""
+        for spec in (*self.space.recipes, *self.config.included):
+            return spec
+        dimensions = default_dimensions(METHODS["head"], self.config.device_kind)
+        values = {name: dimension.default for name, dimension in dimensions.items()}
+        return make_spec("head", values, max_steps=self.config.rungs[-1], seed=self.config.seed)
+
     # --- crash recovery
 
-    def _recover(self, running: list[dict[str, float]]) -> None:
-        """After a driver that died: charges what ran at its last sign of life, and pauses or requeues those trials."""
-        for item in running:
-            self.ledger.charge("lost", float(item["device_seconds"]))
+    def _recover(self) -> None:
+        """After a driver that died: what it had running is paused or requeued."""
+        self.store.repair(self.space)
         for trial in self.store.trials:
             if trial.state in ("running", "paused"):
                 self._requeue(trial)
         baseline = self.store.baseline
         if baseline is not None and baseline.state == "running":
             baseline.state = "waiting"
-        self.store.save_study(running=[], finished=False)
+        # What the earlier run had to say of its end is said anew at the end of this one.
+        self.store.save_study(finished=False, notes=[])
 
     def _requeue(self, trial: Trial) -> None:
         """Back to its last checkpoint, or to the start where that is gone."""
@@ -204,19 +211,22 @@ class Search:
             trial.rungs.clear()
             trial.checkpoint = trial.checkpoint_digest = None
         trial.state = "paused" if trial.rungs else "waiting"
+        if not trial.rungs:
+            # It will be started, and counted, again.
+            self.account.ledger.trials_started -= 1
         self.store.save(trial)
 
     def _abandon_running(self) -> None:
         """An interrupt: the workers are ended, and what they had begun is charged and requeued."""
         for running in self._running.values():
-            self._charge(running, "lost", self.executor.now())
+            self._charge(running, "lost")
             if running.stretch.purpose == "search":
                 self._requeue(running.trial)
             elif running.stretch.purpose == "baseline":
                 running.trial.state = "waiting"
                 self.store.save(running.trial)
         self._running.clear()
-        self.store.save_study(running=[])
+        self.account.heartbeat(force=True)
 
     # --- assign
 
@@ -243,8 +253,12 @@ class Search:
             if trial is None:
                 self._can_suggest = False
             elif self._is_feasible(trial):
-                self.ledger.trials_started += 1
+                self._refused_in_a_row = 0
+                self.account.ledger.trials_started += 1
                 return self._stretch_of(trial)
+            elif trial.source == "sampler":
+                self._refused_in_a_row += 1
+                self._can_suggest = self._refused_in_a_row < _MOST_REFUSED
 
     def _situation(self) -> Situation:
         return Situation(
@@ -253,8 +267,8 @@ class Search:
             objectives=self.config.objectives,
             majority_quality=self.config.majority_quality,
             num_workers=self.executor.num_workers,
-            seconds_left=self._search_seconds_left(),
-            trials_left=self.ledger.trials_left(),
+            seconds_left=self.account.search_seconds_left(),
+            trials_left=self.account.ledger.trials_left(),
             can_suggest=self._can_suggest or any(t.state == "waiting" for t in self.store.trials),
             recipes_left=any(t.state == "waiting" for t in self.store.trials),
         )
@@ -334,9 +348,8 @@ class Search:
     def _next_baseline(self) -> tuple[Trial, Stretch]:
         """A trained head on the frozen base, once, at full length: what the adapters must beat."""
         recipe = METHODS["head"].recipe
-        base = self.space.recipes[0] if self.space.recipes else self.config.included[0]
         spec = replace(
-            base, method="head", settings=dict(recipe.settings), target_modules=None,
+            self._template(), method="head", settings=dict(recipe.settings), target_modules=None,
             learning_rate=recipe.learning_rate, bits=16 if self.config.device_kind == "cuda" else 32,
         )  # fmt: skip
         if self.store.baseline is None:
@@ -350,9 +363,9 @@ class Search:
         if stretch.purpose != "confirm":
             trial.state = "running"
             self.store.save(trial)
-        self._running[worker] = _Running(worker, stretch, trial, self.executor.now(), stretch.from_step)
+        self._running[worker] = _Running(worker, stretch, trial, stretch.from_step)
+        self.account.open(worker, trial.number)
         self.executor.assign(worker, Pack(stretches=(stretch,)))
-        self._heartbeat(force=True)
         self.on_change(self.status())
 
     # --- record
@@ -375,27 +388,26 @@ class Search:
         else:
             assert isinstance(event.event, Finished)
             self._record_score(running, event.event, seconds)
-        self._heartbeat(force=True)
+        self.account.heartbeat(force=True)
         self.on_change(self.status())
 
-    def _charge(self, running: _Running, purpose: Literal["search", "confirm", "baseline", "lost"], at: float) -> float:
+    def _charge(self, running: _Running, purpose: LedgerPurpose, at: float | None = None) -> float:
         """Device-seconds from assignment to release, into the ledger and the timeline."""
-        seconds = max(0.0, at - running.assigned_at) * self.executor.device_rate
-        self.ledger.charge(purpose, seconds)
+        bill = self.account.settle(running.worker, purpose, at)
         trial = running.trial
         if running.stretch.purpose != "confirm":
-            trial.device_seconds += seconds
+            trial.device_seconds += bill.device_seconds
         trial.segments.append(
             Segment(
                 worker=running.worker,
                 trial=trial.number,
                 purpose=purpose,
-                start_seconds=self._study_seconds(running.assigned_at),
-                end_seconds=self._study_seconds(at),
+                start_seconds=bill.start_seconds,
+                end_seconds=bill.end_seconds,
                 step=running.step if purpose == "lost" else running.stretch.to_step,
             )
         )
-        return seconds
+        return bill.device_seconds
 
     def _record_score(self, running: _Running, finished: Finished, seconds: float) -> None:
         trial, stretch = running.trial, running.stretch
@@ -462,7 +474,10 @@ class Search:
         detail = event.event.detail if isinstance(event.event, Broken) else event.detail
         running = self._running.get(event.worker)
         if running is None:
-            # The end of a process that was already buried, or of one that restarts without work.
+            self._idle_deaths += 1
+            if self._idle_deaths > _MOST_IDLE_DEATHS:
+                raise WorkerError(f"Workers die even without work, so the search was ended. Last words: {detail}")
+            self.executor.restart(event.worker)
             return
         self._charge(running, "lost", event.at_seconds)
         del self._running[event.worker]
@@ -530,7 +545,7 @@ class Search:
 
     def _plan_confirmations(self) -> list[tuple[Trial, int]]:
         """(finalist, seed): one more seed for each finalist before a second for any."""
-        finalists = choose_finalists(analyze(self.store))
+        finalists = choose_finalists(analyze(self.store, confirmed=False))
         queue = []
         for extra in range(1, self.config.confirm_seeds + 1):
             for number in finalists:
@@ -543,7 +558,7 @@ class Search:
     def _next_confirmation(self) -> tuple[Trial, Stretch] | None:
         for index, (trial, seed) in enumerate(self._confirm_queue):
             needed = self.speed.predict(trial.spec, trial.spec.max_steps)
-            if needed <= self._seconds_left():
+            if needed <= self.account.seconds_left():
                 del self._confirm_queue[index]
                 spec = replace(trial.spec, seed=seed)
                 return trial, self._make_stretch(trial, spec, "confirm", 0, spec.max_steps)
@@ -566,60 +581,12 @@ class Search:
             )
         elif self._confirm_queue:
             notes.append(f"{len(self._confirm_queue)} planned confirmations did not fit into the budget.")
-        overrun = -self._budget_seconds_left()
+        overrun = -self.account.budget_seconds_left()
         if overrun > 0 and math.isfinite(overrun):
             notes.append(f"The budget was overrun by {overrun:.0f} s of wall time, the end of the last stretch.")
         if not self._can_suggest:
-            notes.append("The sampler found nothing new in the space before the budget ended.")
+            notes.append("The sampler found nothing new in the space that fits before the budget ended.")
         self.store.save_study(notes=list(dict.fromkeys(notes)))
-
-    # --- time
-
-    def _study_seconds(self, at: float) -> float:
-        return self._wall_before + at - self._started_at
-
-    def _budget_seconds_left(self) -> float:
-        self.ledger.wall_seconds = self._study_seconds(self.executor.now())
-        rate = self.executor.device_rate * self.executor.num_workers
-        unbilled = sum(
-            (self.executor.now() - running.assigned_at) * self.executor.device_rate
-            for running in self._running.values()
-        )
-        return self.ledger.remaining_wall_seconds(rate, unbilled)
-
-    def _seconds_left(self) -> float:
-        """Wall seconds until everything must end, with all workers busy."""
-        return min(self._budget_seconds_left(), self._limit - (self.executor.now() - self._started_at))
-
-    def _search_seconds_left(self) -> float:
-        """The same for the search, which leaves a share for confirmation."""
-        rate = self.executor.device_rate * self.executor.num_workers
-        total = min(self.budget.wall_bound_seconds(rate), self._limit)
-        if math.isinf(total):
-            return math.inf
-        return self._seconds_left() - self.config.confirm_share * total
-
-    def _tick(self) -> None:
-        self._heartbeat()
-        self.on_change(self.status())
-
-    def _heartbeat(self, *, force: bool = False) -> None:
-        """Writes what is running and since when, so that a killed driver's successor can charge it."""
-        now = self.executor.now()
-        if not force and now - self._last_heartbeat < _HEARTBEAT_SECONDS:
-            return
-        self._last_heartbeat = now
-        running = [
-            {"trial": r.trial.number, "device_seconds": (now - r.assigned_at) * self.executor.device_rate}
-            for r in self._running.values()
-        ]
-        self._write_ledger()
-        self.store.save_study(running=running)
-
-    def _write_ledger(self) -> None:
-        if self._started_at:
-            self.ledger.wall_seconds = self._study_seconds(self.executor.now())
-        self.store.save_study(ledger=to_record(self.ledger.to_record()))
 
     # --- small things
 
@@ -627,9 +594,7 @@ class Search:
         return self.store.trials[number]
 
     def status(self) -> Status:
-        left = self._seconds_left()
-        rate = self.executor.device_rate * self.executor.num_workers
-        total = min(self.budget.wall_bound_seconds(rate), self._limit)
+        left, total = self.account.seconds_left(), self.account.total_seconds
         return Status(
             phase=self.phase,
             trials=self.store.trials,
@@ -639,7 +604,7 @@ class Search:
             },
             spent_share=None if math.isinf(total) else min(1.0, 1 - left / total),
             seconds_left=left,
-            trials_left=self.ledger.trials_left(),
+            trials_left=self.account.ledger.trials_left(),
         )
 
 
@@ -652,55 +617,3 @@ def measured_cost(cost: Cost, peak_bytes: int, reserved_bytes: int | None) -> Co
         reserved_vram_bytes=reserved_bytes,
         estimated_vram_bytes=cost.estimated_vram_bytes or cost.peak_vram_bytes,
     )
-
-
-def choose_finalists(front: Front) -> list[int]:
-    """The picks first, then the rest of the front, most certain first; at most `MAX_FINALISTS`."""
-    by_confidence = sorted(front.members, key=lambda member: -member.confidence)
-    numbers = [pick.number for pick in front.picks] + [member.number for member in by_confidence]
-    return list(dict.fromkeys(numbers))[:MAX_FINALISTS]
-
-
-def analyze(store: StudyStore) -> Front:
-    runs = [
-        Run(number, store.read_scores(file, "validation_predictions").astype(np.int64))
-        for number, file in scored_runs(store.trials)
-    ]
-    return analyze_front(
-        [trial.to_record() for trial in store.trials],
-        store.baseline.to_record() if store.baseline is not None else None,
-        runs,
-        store.read_labels(),
-        objectives=store.config.objectives,
-        scorer=store.config.scorer,
-        reference=store.reference,
-        seed=store.config.seed,
-    )
-
-
-def build_record(store: StudyStore) -> StudyRecord:
-    """The study as it stands, finished or not."""
-    front = analyze(store)
-    ledger = Ledger(parse_budget(store.config.budget))
-    store.read_ledger(ledger)
-    baseline = store.baseline
-    every = [*store.trials, *([baseline] if baseline else [])]
-    record: LedgerRecord = ledger.to_record()
-    return StudyRecord(
-        uid=store.uid,
-        config=store.config,
-        provenance=store.provenance,
-        trials=tuple(trial.to_record() for trial in store.trials),
-        baseline=baseline.to_record() if baseline is not None and is_ended(baseline) else None,
-        ledger=record,
-        segments=tuple(sorted((s for t in every for s in t.segments), key=lambda s: (s.start_seconds, s.worker))),
-        front=front.members,
-        picks=front.picks,
-        hypervolume=front.hypervolume if front.members else None,
-        notes=tuple(store.notes),
-        finished=store.finished,
-        reference=store.reference,
-    )
-
-
-__all__ = ["Search", "Status", "TrialSource", "build_record"]

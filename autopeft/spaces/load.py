@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,9 @@ def parse_space(
         spaces = {method: spaces[method] for method in spaces if method in methods}
     spaces = _apply_fixed(spaces, fixed or {}, name, device_kind)
     recipes = [_fit_recipe(space, device_kind, max_steps, seed) for space in spaces.values()]
+    for space, recipe in zip(spaces.values(), recipes, strict=True):
+        if recipe is None:
+            _check_trainable(space, name, device_kind, max_steps, seed)
     return SearchSpace(
         name=name,
         device_kind=device_kind,
@@ -170,8 +174,10 @@ def _narrow(dimension: Dimension, given: Any, where: str, device_kind: str, *, s
         raise SpaceError(f"{where} must offer at least one value, but offers none.")
     if dimension.name == "bits":
         values = _resolve_bits(values, dimension, where, device_kind, shared=shared)
+    if dimension.kind == "float":
+        values = [_number(value, where) if isinstance(value, str) else value for value in values]
     for value in values:
-        _check_value(dimension, value, where)
+        check_value(dimension, value, where)
     default = dimension.default if dimension.default in values else values[0]
     return replace(dimension, kind="choice", low=None, high=None, log=False, choices=tuple(values), default=default)
 
@@ -192,7 +198,8 @@ def _resolve_bits(values: list[Any], dimension: Dimension, where: str, device_ki
     return widths
 
 
-def _check_value(dimension: Dimension, value: Any, where: str) -> None:
+def check_value(dimension: Dimension, value: Any, where: str) -> None:
+    """Raises SpaceError where a setting cannot have the value at all; what a space narrows does not count."""
     if dimension.name == "target_modules":
         from autopeft.methods.targets import check_target_modules
 
@@ -225,7 +232,7 @@ def _narrow_range(dimension: Dimension, given: dict[str, Any], where: str) -> Di
         raise SpaceError(f"{where} is a choice and takes a list such as {list(dimension.choices)}, not a range.")
     low, high = (_number(given.get(key, getattr(dimension, key)), where) for key in ("low", "high"))
     for value in (low, high):
-        _check_value(dimension, int(value) if dimension.kind == "int" and value.is_integer() else value, where)
+        check_value(dimension, int(value) if dimension.kind == "int" and value.is_integer() else value, where)
     if low >= high:
         raise SpaceError(f"{where} must go from low to high, but goes from {low} to {high}.")
     log = bool(given.get("log", dimension.log))
@@ -270,7 +277,7 @@ def _apply_fixed(
                     del spaces[m]
             continue
         for m in touched:
-            _check_value(default_dimensions(METHODS[m], device_kind)[setting], value, f"--fix {key}={value}")
+            check_value(default_dimensions(METHODS[m], device_kind)[setting], value, f"--fix {key}={value}")
             spaces[m] = _fix(spaces[m], setting, value, device_kind)
     if not spaces:
         raise SpaceError(f"Nothing is left to search: no method of the space '{name}' can have {dict(fixed)}.")
@@ -287,6 +294,25 @@ def _fix(space: MethodSpace, setting: str, value: Scalar, device_kind: str) -> M
     dimensions |= {n: replace(defaults[n], kind="choice", choices=(v,), default=v) for n, v in space.fixed.items()}
     dimensions[setting] = replace(defaults[setting], kind="choice", choices=(value,), default=value)
     return _split(space.method, dimensions)
+
+
+def _check_trainable(space: MethodSpace, name: str, device_kind: str, max_steps: int, seed: int) -> None:
+    """Raises SpaceError where this machine refuses every combination of the choices left."""
+    choices = [[(d.name, value) for value in d.choices] for d in space.dimensions if d.kind == "choice"]
+    defaults = {d.name: d.default for d in space.dimensions}
+    rule = ""
+    for combination in itertools.product(*choices):
+        values = {**space.fixed, **defaults, **dict(combination)}
+        values |= {d.name: d.default for d in space.dimensions if not is_open(d, values)}
+        try:
+            spec = make_spec(space.method, values, max_steps=max_steps, seed=seed)
+            refused = refuse_spec(spec, device_kind)
+        except SpecError as exc:
+            refused = str(exc)
+        if refused is None:
+            return
+        rule = refused
+    raise SpaceError(f"The space '{name}' leaves nothing of {space.method} that this machine can train. {rule}")
 
 
 def _fit_recipe(space: MethodSpace, device_kind: str, max_steps: int, seed: int) -> TrialSpec | None:

@@ -141,9 +141,9 @@ def read_rows(task: TaskSpec, path: Path) -> list[Example]:
         raise DataError(f"Task '{task.name}' needs the file '{path}', which does not exist.")
     try:
         if path.suffix == ".csv":
-            with path.open(encoding="utf-8", newline="") as file:
-                return _check_rows(task, list(csv.DictReader(file)), str(path), first_line=2)
-        text = path.read_text(encoding="utf-8")
+            return _read_csv(task, path)
+        # With or without the byte order mark that spreadsheets and some editors write.
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError, csv.Error) as exc:
         raise DataError(f"The data file '{path}' must be readable UTF-8, but is not: {exc}.") from exc
     if path.suffix == ".json":
@@ -155,6 +155,16 @@ def read_rows(task: TaskSpec, path: Path) -> list[Example]:
             raise DataError(f"The data file '{path}' must hold a list of rows, but holds {type(rows).__name__}.")
         return _check_rows(task, rows, str(path))
     return _check_rows(task, _parse_lines(text, path), str(path))
+
+
+def _read_csv(task: TaskSpec, path: Path) -> list[Example]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        # The reader counts lines, which are more than rows where texts hold line breaks.
+        examples = [_check_row(task, row, f"{path}:{reader.line_num}") for row in reader]
+    if not examples:
+        raise DataError(f"A split must have rows, but '{path}' has none.")
+    return examples
 
 
 def _parse_lines(text: str, path: Path) -> Iterable[Any]:
@@ -170,8 +180,8 @@ def _parse_lines(text: str, path: Path) -> Iterable[Any]:
             raise DataError(f"{path}:{number}: every line must hold one JSON object, but: {exc.msg}.") from exc
 
 
-def _check_rows(task: TaskSpec, rows: Iterable[Any], where: str, *, first_line: int = 1) -> list[Example]:
-    examples = [_check_row(task, row, f"{where}:{line}") for line, row in enumerate(rows, start=first_line)]
+def _check_rows(task: TaskSpec, rows: Iterable[Any], where: str) -> list[Example]:
+    examples = [_check_row(task, row, f"{where}:{line}") for line, row in enumerate(rows, start=1)]
     if not examples:
         raise DataError(f"A split must have rows, but '{where}' has none.")
     return examples

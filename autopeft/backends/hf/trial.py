@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
-import logging
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -79,8 +78,6 @@ class HfBackend:
     """Trains on real models. One a worker process; holds the resident bases and the tokenized task."""
 
     def __init__(self, setup: WorkerSetup) -> None:
-        # A line for every int8 product, and one about a package that autopeft does not need.
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         torch.set_num_threads(setup.threads)
         # Inter-op threads would only contend: a trial is one chain of operations.
         with contextlib.suppress(RuntimeError):

@@ -1,0 +1,119 @@
+"""What a running study has spent and may still spend: the budget's ledger, its clock, and the signs of life."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from autopeft.budget import Ledger, Purpose, parse_budget
+from autopeft.executors.base import Executor
+from autopeft.records import to_record
+from autopeft.search.store import StudyStore
+
+_HEARTBEAT_SECONDS = 5.0
+
+
+class Bill(NamedTuple):
+    """One settled stretch of one worker."""
+
+    device_seconds: float
+    start_seconds: float
+    """Wall seconds since the study began, times between its drivers left out."""
+    end_seconds: float
+
+
+class _Open(NamedTuple):
+    trial: int
+    assigned_at: float
+
+
+class Account:
+    """Charges workers from assignment to release, and tells what is left for search and for everything."""
+
+    def __init__(self, store: StudyStore, executor: Executor, wall_seconds_limit: float) -> None:
+        self.budget = parse_budget(store.config.budget)
+        self.ledger = Ledger(self.budget)
+        self._store = store
+        self._executor = executor
+        self._limit = wall_seconds_limit
+        self._open: dict[int, _Open] = {}
+        self._wall_before = 0.0
+        self._started_at: float | None = None
+        self._last_heartbeat = -math.inf
+
+    def reopen(self) -> None:
+        """Takes over what earlier drivers spent; what ran at a dead driver's last sign of life is charged as lost."""
+        for stretch in self._store.read_ledger(self.ledger):
+            self.ledger.charge("lost", float(stretch["device_seconds"]))
+        self._wall_before = self.ledger.wall_seconds
+        self._store.save_study(running=[])
+        self.write()
+
+    def start_clock(self) -> None:
+        self._started_at = self._executor.now()
+
+    # --- charge
+
+    def open(self, worker: int, trial: int) -> None:
+        self._open[worker] = _Open(trial, self._executor.now())
+        self.heartbeat(force=True)
+
+    def settle(self, worker: int, purpose: Purpose, at: float | None = None) -> Bill:
+        """Ends a worker's stretch, at the executor's time `at` or now."""
+        opened = self._open.pop(worker)
+        at = self._executor.now() if at is None else at
+        seconds = max(0.0, at - opened.assigned_at) * self._executor.device_rate
+        self.ledger.charge(purpose, seconds)
+        return Bill(seconds, self._study_seconds(opened.assigned_at), self._study_seconds(at))
+
+    # --- what is left
+
+    def budget_seconds_left(self) -> float:
+        """Wall seconds that the budget buys with all workers busy; below zero once it is overrun."""
+        now = self._executor.now()
+        self.ledger.wall_seconds = self._study_seconds(now)
+        unbilled = sum((now - opened.assigned_at) * self._executor.device_rate for opened in self._open.values())
+        return self.ledger.remaining_wall_seconds(self._rate, unbilled)
+
+    def seconds_left(self) -> float:
+        """The same, and not beyond this run's own limit."""
+        run = 0.0 if self._started_at is None else self._executor.now() - self._started_at
+        return min(self.budget_seconds_left(), self._limit - run)
+
+    def search_seconds_left(self) -> float:
+        """The same for the search, which leaves a share for confirmation."""
+        total = self.total_seconds
+        if math.isinf(total):
+            return math.inf
+        return self.seconds_left() - self._store.config.confirm_share * total
+
+    @property
+    def total_seconds(self) -> float:
+        """Wall seconds that the whole budget buys with all workers busy; inf where only trials bound it."""
+        return min(self.budget.wall_bound_seconds(self._rate), self._limit)
+
+    @property
+    def _rate(self) -> float:
+        return self._executor.device_rate * self._executor.num_workers
+
+    def _study_seconds(self, at: float) -> float:
+        return self._wall_before + (0.0 if self._started_at is None else at - self._started_at)
+
+    # --- write
+
+    def heartbeat(self, *, force: bool = False) -> None:
+        """Writes what is running and since when, so that a killed driver's successor can charge it."""
+        now = self._executor.now()
+        if not force and now - self._last_heartbeat < _HEARTBEAT_SECONDS:
+            return
+        self._last_heartbeat = now
+        running = [
+            {"trial": opened.trial, "device_seconds": (now - opened.assigned_at) * self._executor.device_rate}
+            for opened in self._open.values()
+        ]
+        self.write()
+        self._store.save_study(running=running)
+
+    def write(self) -> None:
+        self.ledger.wall_seconds = self._study_seconds(self._executor.now())
+        self._store.save_study(ledger=to_record(self.ledger.to_record()))

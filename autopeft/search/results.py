@@ -1,0 +1,68 @@
+"""What a study has found: its front, its finalists, and the record that reports, leaderboards and exports read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from autopeft.budget import Ledger, parse_budget
+from autopeft.records import StudyRecord
+from autopeft.search.front import Front, Run, analyze_front
+from autopeft.search.store import StudyStore, is_ended, scored_runs
+
+MAX_FINALISTS = 5
+
+
+def analyze(store: StudyStore, *, confirmed: bool = True) -> Front:
+    """The front as it stands, from the answers kept on disk.
+
+    `confirmed=False` leaves the confirmations out: the search alone chooses finalists, so that a study interrupted
+    while it confirms goes on with the same ones.
+    """
+    trials = store.trials if confirmed else [replace(trial, confirmations=[]) for trial in store.trials]
+    runs = [
+        Run(number, store.read_scores(file, "validation_predictions").astype(np.int64))
+        for number, file in scored_runs(trials)
+    ]
+    return analyze_front(
+        [trial.to_record() for trial in trials],
+        store.baseline.to_record() if store.baseline is not None else None,
+        runs,
+        store.read_labels(),
+        objectives=store.config.objectives,
+        scorer=store.config.scorer,
+        reference=store.reference,
+        seed=store.config.seed,
+    )
+
+
+def choose_finalists(front: Front) -> list[int]:
+    """The picks first, then the rest of the front, most certain first; at most `MAX_FINALISTS`."""
+    by_confidence = sorted(front.members, key=lambda member: -member.confidence)
+    numbers = [pick.number for pick in front.picks] + [member.number for member in by_confidence]
+    return list(dict.fromkeys(numbers))[:MAX_FINALISTS]
+
+
+def build_record(store: StudyStore) -> StudyRecord:
+    """The study as it stands, finished or not."""
+    front = analyze(store)
+    ledger = Ledger(parse_budget(store.config.budget))
+    store.read_ledger(ledger)
+    baseline = store.baseline
+    every = [*store.trials, *([baseline] if baseline else [])]
+    return StudyRecord(
+        uid=store.uid,
+        config=store.config,
+        provenance=store.provenance,
+        trials=tuple(trial.to_record() for trial in store.trials),
+        baseline=baseline.to_record() if baseline is not None and is_ended(baseline) else None,
+        ledger=ledger.to_record(),
+        segments=tuple(sorted((s for t in every for s in t.segments), key=lambda s: (s.start_seconds, s.worker))),
+        front=front.members,
+        picks=front.picks,
+        hypervolume=front.hypervolume if front.members else None,
+        notes=tuple(store.notes),
+        finished=store.finished,
+        reference=store.reference,
+    )

@@ -1,0 +1,78 @@
+"""The configurations that benchmarks train, and the rows they train on: both functions of a seed alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from autopeft.methods import refuse_spec
+from autopeft.records import TrialSpec
+from autopeft.spaces.space import SearchSpace
+from autopeft.tasks.data import VALIDATION_MOST, VALIDATION_SHARE
+
+PLAIN_PEFT = ("lora", "prefix_tuning", "prompt_tuning", "ia3", "full")
+"""Methods that a user of transformers and peft has without writing an adapter."""
+
+
+class _RandomSuggester:
+    """Answers a space's questions at random, but for the method, which is given."""
+
+    def __init__(self, method: str, rng: random.Random) -> None:
+        self._method = method
+        self._rng = rng
+
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+        if not log:
+            return self._rng.randint(low, high)
+        return min(high, max(low, round(self.suggest_float(name, low, high, log=True))))
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        return low * (high / low) ** self._rng.random() if log else self._rng.uniform(low, high)
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self._method if name == "method" else self._rng.choice(list(choices))
+
+
+def draw_specs(space: SearchSpace, count: int, *, max_steps: int, seed: int) -> list[TrialSpec]:
+    """The space's recipes, then random configurations of each method in turn; no two alike, none refused on CPU."""
+    rng = random.Random(seed)
+    specs = list(space.recipes[:count])
+    known = {spec.key() for spec in specs}
+    methods = list(space.methods)
+    turn = 0
+    while len(specs) < count:
+        suggester = _RandomSuggester(methods[turn % len(methods)], rng)
+        spec = space.suggest(suggester, max_steps=max_steps, seed=seed)
+        if refuse_spec(spec, space.device_kind) is None and spec.key() not in known:
+            specs.append(spec)
+            known.add(spec.key())
+            turn += 1
+    return specs
+
+
+def describe(spec: TrialSpec) -> str:
+    """One line a reader can tell configurations apart by."""
+    settings = ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+                         for name, value in spec.settings.items() if value is not False)  # fmt: skip
+    targets = f", {spec.target_modules}" if spec.target_modules else ""
+    return f"{spec.method}: {settings}{targets}{', ' if settings else ''}{spec.bits} bits, lr {spec.learning_rate:.1e}"
+
+
+def limit_rows(data_dir: Path, task: str, num_validation: int, folder: Path, *, seed: int) -> Path:
+    """A data folder whose search-validation split has about `num_validation` rows.
+
+    The split's size follows from the number of training rows, so those are drawn fewer; a number that the whole data
+    would give anyway leaves the folder as it is.
+    """
+    if num_validation >= VALIDATION_MOST:
+        return data_dir
+    lines = (data_dir / task / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    count = min(len(lines), round(num_validation / VALIDATION_SHARE))
+    (folder / task).mkdir(parents=True, exist_ok=True)
+    rows = random.Random(seed).sample(lines, count)
+    (folder / task / "train.jsonl").write_text("".join(rows), encoding="utf-8")
+    test = data_dir / task / "validation.jsonl"
+    (folder / task / "validation.jsonl").write_bytes(test.read_bytes())
+    return folder
