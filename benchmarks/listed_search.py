@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from autopeft.records import Provenance, StudyConfig, StudyRecord, TrialSpec
-from autopeft.search.plan import Plan, Request, make_plan
+from autopeft.search.plan import Plan, make_plan
 from autopeft.search.racing import Contender, Verdict
+from autopeft.search.request import Request
 from autopeft.search.store import StudyStore, Trial
 from autopeft.search.study import Search
 

@@ -39,7 +39,8 @@ from machine import describe_machine
 from autopeft.executors.local import LocalExecutor
 from autopeft.records import StudyRecord, TrialRecord, TrialSpec, digest_json, to_record
 from autopeft.search.front import find_nondominated, hypervolume, scaled_points
-from autopeft.search.plan import Plan, make_provenance, plan_rungs, restore_space
+from autopeft.search.lengths import plan_rungs
+from autopeft.search.plan import Plan, make_provenance, restore_space
 from autopeft.search.racing import PairedRacing, RacingRule
 from autopeft.search.store import StudyStore, delete_study
 from autopeft.search.study import Search, Status

@@ -15,8 +15,8 @@ import yaml
 from tiny_models import make_tiny_bert
 
 from autopeft.records import StudyRecord, to_record
+from autopeft.search.results import build_record
 from autopeft.search.store import StudyStore
-from autopeft.search.study import build_record
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:

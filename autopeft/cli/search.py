@@ -6,7 +6,8 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from autopeft.search.plan import Plan, Request
+    from autopeft.search.plan import Plan
+    from autopeft.search.request import Request
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 def _request(args: argparse.Namespace) -> Request:
     from dataclasses import fields
 
-    from autopeft.search.plan import Request
+    from autopeft.search.request import Request
 
     return Request(**{field.name: getattr(args, field.name) for field in fields(Request)})
 

@@ -6,7 +6,6 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +15,6 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
 import autopeft
 from autopeft.backends.base import WorkerSetup
@@ -31,57 +29,16 @@ from autopeft.executors.devices import (
     plan_cpu_workers,
     plan_gpu_workers,
 )
-from autopeft.methods import find_method
-from autopeft.records import Provenance, Scalar, StudyConfig, TrialSpec
+from autopeft.records import Provenance, StudyConfig
 from autopeft.search.front import parse_objectives
+from autopeft.search.lengths import AUTO_GPU_MODEL, SCORING_SHARE, choose_max_steps, guess_seconds_per_step, plan_rungs
+from autopeft.search.request import Request, parse_bytes, parse_fixed, read_included
 from autopeft.search.store import check_new_study
-from autopeft.spaces.load import check_value, default_dimensions, find_space, parse_space
-from autopeft.spaces.space import SearchSpace, check_feasible, make_spec
+from autopeft.spaces.load import find_space, parse_space
+from autopeft.spaces.space import SearchSpace
 from autopeft.tasks.data import Splits, load_splits, majority_predictions
 from autopeft.tasks.scorers import score_predictions
 from autopeft.tasks.spec import TaskSpec, find_task_text, parse_task
-
-AUTO_GPU_MODEL = "answerdotai/ModernBERT-base"
-"""What `--model auto` trains where there is a GPU; on CPU it is the packaged MiniLM."""
-
-_FIRST_RUNG = 40
-_MOST_RUNGS = 4
-_EPOCHS_AT_MOST = 3
-_LENGTHS_TO_BUY = 15
-"""Full lengths that a time budget should buy; fewer, longer trials would leave nothing to compare."""
-_SHORTEST, _UNCLOCKED = 160, 400
-
-# Rough figures for plans alone; searches measure. One core trains MiniLM (22.7M parameters, LoRA) at 6.7 steps a second
-# on 16 sst2 sentences, which is 190e9 of the nominal 6 x parameters x tokens operations a second.
-_CPU_CORE_FLOPS = 190e9
-_GPU_UTILIZATION = 0.3
-_GPU_STEP_FLOOR_SECONDS = 0.02
-_SCORING_SHARE = 0.2
-_PARAMETERS = {"minilm": 22_713_216, AUTO_GPU_MODEL: 149_000_000}
-_UNKNOWN_PARAMETERS = 100_000_000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """The command line's values, unread."""
-
-    task: str
-    budget: str
-    model: str = "auto"
-    space: str = "default"
-    methods: str | None = None
-    fix: Sequence[str] = ()
-    objectives: str = "quality,vram,params"
-    max_vram: str | None = None
-    max_steps: int | None = None
-    seed: int = 0
-    workers: int | None = None
-    name: str | None = None
-    data_dir: str | None = None
-    include: Sequence[str] = ()
-    until: str | None = None
-    price: str | None = None
-    plan_for: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +73,7 @@ class Plan:
         """How many full-length trials the search's share buys, roughly; inf where only trials bound it."""
         rate = float(self.threads) if self.config.device_kind == "cpu" else 1.0
         wall = min(self.budget.wall_bound_seconds(rate * len(self.devices)), self.wall_seconds_limit)
-        each = self.seconds_per_step * self.config.rungs[-1] * (1 + _SCORING_SHARE)
+        each = self.seconds_per_step * self.config.rungs[-1] * (1 + SCORING_SHARE)
         return wall * (1 - self.config.confirm_share) * len(self.devices) / each
 
     def setup(self, studies: Path) -> WorkerSetup:
@@ -155,12 +112,12 @@ def make_plan(request: Request, *, studies: Path, dry_run: bool = False) -> Plan
     model = _choose_model(request.model, device_kind)
     data_dir = request.data_dir or os.environ.get("AUTOPEFT_DATA_DIR")
     splits = _load_splits(task, data_dir, request.seed, notes, dry_run=dry_run)
-    per_step = _guess_seconds_per_step(model, splits, threads, gpu)
+    per_step = guess_seconds_per_step(model, splits, threads, gpu)
     rate = (threads if device_kind == "cpu" else 1) * len(devices)
     wall = min(budget.wall_bound_seconds(rate), limit)
     max_steps = request.max_steps
     if max_steps is None:
-        max_steps = _choose_max_steps(wall * len(devices), per_step, splits)
+        max_steps = choose_max_steps(wall * len(devices), per_step, splits)
     if max_steps < 4:
         raise SpecError(f"--max-steps must be at least 4, but is {max_steps}.")
     fixed = parse_fixed(request.fix)
@@ -216,79 +173,6 @@ def make_plan(request: Request, *, studies: Path, dry_run: bool = False) -> Plan
         seconds_per_step=per_step,
         notes=tuple(notes),
     )
-
-
-def plan_rungs(max_steps: int) -> tuple[int, ...]:
-    """Halving down from the full length, as long as a rung keeps 40 steps: below, most methods sit at chance."""
-    rungs = [max_steps]
-    while len(rungs) < _MOST_RUNGS and rungs[0] // 2 >= _FIRST_RUNG:
-        rungs.insert(0, rungs[0] // 2)
-    return tuple(rungs)
-
-
-def parse_bytes(text: str) -> int:
-    """`24GB` -> bytes. GB and GiB alike mean 2**30, as GPU makers and drivers use it."""
-    units = {"gib": 2**30, "gb": 2**30, "g": 2**30, "mib": 2**20, "mb": 2**20, "m": 2**20}
-    cleaned = text.strip().lower()
-    number = cleaned.rstrip("gmib")
-    try:
-        size = float(number) * units[cleaned[len(number) :].strip()]
-    except (ValueError, KeyError):
-        raise SpecError(f"--max-vram takes a size such as 24GB or 800MB, but was given '{text}'.") from None
-    if not 0 < size < math.inf:
-        raise SpecError(f"--max-vram must be a number above zero, but is '{text}'.")
-    return int(size)
-
-
-def parse_fixed(items: Sequence[str]) -> dict[str, Scalar]:
-    """`bits=4` and `lora.rank=8` -> values by name. Raises SpecError where one has no value."""
-    fixed: dict[str, Scalar] = {}
-    for item in items:
-        key, separator, value = item.partition("=")
-        if not separator or not key or not value:
-            raise SpecError(f"--fix takes NAME=VALUE such as bits=4 or lora.rank=8, but was given '{item}'.")
-        fixed[key.strip()] = _parse_scalar(value)
-    return fixed
-
-
-def _parse_scalar(text: str) -> Scalar:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        # YAML 1.1 reads 1e-3 as text.
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value if isinstance(value, bool | int | float) else text
-
-
-def read_included(path: Path, *, device_kind: str, max_steps: int, seed: int) -> TrialSpec:
-    """A configuration of the user's own: `method:` and any of its settings; the rest as in the method's recipe."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
-        raise SpecError(
-            f"--include takes a YAML file with a configuration, but '{path}' cannot be read: {exc}."
-        ) from exc
-    if not isinstance(data, dict) or "method" not in data:
-        raise SpecError(f"The configuration '{path}' must name its method, such as method: lora, but does not.")
-    method = find_method(str(data.pop("method")))
-    if not method.searched:
-        raise SpecError(f"{path}: '{method.name}' is the baseline, which every study trains. Name a method to race.")
-    dimensions = default_dimensions(method, device_kind)
-    values: dict[str, Scalar] = {name: dimension.default for name, dimension in dimensions.items()}
-    values |= method.recipe.settings
-    for key, value in data.items():
-        if key not in dimensions:
-            raise SpecError(f"{path}: {method.title} has no setting '{key}'. {suggest_nearest(str(key), dimensions)}")
-        values[key] = _parse_scalar(str(value)) if isinstance(value, str) else value
-        if key != "bits":
-            check_value(dimensions[key], values[key], f"{path}: {key}")
-    if values["bits"] == "unquantized":
-        values["bits"] = dimensions["bits"].default
-    spec = make_spec(method.name, values, max_steps=max_steps, seed=seed)
-    check_feasible(spec, device_kind)
-    return spec
 
 
 def make_provenance(plan: Plan) -> Provenance:
@@ -382,28 +266,6 @@ def _load_splits(task: TaskSpec, data_dir: str | None, seed: int, notes: list[st
             raise
         notes.append(str(exc))
         return None
-
-
-def _guess_seconds_per_step(model: str, splits: Splits | None, threads: int, gpu: KnownGpu | None) -> float:
-    tokens = 30.0
-    if splits is not None:
-        sample = splits.train[:1000]
-        words = sum(len(e.text.split()) + len((e.text_pair or "").split()) for e in sample) / len(sample)
-        tokens = 1.3 * words + 2
-    operations = 6 * _PARAMETERS.get(model, _UNKNOWN_PARAMETERS) * 16 * tokens
-    if gpu is not None:
-        return max(_GPU_STEP_FLOOR_SECONDS, operations / (_GPU_UTILIZATION * gpu.bf16_flops))
-    return operations / (_CPU_CORE_FLOPS * threads)
-
-
-def _choose_max_steps(worker_seconds: float, per_step: float, splits: Splits | None) -> int:
-    """Steps such that the budget buys enough full lengths to compare, and no more than a few epochs."""
-    epochs = math.ceil((len(splits.train) if splits else 50_000) / 16 * _EPOCHS_AT_MOST)
-    if math.isinf(worker_seconds):
-        return max(_SHORTEST, min(_UNCLOCKED, epochs))
-    bought = 0.75 * worker_seconds / _LENGTHS_TO_BUY / (per_step * (1 + _SCORING_SHARE))
-    steps = max(_SHORTEST, min(int(bought), epochs))
-    return steps - steps % 8
 
 
 def _majority_qualities(task: TaskSpec, splits: Splits | None) -> tuple[float, float]:

@@ -1,0 +1,58 @@
+"""How long trials should be: rungs, the full length that a budget suits, and rough speeds for plans."""
+
+from __future__ import annotations
+
+import math
+
+from autopeft.executors.devices import KnownGpu
+from autopeft.tasks.data import Splits
+
+AUTO_GPU_MODEL = "answerdotai/ModernBERT-base"
+"""What `--model auto` trains where there is a GPU; on CPU it is the packaged MiniLM."""
+
+_FIRST_RUNG = 40
+_MOST_RUNGS = 4
+_EPOCHS_AT_MOST = 3
+_LENGTHS_TO_BUY = 15
+"""Full lengths that a time budget should buy; fewer, longer trials would leave nothing to compare."""
+_SHORTEST, _UNCLOCKED = 160, 400
+
+# Rough figures for plans alone; searches measure. One core trains MiniLM (22.7M parameters, LoRA) at 6.7 steps a second
+# on 16 sst2 sentences, which is 190e9 of the nominal 6 x parameters x tokens operations a second.
+_CPU_CORE_FLOPS = 190e9
+_GPU_UTILIZATION = 0.3
+_GPU_STEP_FLOOR_SECONDS = 0.02
+SCORING_SHARE = 0.2
+"""Scoring passes beside training, rough."""
+_PARAMETERS = {"minilm": 22_713_216, AUTO_GPU_MODEL: 149_000_000}
+_UNKNOWN_PARAMETERS = 100_000_000
+
+
+def plan_rungs(max_steps: int) -> tuple[int, ...]:
+    """Halving down from the full length, as long as a rung keeps 40 steps: below, most methods sit at chance."""
+    rungs = [max_steps]
+    while len(rungs) < _MOST_RUNGS and rungs[0] // 2 >= _FIRST_RUNG:
+        rungs.insert(0, rungs[0] // 2)
+    return tuple(rungs)
+
+
+def guess_seconds_per_step(model: str, splits: Splits | None, threads: int, gpu: KnownGpu | None) -> float:
+    tokens = 30.0
+    if splits is not None:
+        sample = splits.train[:1000]
+        words = sum(len(e.text.split()) + len((e.text_pair or "").split()) for e in sample) / len(sample)
+        tokens = 1.3 * words + 2
+    operations = 6 * _PARAMETERS.get(model, _UNKNOWN_PARAMETERS) * 16 * tokens
+    if gpu is not None:
+        return max(_GPU_STEP_FLOOR_SECONDS, operations / (_GPU_UTILIZATION * gpu.bf16_flops))
+    return operations / (_CPU_CORE_FLOPS * threads)
+
+
+def choose_max_steps(worker_seconds: float, per_step: float, splits: Splits | None) -> int:
+    """Steps such that the budget buys enough full lengths to compare, and no more than a few epochs."""
+    epochs = math.ceil((len(splits.train) if splits else 50_000) / 16 * _EPOCHS_AT_MOST)
+    if math.isinf(worker_seconds):
+        return max(_SHORTEST, min(_UNCLOCKED, epochs))
+    bought = 0.75 * worker_seconds / _LENGTHS_TO_BUY / (per_step * (1 + SCORING_SHARE))
+    steps = max(_SHORTEST, min(int(bought), epochs))
+    return steps - steps % 8

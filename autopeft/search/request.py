@@ -1,0 +1,104 @@
+"""What the user asked for, and the small languages it is written in: sizes, fixed settings, own configurations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from autopeft.errors import SpecError, suggest_nearest
+from autopeft.methods import find_method
+from autopeft.records import Scalar, TrialSpec
+from autopeft.spaces.load import check_value, default_dimensions
+from autopeft.spaces.space import check_feasible, make_spec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """The command line's values, unread."""
+
+    task: str
+    budget: str
+    model: str = "auto"
+    space: str = "default"
+    methods: str | None = None
+    fix: Sequence[str] = ()
+    objectives: str = "quality,vram,params"
+    max_vram: str | None = None
+    max_steps: int | None = None
+    seed: int = 0
+    workers: int | None = None
+    name: str | None = None
+    data_dir: str | None = None
+    include: Sequence[str] = ()
+    until: str | None = None
+    price: str | None = None
+    plan_for: str | None = None
+
+
+def parse_bytes(text: str) -> int:
+    """`24GB` -> bytes. GB and GiB alike mean 2**30, as GPU makers and drivers use it."""
+    units = {"gib": 2**30, "gb": 2**30, "g": 2**30, "mib": 2**20, "mb": 2**20, "m": 2**20}
+    cleaned = text.strip().lower()
+    number = cleaned.rstrip("gmib")
+    try:
+        size = float(number) * units[cleaned[len(number) :].strip()]
+    except (ValueError, KeyError):
+        raise SpecError(f"--max-vram takes a size such as 24GB or 800MB, but was given '{text}'.") from None
+    if not 0 < size < math.inf:
+        raise SpecError(f"--max-vram must be a number above zero, but is '{text}'.")
+    return int(size)
+
+
+def parse_fixed(items: Sequence[str]) -> dict[str, Scalar]:
+    """`bits=4` and `lora.rank=8` -> values by name. Raises SpecError where one has no value."""
+    fixed: dict[str, Scalar] = {}
+    for item in items:
+        key, separator, value = item.partition("=")
+        if not separator or not key or not value:
+            raise SpecError(f"--fix takes NAME=VALUE such as bits=4 or lora.rank=8, but was given '{item}'.")
+        fixed[key.strip()] = _parse_scalar(value)
+    return fixed
+
+
+def _parse_scalar(text: str) -> Scalar:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        # YAML 1.1 reads 1e-3 as text.
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value if isinstance(value, bool | int | float) else text
+
+
+def read_included(path: Path, *, device_kind: str, max_steps: int, seed: int) -> TrialSpec:
+    """A configuration of the user's own: `method:` and any of its settings; the rest as in the method's recipe."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+        raise SpecError(
+            f"--include takes a YAML file with a configuration, but '{path}' cannot be read: {exc}."
+        ) from exc
+    if not isinstance(data, dict) or "method" not in data:
+        raise SpecError(f"The configuration '{path}' must name its method, such as method: lora, but does not.")
+    method = find_method(str(data.pop("method")))
+    if not method.searched:
+        raise SpecError(f"{path}: '{method.name}' is the baseline, which every study trains. Name a method to race.")
+    dimensions = default_dimensions(method, device_kind)
+    values: dict[str, Scalar] = {name: dimension.default for name, dimension in dimensions.items()}
+    values |= method.recipe.settings
+    for key, value in data.items():
+        if key not in dimensions:
+            raise SpecError(f"{path}: {method.title} has no setting '{key}'. {suggest_nearest(str(key), dimensions)}")
+        values[key] = _parse_scalar(str(value)) if isinstance(value, str) else value
+        if key != "bits":
+            check_value(dimensions[key], values[key], f"{path}: {key}")
+    if values["bits"] == "unquantized":
+        values["bits"] = dimensions["bits"].default
+    spec = make_spec(method.name, values, max_steps=max_steps, seed=seed)
+    check_feasible(spec, device_kind)
+    return spec
