@@ -37,11 +37,15 @@ def analyze(store: StudyStore, *, confirmed: bool = True) -> Front:
     )
 
 
-def choose_finalists(front: Front) -> list[int]:
-    """The picks first, then the rest of the front, most certain first; at most `MAX_FINALISTS`."""
+def plan_confirmations(front: Front, *, first_seed: int, num_seeds: int) -> list[tuple[int, int]]:
+    """(trial, seed) in order of worth: the picks with all their seeds, then the rest of the front, most certain first.
+
+    Within each group every trial gets one more seed before any gets a second. At most `MAX_FINALISTS` trials.
+    """
+    picks = list(dict.fromkeys(pick.number for pick in front.picks))
     by_confidence = sorted(front.members, key=lambda member: -member.confidence)
-    numbers = [pick.number for pick in front.picks] + [member.number for member in by_confidence]
-    return list(dict.fromkeys(numbers))[:MAX_FINALISTS]
+    rest = [member.number for member in by_confidence if member.number not in picks][: MAX_FINALISTS - len(picks)]
+    return [(number, first_seed + i) for group in (picks, rest) for i in range(num_seeds) for number in group]
 
 
 def build_record(store: StudyStore) -> StudyRecord:

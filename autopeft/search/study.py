@@ -38,7 +38,7 @@ from autopeft.search.account import Account
 from autopeft.search.front import cost_vector
 from autopeft.search.policy import Promote, Situation, Speed, StartNew, choose_next, next_rung
 from autopeft.search.racing import Contender, PairedRacing, RacingRule
-from autopeft.search.results import analyze, build_record, choose_finalists
+from autopeft.search.results import analyze, build_record, plan_confirmations
 from autopeft.search.sampler import Observation, suggest_spec
 from autopeft.search.store import StudyStore, Trial
 from autopeft.spaces.load import default_dimensions
@@ -544,16 +544,11 @@ class Search:
             self._conclude()
 
     def _plan_confirmations(self) -> list[tuple[Trial, int]]:
-        """(finalist, seed): one more seed for each finalist before a second for any."""
-        finalists = choose_finalists(analyze(self.store, confirmed=False))
-        queue = []
-        for extra in range(1, self.config.confirm_seeds + 1):
-            for number in finalists:
-                trial = self._trial(number)
-                seed = self.config.seed + extra
-                if all(confirmation.seed != seed for confirmation in trial.confirmations):
-                    queue.append((trial, seed))
-        return queue
+        """What is still to be done of them: a resumed study has some already."""
+        front = analyze(self.store, confirmed=False)
+        wanted = plan_confirmations(front, first_seed=self.config.seed + 1, num_seeds=self.config.confirm_seeds)
+        queue = [(self._trial(number), seed) for number, seed in wanted]
+        return [(t, seed) for t, seed in queue if all(c.seed != seed for c in t.confirmations)]
 
     def _next_confirmation(self) -> tuple[Trial, Stretch] | None:
         for index, (trial, seed) in enumerate(self._confirm_queue):
