@@ -1,0 +1,58 @@
+"""What all tests share: fast databases, quiet Hypothesis, and builders of configurations."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sqlalchemy
+from hypothesis import HealthCheck, settings
+from sqlalchemy.engine import Engine
+
+from autopeft.methods import METHODS
+from autopeft.records import TrialSpec
+
+settings.register_profile(
+    "autopeft", deadline=None, max_examples=50, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("autopeft")
+
+
+@sqlalchemy.event.listens_for(Engine, "connect")
+def _do_not_wait_for_the_disk(connection: object, record: object) -> None:
+    # Tests pull no plugs; waiting for the disk at every commit took nine tenths of their time.
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA synchronous = OFF")
+
+
+def _make_spec(method: str = "lora", **changes: Any) -> TrialSpec:
+    recipe = METHODS[method].recipe
+    values: dict[str, Any] = {
+        "method": method,
+        "settings": dict(recipe.settings) | changes.pop("settings", {}),
+        "target_modules": recipe.target_modules,
+        "bits": 32,
+        "learning_rate": recipe.learning_rate,
+        "batch_size": 16,
+        "max_steps": 160,
+        "warmup_ratio": 0.06,
+        "schedule": "linear",
+        "weight_decay": 0.0,
+        "seed": 0,
+    }
+    return TrialSpec(**(values | changes))
+
+
+@pytest.fixture(scope="session")
+def make_spec() -> Callable[..., TrialSpec]:
+    """A method's recipe on CPU, with changes."""
+    return _make_spec
+
+
+@pytest.fixture(autouse=True)
+def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test asks the network for anything, or finds this machine's data."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("AUTOPEFT_DATA_DIR", raising=False)

@@ -1,0 +1,298 @@
+"""Dominance, hypervolume and picks, against closed forms and independent computations."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from autopeft.errors import SpecError
+from autopeft.records import Completed, Confirmation, Cost, RungScore, TrialRecord, TrialSpec
+from autopeft.search.front import (
+    Front,
+    Run,
+    analyze_front,
+    cost_vector,
+    find_nondominated,
+    hypervolume,
+    parse_objectives,
+    rank_layers,
+)
+
+Points = npt.NDArray[np.float64]
+
+GRID = hnp.arrays(
+    float, st.tuples(st.integers(1, 7), st.integers(1, 3)), elements=st.integers(0, 6).map(float)
+)  # fmt: skip
+"""Few distinct values, so that ties and duplicates are common."""
+
+
+def volume_by_inclusion_and_exclusion(points: Points, reference: float) -> float:
+    """Independent of slicing: the union of boxes from each point to the reference."""
+    boxes = np.maximum(reference - points, 0.0)
+    total = 0.0
+    for size in range(1, len(points) + 1):
+        for chosen in itertools.combinations(range(len(points)), size):
+            total += (-1) ** (size + 1) * float(np.prod(boxes[list(chosen)].min(axis=0)))
+    return total
+
+
+@given(GRID)
+def test_hypervolume_equals_inclusion_and_exclusion(points: Points) -> None:
+    reference = [5.0] * points.shape[1]
+    assert hypervolume(points, reference) == pytest.approx(volume_by_inclusion_and_exclusion(points, 5.0))
+
+
+@given(GRID)
+def test_hypervolume_comes_from_nondominated_points_alone(points: Points) -> None:
+    reference = [7.0] * points.shape[1]
+    assert hypervolume(points[find_nondominated(points)], reference) == pytest.approx(hypervolume(points, reference))
+
+
+@given(GRID)
+def test_another_point_never_lowers_hypervolume(points: Points) -> None:
+    reference = [7.0] * points.shape[1]
+    assert hypervolume(points[:-1], reference) <= hypervolume(points, reference) + 1e-9
+
+
+def test_the_hypervolume_of_one_point_is_its_box() -> None:
+    assert hypervolume(np.array([[1.0, 2.0, 3.0]]), [2.0, 4.0, 6.0]) == pytest.approx(1 * 2 * 3)
+
+
+def test_the_hypervolume_of_a_staircase_is_the_sum_of_its_steps() -> None:
+    # Boxes 3x1, 2x2, 1x3 under (4, 4) overlap: 3 + 2 + 1 unit squares remain.
+    assert hypervolume(np.array([[1.0, 3.0], [2.0, 2.0], [3.0, 1.0]]), [4.0, 4.0]) == pytest.approx(6.0)
+
+
+def test_points_beyond_the_reference_dominate_nothing() -> None:
+    assert hypervolume(np.array([[5.0, 0.0], [0.0, 5.0]]), [4.0, 4.0]) == 0.0
+
+
+def test_no_points_have_no_hypervolume() -> None:
+    assert hypervolume(np.empty((0, 2)), [1.0, 1.0]) == 0.0
+
+
+@given(GRID)
+def test_a_point_is_kept_exactly_where_no_other_dominates_it(points: Points) -> None:
+    kept = find_nondominated(points)
+    for i, point in enumerate(points):
+        beaten = any((other <= point).all() and (other < point).any() for other in points)
+        assert kept[i] == (not beaten)
+
+
+@given(GRID)
+def test_some_point_is_always_nondominated(points: Points) -> None:
+    assert find_nondominated(points).any()
+
+
+@given(GRID)
+def test_equal_points_are_kept_or_dropped_together(points: Points) -> None:
+    twice = np.concatenate([points, points])
+    kept = find_nondominated(twice)
+    assert (kept[: len(points)] == kept[len(points) :]).all()
+
+
+@given(GRID)
+def test_dominance_does_not_depend_on_an_objectives_scale(points: Points) -> None:
+    assert (find_nondominated(points) == find_nondominated(np.exp(points) * 3 + 1)).all()
+
+
+@given(GRID)
+def test_layer_zero_is_the_front(points: Points) -> None:
+    assert ((rank_layers(points) == 0) == find_nondominated(points)).all()
+
+
+@given(GRID)
+def test_a_dominated_point_lies_in_a_deeper_layer_than_what_dominates_it(points: Points) -> None:
+    layers = rank_layers(points)
+    for (i, one), (j, other) in itertools.permutations(enumerate(points), 2):
+        if (one <= other).all() and (one < other).any():
+            assert layers[i] < layers[j]
+
+
+@given(GRID)
+def test_layers_are_numbered_without_gaps(points: Points) -> None:
+    layers = rank_layers(points)
+    assert set(layers) == set(range(layers.max() + 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("quality", ("quality",)),
+        ("params,quality", ("quality", "params")),
+        (" quality , vram ,params", ("quality", "vram", "params")),
+        ("quality,quality,vram", ("quality", "vram")),
+    ],
+)
+def test_objectives_are_read_in_any_order(text: str, names: tuple[str, ...]) -> None:
+    assert parse_objectives(text) == names
+
+
+def test_an_unknown_objective_gets_the_nearest_name() -> None:
+    with pytest.raises(SpecError, match=r"'vran'.*Did you mean 'vram'"):
+        parse_objectives("quality,vran")
+
+
+def test_objectives_without_quality_are_refused() -> None:
+    with pytest.raises(SpecError, match="must contain quality"):
+        parse_objectives("vram,params")
+
+
+COST = Cost(trainable_parameters=7, head_parameters=5, peak_vram_bytes=9, vram_source="estimated")
+
+
+@pytest.mark.parametrize(
+    ("objectives", "vector"),
+    [(("quality",), ()), (("quality", "params"), (7.0,)), (("quality", "vram", "params"), (9.0, 7.0))],
+)
+def test_costs_follow_the_chosen_objectives_and_leave_out_the_head(
+    objectives: tuple[str, ...], vector: tuple[float, ...]
+) -> None:
+    assert cost_vector(COST, objectives) == vector
+
+
+# --- a study's front
+
+
+LABELS = np.array([0, 1] * 100)
+
+
+def answers(accuracy: float, seed: int) -> npt.NDArray[np.int64]:
+    """Exactly `accuracy` of the labels right, at random places."""
+    wrong = np.random.default_rng(seed).permutation(len(LABELS))[: round((1 - accuracy) * len(LABELS))]
+    predictions = LABELS.copy()
+    predictions[wrong] = 1 - predictions[wrong]
+    return predictions
+
+
+def make_trial(spec: TrialSpec, number: int, quality: float, vram: int, params: int, seeds: int = 0) -> TrialRecord:
+    common = {"quality": quality, "loss": 1 - quality, "device_seconds": 1.0, "scores_file": "x", "scores_digest": "x"}
+    return TrialRecord(
+        number=number,
+        spec=spec,
+        source="sampler",
+        state="complete",
+        cost=Cost(trainable_parameters=params, head_parameters=1, peak_vram_bytes=vram, vram_source="estimated"),
+        rungs=(RungScore(rung=0, step=160, num_examples=200, train_seconds=1.0, **common),),
+        outcome=Completed(),
+        device_seconds=1.0,
+        confirmations=tuple(
+            Confirmation(seed=i + 1, test_quality=quality, test_loss=0.1, num_test_examples=200, **common)
+            for i in range(seeds)
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def analyze(make_spec: Callable[..., TrialSpec]) -> Callable[..., Front]:
+    def analyze(
+        *rows: tuple[float, int, int, int],
+        objectives: tuple[str, ...] = ("quality", "vram", "params"),
+        baseline: tuple[float, int, int] | None = None,
+    ) -> Front:
+        """Rows of (quality, VRAM, parameters, confirmations)."""
+        trials = [make_trial(make_spec(), i, *row) for i, row in enumerate(rows)]
+        runs = [
+            Run(trial.number, answers(trial.rungs[-1].quality, 10 * trial.number + seed))
+            for trial in trials
+            for seed in range(1 + len(trial.confirmations))
+        ]
+        head = make_trial(make_spec("head"), -1, *baseline) if baseline else None
+        reference = {"quality": 0.5, "vram": 1000.0, "params": 1000.0}
+        reference = {name: reference[name] for name in objectives}
+        return analyze_front(
+            trials, head, runs, LABELS, objectives=objectives, scorer="accuracy", reference=reference, seed=0
+        )
+
+    return analyze
+
+
+def numbers(front: Front) -> list[int]:
+    return [member.number for member in front.members]
+
+
+def pick(front: Front, name: str) -> int:
+    return next(pick.number for pick in front.picks if pick.name == name)
+
+
+def test_the_front_of_nothing_is_empty(analyze: Callable[..., Front]) -> None:
+    assert analyze() == Front((), (), 0.0)
+
+
+def test_a_dominated_trial_is_not_on_the_front(analyze: Callable[..., Front]) -> None:
+    assert numbers(analyze((0.9, 500, 100, 0), (0.8, 600, 200, 0), (0.7, 100, 10, 0))) == [0, 2]
+
+
+def test_what_the_trained_head_dominates_is_on_no_front(analyze: Callable[..., Front]) -> None:
+    front = analyze((0.9, 500, 100, 0), (0.55, 90, 10, 0), baseline=(0.6, 80, 0))
+    assert numbers(front) == [0]
+
+
+def test_a_trial_cheaper_than_the_trained_head_stays_on_the_front(analyze: Callable[..., Front]) -> None:
+    front = analyze((0.9, 500, 100, 0), (0.55, 70, 10, 0), baseline=(0.6, 80, 0))
+    assert numbers(front) == [0, 1]
+
+
+def test_confidences_are_shares(analyze: Callable[..., Front]) -> None:
+    front = analyze((0.9, 500, 100, 0), (0.88, 400, 200, 0), (0.7, 100, 10, 0))
+    assert all(0 <= member.confidence <= 1 for member in front.members)
+
+
+def test_the_cheapest_trial_is_on_the_front_for_certain(analyze: Callable[..., Front]) -> None:
+    front = analyze((0.9, 500, 100, 0), (0.55, 100, 10, 0))
+    assert {member.number: member.confidence for member in front.members}[1] == 1.0
+
+
+def test_a_member_that_is_barely_better_than_a_cheaper_one_is_uncertain(analyze: Callable[..., Front]) -> None:
+    front = analyze((0.805, 500, 100, 0), (0.80, 400, 50, 0))
+    assert 0.3 < {member.number: member.confidence for member in front.members}[0] < 0.8
+
+
+def test_the_best_pick_has_the_highest_quality(analyze: Callable[..., Front]) -> None:
+    assert pick(analyze((0.9, 900, 900, 0), (0.8, 500, 100, 0), (0.7, 100, 10, 0)), "best") == 0
+
+
+def test_the_smallest_pick_has_the_fewest_parameters_within_noise_of_the_best(analyze: Callable[..., Front]) -> None:
+    front = analyze((0.90, 900, 900, 0), (0.895, 500, 100, 0), (0.60, 100, 10, 0))
+    assert pick(front, "smallest") == 1
+
+
+def test_the_knee_gives_up_little_quality_for_much_memory(analyze: Callable[..., Front]) -> None:
+    assert pick(analyze((0.90, 900, 900, 0), (0.88, 200, 100, 0), (0.60, 100, 10, 0)), "knee") == 1
+
+
+def test_once_some_are_confirmed_only_those_are_picked(analyze: Callable[..., Front]) -> None:
+    front = analyze((0.92, 900, 900, 0), (0.90, 800, 800, 2), (0.60, 100, 10, 2))
+    assert {chosen.number for chosen in front.picks} <= {1, 2}
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(55, 99).map(lambda q: q / 100),
+            st.integers(1, 999),
+            st.integers(1, 999),
+            st.sampled_from([0, 2]),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sampled_from([("quality",), ("quality", "params"), ("quality", "vram", "params")]),
+)
+def test_best_and_knee_come_from_the_front_and_hypervolume_is_a_share(
+    analyze: Callable[..., Front], rows: list[tuple[float, int, int, int]], objectives: tuple[str, ...]
+) -> None:
+    front = analyze(*rows, objectives=objectives)
+    confirmed_on_front = [n for n in numbers(front) if rows[n][3]]
+    if confirmed_on_front or not any(row[3] for row in rows):
+        assert {pick(front, "best"), pick(front, "knee")} <= set(numbers(front))
+    assert 0 <= front.hypervolume <= 1
+    assert math.isfinite(front.hypervolume)

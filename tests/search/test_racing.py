@@ -1,0 +1,204 @@
+"""The three laws that every racing rule keeps, and what the paired rule calls clear."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autopeft.search.racing import Contender, PairedRacing, paired_z
+
+NUM_EXAMPLES = 40
+PROGRESSES = st.sampled_from([0.125, 0.25, 0.5, 0.75])
+RULES = st.builds(PairedRacing, z_at_end=st.sampled_from([0.0, 0.5, 2.0]))
+"""Lenient ones among them: a law that holds only for a careful rule is no law."""
+
+
+@st.composite
+def contenders(draw: st.DrawFn, *, num_costs: int | None = None) -> list[Contender]:
+    """A rung's field with few distinct values, so that ties and equal rivals are common."""
+    num_costs = draw(st.integers(0, 2)) if num_costs is None else num_costs
+    field = []
+    for number in range(draw(st.integers(2, 6))):
+        noise = np.random.default_rng(draw(st.integers(0, 5))).normal(0, 0.2, NUM_EXAMPLES)
+        field.append(
+            Contender(
+                number=number,
+                costs=tuple(float(draw(st.integers(1, 3))) for _ in range(num_costs)),
+                quality=draw(st.sampled_from([0.3, 0.5, 0.7, 0.8, 0.9])),
+                losses=draw(st.sampled_from([0.2, 0.5, 0.9])) + noise,
+            )
+        )
+    return field
+
+
+def dominates(one: Contender, other: Contender) -> bool:
+    """On the objectives: no worse anywhere, better somewhere."""
+    mine, theirs = (-one.quality, *one.costs), (-other.quality, *other.costs)
+    return all(a <= b for a, b in zip(mine, theirs, strict=True)) and mine != theirs
+
+
+def stopped(rule: PairedRacing, field: list[Contender], progress: float, majority: float = 0.2) -> set[int]:
+    return {
+        trial.number
+        for trial in field
+        if rule.judge(trial, field, progress=progress, majority_quality=majority) is not None
+    }
+
+
+@given(contenders(), RULES, PROGRESSES)
+def test_a_trial_that_dominates_all_others_is_never_stopped(
+    field: list[Contender], rule: PairedRacing, progress: float
+) -> None:
+    losers = stopped(rule, field, progress)
+    for trial in field:
+        if all(dominates(trial, other) for other in field if other is not trial):
+            assert trial.number not in losers
+
+
+@given(contenders(num_costs=2), RULES, PROGRESSES)
+def test_a_trial_is_never_stopped_by_one_that_costs_more_on_any_objective(
+    field: list[Contender], rule: PairedRacing, progress: float
+) -> None:
+    for trial in field:
+        verdict = rule.judge(trial, field, progress=progress, majority_quality=0.2)
+        if verdict is not None:
+            rival = field[verdict.rival]
+            assert all(r <= t for r, t in zip(rival.costs, trial.costs, strict=True))
+
+
+@given(contenders(num_costs=1), RULES, PROGRESSES)
+def test_the_cheapest_trial_is_never_stopped_by_a_dearer_one(
+    field: list[Contender], rule: PairedRacing, progress: float
+) -> None:
+    least = min(trial.costs for trial in field)
+    cheapest = [trial for trial in field if trial.costs == least]
+    if len(cheapest) == 1:
+        assert cheapest[0].number not in stopped(rule, field, progress)
+
+
+@given(contenders(), RULES, PROGRESSES)
+def test_nothing_is_stopped_where_no_trial_beats_the_majority_class(
+    field: list[Contender], rule: PairedRacing, progress: float
+) -> None:
+    majority = max(trial.quality for trial in field)
+    assert stopped(rule, field, progress, majority) == set()
+
+
+@given(contenders(), RULES, PROGRESSES)
+def test_a_rival_that_beats_the_majority_class_by_less_than_chance_stops_nothing(
+    field: list[Contender], rule: PairedRacing, progress: float
+) -> None:
+    # The accuracy of 40 examples has a standard error of at most 0.5 / sqrt(40) = 0.079; two of them are 0.158.
+    majority = max(trial.quality for trial in field) - 0.157
+    assert stopped(rule, field, progress, majority) == set()
+
+
+@given(contenders(), RULES, PROGRESSES)
+def test_someone_always_survives(field: list[Contender], rule: PairedRacing, progress: float) -> None:
+    assert len(stopped(rule, field, progress)) < len(field)
+
+
+@given(contenders(), RULES, PROGRESSES)
+def test_a_rival_with_lower_quality_stops_nobody(field: list[Contender], rule: PairedRacing, progress: float) -> None:
+    for trial in field:
+        verdict = rule.judge(trial, field, progress=progress, majority_quality=0.2)
+        assert verdict is None or field[verdict.rival].quality >= trial.quality
+
+
+@given(st.integers(0, 1000), PROGRESSES, st.integers(2, 5))
+def test_trials_with_identical_losses_never_stop_each_other(seed: int, progress: float, count: int) -> None:
+    losses = np.random.default_rng(seed).exponential(1.0, NUM_EXAMPLES)
+    field = [Contender(number=i, costs=(float(i),), quality=0.5 + i / 20, losses=losses.copy()) for i in range(count)]
+    assert stopped(PairedRacing(z_at_end=0.0), field, progress) == set()
+
+
+@given(contenders(), PROGRESSES)
+def test_a_trial_never_races_itself(field: list[Contender], progress: float) -> None:
+    alone = field[:1]
+    assert stopped(PairedRacing(z_at_end=0.0), alone, progress) == set()
+
+
+@given(contenders(), st.permutations(range(6)), PROGRESSES)
+def test_whether_a_trial_is_stopped_does_not_depend_on_the_order_of_its_rivals(
+    field: list[Contender], order: list[int], progress: float
+) -> None:
+    shuffled = [field[i] for i in order if i < len(field)]
+    rule = PairedRacing()
+    assert stopped(rule, field, progress) == stopped(rule, shuffled, progress)
+
+
+@given(contenders(), PROGRESSES)
+def test_asking_for_clearer_differences_stops_no_more_trials(field: list[Contender], progress: float) -> None:
+    assert stopped(PairedRacing(z_at_end=3.0), field, progress) <= stopped(PairedRacing(z_at_end=1.0), field, progress)
+
+
+@given(contenders())
+def test_a_later_rung_stops_at_least_what_an_earlier_one_would(field: list[Contender]) -> None:
+    assert stopped(PairedRacing(), field, 0.25) <= stopped(PairedRacing(), field, 0.5)
+
+
+def make_pair(gap: float, *, cost: float = 2.0, rival_cost: float = 1.0, rival_quality: float = 0.9) -> list[Contender]:
+    """A trial whose losses are `gap` above its rival's, give or take 0.1."""
+    losses = np.linspace(0.1, 0.9, NUM_EXAMPLES)
+    wobble = np.where(np.arange(NUM_EXAMPLES) % 2, 0.1, -0.1)
+    trial = Contender(number=0, costs=(cost,), quality=0.8, losses=losses + gap + wobble)
+    return [trial, Contender(number=1, costs=(rival_cost,), quality=rival_quality, losses=losses)]
+
+
+def test_a_clearly_better_rival_that_costs_no_more_stops_a_trial() -> None:
+    field = make_pair(gap=0.3)
+    verdict = PairedRacing().judge(field[0], field, progress=0.5, majority_quality=0.5)
+    assert verdict is not None
+    assert verdict.rival == 1
+
+
+def test_a_verdict_says_by_how_much_the_rival_was_better() -> None:
+    field = make_pair(gap=0.3)
+    verdict = PairedRacing().judge(field[0], field, progress=0.5, majority_quality=0.5)
+    assert verdict is not None
+    assert "trial 1" in verdict.detail
+    assert "0.300 nats" in verdict.detail
+
+
+def test_a_rival_at_equal_cost_may_stop_a_trial() -> None:
+    field = make_pair(gap=0.3, rival_cost=2.0)
+    assert stopped(PairedRacing(), field, 0.5) == {0}
+
+
+def test_the_same_rival_stops_nothing_once_it_costs_more() -> None:
+    field = make_pair(gap=0.3, rival_cost=2.1)
+    assert stopped(PairedRacing(), field, 0.5) == set()
+
+
+def test_without_cost_objectives_the_best_may_stop_all_others() -> None:
+    field = [
+        Contender(number=i, costs=(), quality=q, losses=np.linspace(0, 1, NUM_EXAMPLES) ** (1 + i / 9) + loss)
+        for i, (q, loss) in enumerate([(0.9, 0.0), (0.8, 1.0), (0.7, 2.0)])
+    ]
+    assert stopped(PairedRacing(), field, 0.5) == {1, 2}
+
+
+def test_the_bar_falls_as_training_progresses() -> None:
+    rule = PairedRacing(z_at_end=2.0)
+    assert [rule.z_at(progress) for progress in (0.25, 0.5, 1.0)] == [8.0, 4.0, 2.0]
+
+
+def test_the_paired_statistic_is_the_mean_difference_over_its_standard_error() -> None:
+    # Differences 1, 2, 3: mean 2, standard deviation 1, standard error 1/sqrt(3), so 2 * sqrt(3).
+    own, rival = np.array([2.0, 4.0, 6.0]), np.array([1.0, 2.0, 3.0])
+    assert paired_z(own, rival) == pytest.approx(2 * math.sqrt(3))
+
+
+@given(st.integers(0, 1000), st.integers(0, 1000))
+def test_the_paired_statistic_changes_sign_when_the_two_are_exchanged(one: int, other: int) -> None:
+    a, b = (np.random.default_rng(seed).normal(0, 1, NUM_EXAMPLES) for seed in (one, other))
+    assert paired_z(a, b) == pytest.approx(-paired_z(b, a))
+
+
+def test_a_constant_gap_is_infinitely_clear() -> None:
+    assert paired_z(np.full(5, 2.0), np.full(5, 1.0)) == math.inf
+    assert paired_z(np.full(5, 1.0), np.full(5, 2.0)) == -math.inf

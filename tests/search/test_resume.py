@@ -1,0 +1,357 @@
+"""Interrupts and crashes: no finished trial is lost, none is counted twice, and a resumed study decides as an
+uninterrupted one would."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import optuna
+import pytest
+import sqlalchemy
+from sqlalchemy.engine import Engine
+
+from autopeft.errors import RecordError, StudyError
+from autopeft.executors.base import WorkerEvent
+from autopeft.executors.inline import InlineExecutor
+from autopeft.records import SCHEMA_VERSION, StudyRecord, from_record, to_record
+from autopeft.search.plan import restore_space, with_budget
+from autopeft.search.results import build_record
+from autopeft.search.study import Search, Status
+
+if TYPE_CHECKING:
+    from conftest import FakeStudies
+
+BUDGET = "4trials"
+
+
+class Killed(Exception):
+    """Stands for `kill -9`: nothing can be written after it."""
+
+
+def decisions(record: StudyRecord) -> list[tuple[object, ...]]:
+    return [
+        (
+            trial.number,
+            trial.spec,
+            trial.source,
+            trial.state,
+            [(s.step, s.quality, s.loss) for s in trial.rungs],
+            [(c.seed, c.quality, c.test_quality) for c in trial.confirmations],
+        )
+        for trial in record.trials
+    ]
+
+
+@contextmanager
+def kill_at_write(number: int) -> Iterator[list[int]]:
+    """Every write to a database from the given one on fails. Yields a list whose length is the count of writes."""
+    writes: list[int] = []
+
+    def before_commit(connection: object) -> None:
+        writes.append(len(writes))
+        if len(writes) > number:
+            raise Killed
+
+    sqlalchemy.event.listen(Engine, "commit", before_commit)
+    try:
+        yield writes
+    finally:
+        sqlalchemy.event.remove(Engine, "commit", before_commit)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(make_studies: Callable[[], FakeStudies]) -> StudyRecord:
+    studies = make_studies()
+    return studies.run(studies.create(budget=BUDGET))
+
+
+@pytest.fixture(scope="module")
+def num_writes(make_studies: Callable[[], FakeStudies]) -> int:
+    studies = make_studies()
+    store = studies.create(budget=BUDGET)
+    with kill_at_write(10**9) as writes:
+        studies.run(store)
+    return len(writes)
+
+
+@pytest.fixture(scope="module")
+def num_changes(make_studies: Callable[[], FakeStudies]) -> int:
+    studies = make_studies()
+    changes: list[Status] = []
+    studies.run(studies.create(budget=BUDGET), on_change=changes.append)
+    return len(changes)
+
+
+def interrupt_at(studies: FakeStudies, change: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+    """Runs the study until the given change, where the driver is interrupted."""
+    seen = 0
+
+    def on_change(status: Status) -> None:
+        nonlocal seen
+        seen += 1
+        if seen > change:
+            raise error
+
+    with pytest.raises(error):
+        studies.run(studies.open(), on_change=on_change)
+
+
+def check_same(resumed: StudyRecord, uninterrupted: StudyRecord) -> None:
+    assert decisions(resumed) == decisions(uninterrupted)
+    assert resumed.picks == uninterrupted.picks
+    assert resumed.front == uninterrupted.front
+
+
+@pytest.mark.parametrize("share", [0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9])
+def test_an_interrupted_study_ends_as_an_uninterrupted_one(
+    studies: FakeStudies, uninterrupted: StudyRecord, num_changes: int, share: float
+) -> None:
+    studies.create(budget=BUDGET)
+    interrupt_at(studies, int(share * num_changes))
+    check_same(studies.run(studies.open()), uninterrupted)
+
+
+def test_a_study_interrupted_again_and_again_ends_as_an_uninterrupted_one(
+    studies: FakeStudies, uninterrupted: StudyRecord
+) -> None:
+    studies.create(budget=BUDGET)
+    for change in (3, 5, 7, 9):
+        interrupt_at(studies, change)
+    check_same(studies.run(studies.open()), uninterrupted)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95])
+def test_a_study_whose_driver_was_killed_ends_as_an_uninterrupted_one(
+    studies: FakeStudies, uninterrupted: StudyRecord, num_writes: int, share: float
+) -> None:
+    check_killed(studies, uninterrupted, int(share * num_writes))
+
+
+@pytest.mark.slow
+def test_a_driver_may_be_killed_at_any_write(
+    make_studies: Callable[[], FakeStudies], uninterrupted: StudyRecord, num_writes: int
+) -> None:
+    failures = []
+    for write in range(num_writes):
+        try:
+            check_killed(make_studies(), uninterrupted, write)
+        except Exception as exc:
+            failures.append(f"write {write}: {type(exc).__name__} {str(exc)[:200]}")
+    assert not failures
+
+
+def check_killed(studies: FakeStudies, uninterrupted: StudyRecord, write: int) -> None:
+    store = studies.create(budget=BUDGET)
+    with kill_at_write(write), pytest.raises(Killed):
+        studies.run(store)
+    check_same(studies.run(studies.open()), uninterrupted)
+
+
+def test_every_trial_is_told_to_optuna_after_a_kill(studies: FakeStudies, num_writes: int) -> None:
+    store = studies.create(budget=BUDGET)
+    with kill_at_write(num_writes // 2), pytest.raises(Killed):
+        studies.run(store)
+    studies.run(studies.open())
+    frozen = optuna.load_study(study_name="autopeft", storage=f"sqlite:///{store.folder}/study.db").trials
+    assert all(trial.state.is_finished() for trial in frozen)
+
+
+def test_an_interrupted_stretch_is_charged_as_lost(studies: FakeStudies) -> None:
+    store = studies.create(budget=BUDGET)
+
+    class Interrupted(InlineExecutor):
+        def wait(self, timeout_seconds: float) -> list[WorkerEvent]:
+            self._now += 2.0
+            raise KeyboardInterrupt
+
+    executor = Interrupted(studies.executor(store)._setup, 1)
+    with pytest.raises(KeyboardInterrupt):
+        Search(store, executor, restore_space(store.config)).run()
+    assert build_record(studies.open()).ledger.lost_seconds == pytest.approx(2.0)
+
+
+def test_an_interrupted_study_can_be_reported(studies: FakeStudies, num_changes: int) -> None:
+    studies.create(budget=BUDGET)
+    interrupt_at(studies, num_changes // 2)
+    record = build_record(studies.open())
+    assert not record.finished
+    assert from_record(StudyRecord, json.loads(json.dumps(to_record(record)))) == record
+
+
+def test_what_an_error_interrupts_can_be_resumed_too(studies: FakeStudies, uninterrupted: StudyRecord) -> None:
+    studies.create(budget=BUDGET)
+    interrupt_at(studies, 6, RuntimeError)
+    check_same(studies.run(studies.open()), uninterrupted)
+
+
+def test_a_trial_whose_checkpoint_is_gone_starts_again(studies: FakeStudies, uninterrupted: StudyRecord) -> None:
+    store = studies.create(budget=BUDGET)
+    interrupt_at(studies, 8)
+    gone = list((store.folder / "checkpoints").glob("*"))
+    assert gone
+    for path in gone:
+        path.unlink()
+    assert decisions(studies.run(studies.open()))[0][1] == decisions(uninterrupted)[0][1]
+    assert {trial.state for trial in build_record(studies.open()).trials} <= {"complete", "stopped"}
+    assert len(build_record(studies.open()).trials) == 4
+
+
+def test_a_finished_study_changes_nothing_when_it_is_resumed(studies: FakeStudies) -> None:
+    first = studies.run(studies.create(budget=BUDGET))
+    again = studies.run(studies.open())
+    assert decisions(again) == decisions(first)
+    assert again.notes == first.notes
+    assert again.ledger.search_seconds == first.ledger.search_seconds
+
+
+def raise_budget(studies: FakeStudies, budget: str) -> None:
+    store = studies.open()
+    store.save_config(with_budget(store.config, budget))
+
+
+def test_a_raised_budget_continues_the_study(studies: FakeStudies) -> None:
+    first = studies.run(studies.create(budget="4trials"))
+    raise_budget(studies, "6trials")
+    more = studies.run(studies.open())
+    assert [trial.spec for trial in more.trials[:4]] == [trial.spec for trial in first.trials]
+    assert len(more.trials) == 6
+
+
+def test_trials_that_had_ended_stay_as_they_were_under_a_raised_budget(studies: FakeStudies) -> None:
+    first = studies.run(studies.create(budget="4trials"))
+    raise_budget(studies, "6trials")
+    more = studies.run(studies.open())
+    assert [(t.state, t.rungs) for t in more.trials[:4]] == [(t.state, t.rungs) for t in first.trials]
+
+
+def test_a_note_about_a_small_budget_goes_when_the_budget_is_raised(studies: FakeStudies) -> None:
+    small = studies.run(studies.create(budget="0.1min"))
+    assert any("too small" in note for note in small.notes)
+    raise_budget(studies, "3min")
+    assert not any("too small" in note for note in studies.run(studies.open()).notes)
+
+
+def test_time_spent_before_counts_after_a_resume(studies: FakeStudies) -> None:
+    studies.create(budget="2min")
+    interrupt_at(studies, 12)
+    spent = build_record(studies.open()).ledger.wall_seconds
+    assert spent > 0
+    record = studies.run(studies.open())
+    longest = max(segment.end_seconds - segment.start_seconds for segment in record.segments)
+    assert spent < record.ledger.wall_seconds <= 120 + longest
+
+
+# --- the store
+
+
+def test_a_study_reads_back_as_it_was_written(studies: FakeStudies) -> None:
+    record = studies.run(studies.create(budget=BUDGET))
+    assert build_record(studies.open()) == record
+
+
+def test_optuna_opens_a_study_with_values_and_states(studies: FakeStudies) -> None:
+    store = studies.create_default(budget="8trials")
+    record = studies.run(store)
+    study = optuna.load_study(study_name="autopeft", storage=f"sqlite:///{store.folder}/study.db")
+    assert len(study.trials) == len(record.trials)
+    states = {"complete": "COMPLETE", "stopped": "PRUNED", "failed": "PRUNED", "refused": "PRUNED"}
+    for trial, frozen in zip(record.trials, study.trials, strict=True):
+        assert frozen.state.name == states[trial.state]
+        assert frozen.params["method"] == trial.spec.method
+        if trial.state == "complete":
+            assert trial.cost is not None
+            assert frozen.values == [
+                trial.rungs[-1].quality, trial.cost.peak_vram_bytes, trial.cost.trainable_parameters
+            ]  # fmt: skip
+    assert study.metric_names == ["quality", "vram", "params"]
+
+
+def test_a_diverged_trial_is_pruned_for_optuna_and_not_failed(studies: FakeStudies, make_spec: Callable) -> None:
+    hot = make_spec("prompt_tuning", learning_rate=0.29)
+    store = studies.create(budget="1trials", included=(hot,))
+    studies.run(store)
+    study = optuna.load_study(study_name="autopeft", storage=f"sqlite:///{store.folder}/study.db")
+    # Samplers ignore FAIL, and would propose it again.
+    assert study.trials[0].state.name == "PRUNED"
+
+
+@pytest.mark.parametrize(
+    "name", ["../escape", "a/b", "/tmp/x", "", ".", "..", ".hidden", "a b", "a\\b", "x" * 101, "é"]
+)
+def test_a_name_that_is_no_plain_file_name_is_refused(studies: FakeStudies, name: str) -> None:
+    with pytest.raises(StudyError, match="--name"):
+        studies.create(name=name)
+    assert not studies.root.exists() or list(studies.root.rglob("*")) == []
+
+
+@pytest.mark.parametrize("name", ["a", "sst2-minilm", "my_study.2", "0", "x" * 100])
+def test_a_plain_name_is_accepted(studies: FakeStudies, name: str) -> None:
+    assert studies.create(name=name).folder.name == name
+
+
+def test_a_name_that_is_taken_offers_to_resume(studies: FakeStudies) -> None:
+    studies.create()
+    with pytest.raises(StudyError, match="autopeft resume study"):
+        studies.create()
+
+
+def test_an_unknown_study_gets_the_nearest_name(studies: FakeStudies) -> None:
+    studies.create(name="sst2-minilm")
+    with pytest.raises(StudyError, match="Did you mean 'sst2-minilm'"):
+        studies.open("sst2-minlm")
+
+
+def test_an_unknown_study_where_there_are_none_says_so(studies: FakeStudies) -> None:
+    with pytest.raises(StudyError, match="There are none yet"):
+        studies.open("anything")
+
+
+def test_a_study_of_a_newer_schema_is_refused_and_nothing_is_changed(studies: FakeStudies) -> None:
+    store = studies.create()
+    store.save_study(schema_version=SCHEMA_VERSION + 1)
+    before = (store.folder / "study.db").read_bytes()
+    with pytest.raises(RecordError, match="newer autopeft"):
+        studies.open()
+    assert (store.folder / "study.db").read_bytes() == before
+
+
+def test_a_damaged_database_is_one_helpful_error(studies: FakeStudies) -> None:
+    store = studies.create()
+    (store.folder / "study.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(StudyError, match="cannot be read"):
+        studies.open()
+
+
+def test_two_drivers_are_locked_out_of_each_other(studies: FakeStudies) -> None:
+    store = studies.create()
+    with store.lock(), pytest.raises(StudyError, match="another process"), studies.open().lock():
+        raise AssertionError("both hold the lock")
+
+
+def test_a_lock_is_free_again_afterwards(studies: FakeStudies) -> None:
+    store = studies.create()
+    with store.lock():
+        pass
+    with studies.open().lock():
+        pass
+
+
+def test_a_study_cut_off_while_it_was_created_leaves_its_name_free(studies: FakeStudies) -> None:
+    with kill_at_write(3), pytest.raises(Killed):
+        studies.create()
+    assert studies.create().config.name == "study"
+
+
+def test_a_budget_of_another_kind_is_refused_on_resume(studies: FakeStudies) -> None:
+    store = studies.create(budget="4trials")
+    with pytest.raises(ValueError, match="keeps its kind of budget"):
+        with_budget(store.config, "2h")
+
+
+def test_the_configuration_holds_no_path(studies: FakeStudies) -> None:
+    store = studies.create()
+    assert str(studies.root) not in json.dumps(to_record(dataclasses.asdict(store.config)))

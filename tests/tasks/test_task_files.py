@@ -1,0 +1,341 @@
+"""Tasks of one's own: every documented form of a task and its rows, what is refused, and how rows are divided."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autopeft.errors import DataError, TaskError
+from autopeft.tasks.data import (
+    Example,
+    Splits,
+    load_splits,
+    majority_predictions,
+    read_rows,
+    split_stratified,
+)
+from autopeft.tasks.scorers import SCORERS, score_predictions
+from autopeft.tasks.spec import TaskSpec, find_task_text, list_tasks, parse_task
+
+MakeTask = Callable[..., TaskSpec]
+ROWS = [{"text": f"row {i}", "label": i % 3 % 2} for i in range(60)]
+
+
+@pytest.fixture
+def make_task(tmp_path: Path) -> MakeTask:
+    def make_task(rows: list[Any] | str = ROWS, *, name: str = "train.jsonl", **keys: Any) -> TaskSpec:
+        """A task file in a folder of its own, beside its rows."""
+        path = tmp_path / name
+        if isinstance(rows, str):
+            path.write_text(rows, encoding="utf-8")
+        elif name.endswith(".jsonl"):
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        elif name.endswith(".json"):
+            path.write_text(json.dumps(rows), encoding="utf-8")
+        else:
+            with path.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+        values = {"name": "mine", "title": "Mine", "text": "text", "labels": ["bad", "good"]}
+        task_file = tmp_path / "mine.yaml"
+        task_file.write_text(json.dumps(values | {"files": {"train": name}} | keys), encoding="utf-8")
+        return parse_task(find_task_text(str(task_file)), "mine.yaml")
+
+    return make_task
+
+
+def rows_of(splits: Splits) -> Counter[Example]:
+    return Counter([*splits.train, *splits.validation, *splits.test])
+
+
+# --- forms
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json", "train.csv"])
+def test_rows_are_read_from_every_documented_format(make_task: MakeTask, name: str) -> None:
+    splits = load_splits(make_task(name=name), None, seed=0)
+    assert rows_of(splits) == Counter(Example(row["text"], None, row["label"]) for row in ROWS)
+
+
+def test_labels_may_be_names(make_task: MakeTask) -> None:
+    task = make_task([row | {"label": ["bad", "good"][row["label"]]} for row in ROWS])
+    assert rows_of(load_splits(task, None, seed=0)) == rows_of(load_splits(make_task(), None, seed=0))
+
+
+def test_columns_may_have_other_names_and_come_in_pairs(make_task: MakeTask) -> None:
+    rows = [{"q": f"question {i}", "a": f"answer {i}", "right": i % 2} for i in range(40)]
+    task = make_task(rows, text="q", text_pair="a", label="right")
+    assert set(rows_of(load_splits(task, None, seed=0))) == {Example(row["q"], row["a"], row["right"]) for row in rows}
+
+
+def test_files_are_found_beside_the_task_file(
+    make_task: MakeTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task()
+    monkeypatch.chdir("/")
+    assert len(load_splits(task, None, seed=0).train) > 0
+
+
+def test_a_test_file_of_ones_own_is_the_test_split(make_task: MakeTask, tmp_path: Path) -> None:
+    rows = [{"text": f"held out {i}", "label": i % 2} for i in range(7)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits = load_splits(make_task(files={"train": "train.jsonl", "test": "test.jsonl"}), None, seed=0)
+    assert [example.text for example in splits.test] == [row["text"] for row in rows]
+    assert len(splits.train) + len(splits.validation) == len(ROWS)
+
+
+def test_a_data_folder_is_searched_before_the_hub(tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "sst2"
+    folder.mkdir(parents=True)
+    for name, count in (("train", 40), ("validation", 10)):
+        rows = ({"sentence": f"{name} {i}", "label": i % 2} for i in range(count))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = parse_task(find_task_text("sst2"), "sst2")
+    splits = load_splits(task, str(tmp_path / "data"), seed=0)
+    assert {example.text.split()[0] for example in splits.test} == {"validation"}
+    assert len(splits.train) + len(splits.validation) == 40
+
+
+@pytest.mark.parametrize("name", sorted(list_tasks()))
+def test_every_shipped_task_is_valid(name: str) -> None:
+    task = parse_task(find_task_text(name), name)
+    assert task.name == name
+
+
+def test_a_byte_order_mark_as_spreadsheets_write_it_is_skipped(make_task: MakeTask) -> None:
+    text = "\ufefftext,label\n" + "".join(f"row {i},{i % 2}\n" for i in range(40))
+    assert len(rows_of(load_splits(make_task(text, name="train.csv"), None, seed=0))) == 40
+
+
+def test_line_separators_inside_strings_do_not_break_rows(make_task: MakeTask) -> None:
+    rows = [{"text": f"one\u2028two {i}", "label": i % 2} for i in range(40)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    assert "one\u2028two 3" in {example.text for example in rows_of(load_splits(make_task(text), None, seed=0))}
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"txt": "x", "label": 0}, "column 'text', but has the columns txt, label"),
+        ({"text": None, "label": 0}, "column 'text', but holds None"),
+        ({"text": "x"}, "'label' must hold one of bad, good.*no such column"),
+        ({"text": "x", "label": -1}, "holds -1"),
+        ({"text": "x", "label": 2}, "holds 2"),
+        ({"text": "x", "label": True}, "holds True"),
+        ({"text": "x", "label": 1.0}, "holds 1.0"),
+        ({"text": "x", "label": "ugly"}, "holds 'ugly'"),
+        ("text", "must be an object"),
+    ],
+)
+def test_a_bad_row_is_refused_with_file_and_line(make_task: MakeTask, row: Any, words: str) -> None:
+    with pytest.raises(DataError, match=rf"train\.jsonl:6: .*{words}"):
+        load_splits(make_task([*ROWS[:5], row, *ROWS[5:]]), None, seed=0)
+
+
+def test_a_bad_row_of_a_csv_file_is_refused_with_its_line(make_task: MakeTask) -> None:
+    text = "text,label\n" + "".join(f"row {i},{i % 2}\n" for i in range(40)) + "late,5\n"
+    with pytest.raises(DataError, match=r"train\.csv:42: "):
+        load_splits(make_task(text, name="train.csv"), None, seed=0)
+
+
+def test_lines_of_a_csv_file_are_counted_where_texts_hold_line_breaks(make_task: MakeTask) -> None:
+    text = 'text,label\n"two\nlines",1\nlate,5\n'
+    with pytest.raises(DataError, match=r"train\.csv:4: "):
+        load_splits(make_task(text, name="train.csv"), None, seed=0)
+
+
+def test_a_line_that_is_no_json_is_refused(make_task: MakeTask) -> None:
+    with pytest.raises(DataError, match=r"train\.jsonl:2: every line must hold one JSON object"):
+        load_splits(make_task('{"text": "x", "label": 0}\n{oops\n'), None, seed=0)
+
+
+def test_an_empty_line_between_rows_is_refused(make_task: MakeTask) -> None:
+    with pytest.raises(DataError, match=r"train\.jsonl:2: .*empty"):
+        load_splits(make_task('{"text": "x", "label": 0}\n\n{"text": "y", "label": 1}\n'), None, seed=0)
+
+
+def test_empty_lines_at_the_end_are_none_of_the_rows(make_task: MakeTask) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in ROWS) + "\n\n"
+    assert len(rows_of(load_splits(make_task(text), None, seed=0))) == len(ROWS)
+
+
+@pytest.mark.parametrize(("name", "text"), [("train.json", "{"), ("train.json", "{}"), ("train.json", "[]")])
+def test_a_json_file_must_hold_a_list_of_rows(make_task: MakeTask, name: str, text: str) -> None:
+    with pytest.raises(DataError, match=r"train\.json"):
+        load_splits(make_task(text, name=name), None, seed=0)
+
+
+def test_an_empty_file_is_refused(make_task: MakeTask) -> None:
+    with pytest.raises(DataError, match="has none"):
+        load_splits(make_task(""), None, seed=0)
+
+
+def test_a_file_that_is_no_text_is_refused(make_task: MakeTask, tmp_path: Path) -> None:
+    task = make_task()
+    (tmp_path / "train.jsonl").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(DataError, match="UTF-8"):
+        load_splits(task, None, seed=0)
+
+
+def test_a_missing_file_is_refused_with_its_name(make_task: MakeTask, tmp_path: Path) -> None:
+    task = make_task()
+    (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(DataError, match=r"train\.jsonl.*does not exist"):
+        load_splits(task, None, seed=0)
+
+
+def test_one_class_data_is_refused_with_the_class(make_task: MakeTask) -> None:
+    with pytest.raises(DataError, match=r"at least two classes.*'good'"):
+        load_splits(make_task([row | {"label": 1} for row in ROWS]), None, seed=0)
+
+
+def test_too_few_rows_are_refused(make_task: MakeTask) -> None:
+    with pytest.raises(TaskError, match=r"at least 20 training rows.*19"):
+        load_splits(make_task(ROWS[:19]), None, seed=0)
+
+
+def test_without_a_hub_and_a_folder_a_task_says_what_to_do(tmp_path: Path) -> None:
+    task = TaskSpec(name="mine", title="Mine", text="text", labels=("a", "b"))
+    with pytest.raises(DataError, match=r"No --data-dir was given, and no hub has them.*--data-dir.*--task demo"):
+        load_splits(task, None, seed=0)
+    with pytest.raises(DataError, match="There is no folder"):
+        load_splits(task, str(tmp_path), seed=0)
+
+
+def test_a_data_folder_without_rows_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "sst2").mkdir()
+    task = parse_task(find_task_text("sst2"), "sst2")
+    with pytest.raises(DataError, match=r"must hold train\.jsonl"):
+        load_splits(task, str(tmp_path), seed=0)
+    (tmp_path / "sst2" / "train.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"test\.jsonl or validation\.jsonl"):
+        load_splits(task, str(tmp_path), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [", "must be YAML"),
+        ("- a", "must hold keys and values"),
+        ("name: x\ntitle: x\ntext: t\nlabels: [a, b]\nlables: 1", "'lables'.*Did you mean 'labels'"),
+        ("name: x\ntitle: x\nlabels: [a, b]", "lacks the field 'text'"),
+        ("name: x\ntitle: x\ntext: t\nlabels: [a]", "at least two labels"),
+        ("name: x\ntitle: x\ntext: t\nlabels: [a, a]", "named twice"),
+        ("name: x\ntitle: x\ntext: t\nlabels: [0, 1]", r"labels\[0\] must be str"),
+        ("name: x\ntitle: x\ntext: t\nlabels: [a, b]\nscorer: acuracy", "'acuracy'.*Did you mean 'accuracy'"),
+        ("name: x\ntitle: x\ntext: t\nlabels: [a, b]\nhub: {pth: x}", "'pth'.*Did you mean 'path'"),
+    ],
+)
+def test_a_mistake_in_a_task_file_is_refused(text: str, words: str) -> None:
+    with pytest.raises(TaskError, match=words):
+        parse_task(text, "mine.yaml")
+
+
+def test_an_unknown_task_gets_the_nearest_name() -> None:
+    with pytest.raises(TaskError, match="Did you mean 'sst2'"):
+        find_task_text("sst-2")
+
+
+# --- splits
+
+LABELS = st.lists(st.integers(0, 3), min_size=2, max_size=200)
+
+
+@given(LABELS, st.floats(0.05, 0.5), st.integers(1, 1000), st.integers(0, 5))
+def test_splits_are_disjoint_and_lose_nothing(labels: list[int], share: float, most: int, seed: int) -> None:
+    examples = [Example(str(i), None, label) for i, label in enumerate(labels)]
+    rest, part = split_stratified(examples, share=share, most=most, seed=seed)
+    assert sorted([*rest, *part]) == sorted(examples)
+
+
+@given(LABELS, st.floats(0.05, 0.5), st.integers(10, 1000), st.integers(0, 5))
+def test_splits_are_stratified(labels: list[int], share: float, most: int, seed: int) -> None:
+    examples = [Example(str(i), None, label) for i, label in enumerate(labels)]
+    _, part = split_stratified(examples, share=share, most=most, seed=seed)
+    share = min(share, most / len(labels))
+    taken, counts = Counter(e.label for e in part), Counter(labels)
+    for label, count in counts.items():
+        assert abs(taken[label] - count * share) <= 1
+    assert len(part) <= max(most, len(counts))
+
+
+def test_every_class_of_two_or_more_is_in_both_parts() -> None:
+    examples = [Example(str(i), None, 0) for i in range(50)] + [Example("a", None, 1), Example("b", None, 1)]
+    rest, part = split_stratified(examples, share=0.1, most=1000, seed=0)
+    assert {e.label for e in rest} == {e.label for e in part} == {0, 1}
+
+
+@given(st.integers(0, 50), st.integers(0, 50))
+def test_a_split_is_a_function_of_its_seed(one: int, other: int) -> None:
+    examples = [Example(str(i), None, i % 2) for i in range(100)]
+    same = split_stratified(examples, share=0.2, most=99, seed=one) == split_stratified(
+        examples, share=0.2, most=99, seed=other
+    )
+    assert same == (one == other)
+
+
+def test_validation_has_at_most_a_thousand_rows(make_task: MakeTask) -> None:
+    rows = [{"text": f"row {i}", "label": i % 2} for i in range(13_000)]
+    splits = load_splits(make_task(rows), None, seed=0)
+    assert 990 <= len(splits.validation) <= 1000
+
+
+def test_no_row_is_in_two_splits(make_task: MakeTask) -> None:
+    splits = load_splits(make_task(), None, seed=0)
+    sets = [set(split) for split in splits[:3]]
+    assert sum(map(len, sets)) == len(set().union(*sets)) == len(ROWS)
+
+
+def test_equal_seeds_give_equal_digests_and_others_do_not(make_task: MakeTask) -> None:
+    task = make_task()
+    digests = [load_splits(task, None, seed=seed).digest for seed in (0, 0, 1)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize("change", [{"text": "another"}, {"label": 1}])
+def test_the_digest_changes_with_any_row(make_task: MakeTask, change: dict[str, Any]) -> None:
+    before = load_splits(make_task(), None, seed=0).digest
+    assert load_splits(make_task([ROWS[0] | change, *ROWS[1:]]), None, seed=0).digest != before
+
+
+# --- baselines and scorers
+
+
+def test_the_majority_class_is_the_most_frequent_training_label() -> None:
+    train = [Example("x", None, label) for label in (0, 1, 1, 2)]
+    assert majority_predictions(train, 3) == [1, 1, 1]
+
+
+def test_of_tied_classes_the_smallest_is_the_majority() -> None:
+    assert majority_predictions([Example("x", None, label) for label in (2, 1, 1, 2)], 1) == [1]
+
+
+@pytest.mark.parametrize("scorer", sorted(SCORERS))
+def test_perfect_answers_score_one(scorer: str) -> None:
+    assert score_predictions(scorer, [0, 1, 1, 0], [0, 1, 1, 0]) == pytest.approx(1.0)
+
+
+def test_scorers_agree_with_their_formulas() -> None:
+    # 2 true positives, 1 false positive, 1 false negative, 1 true negative.
+    labels, predictions = [1, 1, 1, 0, 0], [1, 1, 0, 1, 0]
+    assert score_predictions("accuracy", labels, predictions) == pytest.approx(3 / 5)
+    assert score_predictions("f1_binary", labels, predictions) == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
+    assert score_predictions("matthews_correlation", labels, predictions) == pytest.approx((2 * 1 - 1 * 1) / 36**0.5)
+
+
+def test_read_rows_names_the_task_of_a_missing_file(tmp_path: Path) -> None:
+    task = TaskSpec(name="mine", title="Mine", text="text", labels=("a", "b"))
+    with pytest.raises(DataError, match="Task 'mine' needs the file"):
+        read_rows(task, tmp_path / "none.jsonl")
