@@ -37,7 +37,7 @@ from autopeft.records import (
 from autopeft.search.account import Account
 from autopeft.search.front import cost_vector
 from autopeft.search.policy import Promote, Situation, Speed, StartNew, choose_next, next_rung
-from autopeft.search.racing import Contender, PairedRacing, RacingRule
+from autopeft.search.racing import Contender, PairedRacing, RacingRule, beats_majority
 from autopeft.search.results import analyze, build_record, plan_confirmations
 from autopeft.search.sampler import Observation, suggest_spec
 from autopeft.search.store import StudyStore, Trial
@@ -570,6 +570,11 @@ class Search:
             )
         elif len(complete) < 3:
             notes.append(f"The budget was small: only {len(complete)} trials reached their full length.")
+        if complete and not any(self._beats_majority(trial) for trial in complete):
+            notes.append(
+                "No trial clearly beats always answering the most frequent label, so the picks mean nothing yet. Give "
+                "trials more steps (--max-steps), or a stronger --model."
+            )
         if complete and not any(trial.confirmations for trial in complete) and self.config.confirm_seeds:
             notes.append(
                 "No finalist could be confirmed with another seed within the budget: there are no test scores."
@@ -584,6 +589,10 @@ class Search:
         self.store.save_study(notes=list(dict.fromkeys(notes)))
 
     # --- small things
+
+    def _beats_majority(self, trial: Trial) -> bool:
+        last = trial.rungs[-1]
+        return beats_majority(last.quality, self.config.majority_quality, last.num_examples)
 
     def _trial(self, number: int) -> Trial:
         return self.store.trials[number]

@@ -96,6 +96,11 @@ def test_a_budget_below_one_stretch_is_overrun_by_that_stretch_alone(studies: Fa
     assert record.ledger.wall_seconds <= 6 + max(s.end_seconds - s.start_seconds for s in record.segments)
 
 
+def test_a_study_in_which_nothing_beats_the_majority_class_says_so(studies: FakeStudies) -> None:
+    record = studies.run(studies.create(budget="3trials", majority_quality=0.99))
+    assert any("No trial clearly beats" in note for note in record.notes)
+
+
 def test_a_budget_too_small_for_anything_says_so(studies: FakeStudies) -> None:
     record = studies.run(studies.create(budget="0.1min"))
     assert any("too small" in note for note in record.notes)
