@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import logging
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -122,6 +123,8 @@ def _load_hub(task: TaskSpec, folder: Path | None) -> tuple[list[Example], list[
         raise DataError(
             f"The rows of task '{task.name}' are not on this machine. {looked}, and no hub has them: {remedy}"
         )
+    # The hub's client prints a line for each of its retries; what came of them is said once, below.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         import datasets
 
