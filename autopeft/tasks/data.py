@@ -123,11 +123,11 @@ def _load_hub(task: TaskSpec, folder: Path | None) -> tuple[list[Example], list[
         raise DataError(
             f"The rows of task '{task.name}' are not on this machine. {looked}, and no hub has them: {remedy}"
         )
-    # The hub's client prints a line for each of its retries; what came of them is said once, below.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         import datasets
 
+        # The hub's client prints a line for each of its retries; what came of them is said once, below.
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         train = datasets.load_dataset(task.hub.path, task.hub.config, split=task.hub.train)
         test = datasets.load_dataset(task.hub.path, task.hub.config, split=task.hub.test)
     except Exception as exc:  # the hub's client raises a dozen unrelated types when there is no network
