@@ -138,6 +138,29 @@ def join_recordings(first: Recording, second: Recording) -> Recording:
     )
 
 
+def even_pace(recording: Recording) -> Recording:
+    """The same scores at the pace of each curve's fastest stretch, for a machine that was shared while recording.
+
+    Neighbours make some stretches slower than others. Shares of time then say when the neighbours were busy; with one
+    pace a curve, per step and per scoring pass, they say how many steps and passes were saved.
+    """
+    rate = recording.curves.device_rate
+    curves = []
+    for curve in recording.curves.curves:
+        if not curve.rungs:
+            curves.append(curve)
+            continue
+        steps = [b.step - (a.step if a else 0) for a, b in zip((None, *curve.rungs), curve.rungs, strict=False)]
+        per_step = min(score.train_seconds / n for score, n in zip(curve.rungs, steps, strict=True))
+        scoring = min(score.device_seconds / rate - score.train_seconds for score in curve.rungs)
+        rungs = tuple(
+            replace(score, train_seconds=n * per_step, device_seconds=(n * per_step + scoring) * rate)
+            for score, n in zip(curve.rungs, steps, strict=True)
+        )
+        curves.append(replace(curve, rungs=rungs))
+    return replace(recording, curves=replace(recording.curves, curves=tuple(curves)))
+
+
 class ReplayExecutor:
     """Answers every stretch from a recording, when simulated time reaches its end."""
 

@@ -27,6 +27,7 @@ from configurations import draw_specs, limit_rows
 from curves import (
     Recording,
     ReplayExecutor,
+    even_pace,
     join_recordings,
     make_recording,
     read_recording,
@@ -73,6 +74,9 @@ def _parse_arguments() -> argparse.Namespace:
     replay.add_argument("--z", type=float, nargs="*", default=[], help="PairedRacing settings beside the shipped one")
     replay.add_argument("--shares", type=float, nargs="+", default=[1 / 3], help="of the unpruned time, as budgets")
     replay.add_argument("--arrival", nargs="+", choices=("included", "sampled"), default=["included", "sampled"])
+    replay.add_argument(
+        "--even-pace", action="store_true", help="for recordings of a busy machine, see curves.even_pace"
+    )
     replay.add_argument("--orders", type=int, default=5, metavar="K", help="orders of the configurations to try")
     for command in (replay, real):
         command.add_argument("--out", metavar="NAME", help="write results/NAME.json and results/NAME.md")
@@ -184,6 +188,8 @@ class Row:
 
 def run_replay(arguments: argparse.Namespace) -> None:
     recording = read_recording(arguments.record)
+    if arguments.even_pace:
+        recording = even_pace(recording)
     orders = make_orders([curve.spec for curve in recording.curves.curves], arguments.orders)
     rules: list[tuple[str, RacingRule]] = [("as shipped", PairedRacing())]
     rules += [(f"z_at_end {z:g}", PairedRacing(z_at_end=z)) for z in arguments.z]
@@ -205,7 +211,8 @@ def run_replay(arguments: argparse.Namespace) -> None:
                 cut = [player.play(order, NeverStop(), whole.wall_seconds * share)
                        for order, whole in zip(orders, unpruned, strict=True)]  # fmt: skip
                 rows.append(_make_row(recording, f"{arrival}, no racing, {share:.3g} of the time", cut, unpruned))
-    _tell(recording, rows, arguments.out, f"Replayed in {len(orders)} order(s).")
+    pace = " Stretches at the pace of each configuration's fastest." if arguments.even_pace else ""
+    _tell(recording, rows, arguments.out, f"Replayed in {len(orders)} order(s).{pace}")
 
 
 def make_orders(specs: Sequence[TrialSpec], count: int) -> list[list[TrialSpec]]:
