@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-all gpu check format clean
+.PHONY: install demo test test-all check format clean
 
 install: $(STAMP)
 
@@ -22,11 +22,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -m 'not gpu'
-
-# Needs a CUDA device and an environment with torch, transformers and peft; installs nothing.
-gpu:
-	$(PYTHON) -m pytest -m gpu -p no:cacheprovider
+	$(BIN)/python -m pytest -m ''
 
 check: $(STAMP)
 	$(BIN)/ruff check .
