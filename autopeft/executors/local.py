@@ -113,6 +113,8 @@ class LocalExecutor:
     def start(self) -> list[Ready]:
         for worker in range(self.num_workers):
             self._spawn(worker)
+        # Needed as soon as the workers are ready, and as long in starting as they are.
+        self._spawn(_COST)
         ready: dict[int, Ready] = {}
         deadline = time.monotonic() + _START_SECONDS
         while len(ready) < self.num_workers:

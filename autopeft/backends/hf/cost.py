@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -115,13 +115,9 @@ def count_peak_bytes(model: nn.Module, spec: TrialSpec, batch: Batch, device_kin
     """
     on_gpu = device_kind == "cuda"
     optimizer = build_optimizer(model, spec)
-    if on_gpu:
-        # AdamW's choice on CUDA, which holds one temporary of every parameter at a time.
-        for group in optimizer.param_groups:
-            group["foreach"] = True
     _allocate_state(optimizer)
     live = LiveBytes()
-    for tensor in [*list_tensors(model), *_state_tensors(optimizer, on_gpu), *batch.values()]:
+    for tensor in [*list_tensors(model), *_state_tensors(optimizer), *batch.values()]:
         live.add(tensor)
     with live:
         train_step(OnGpu(model) if on_gpu else model, optimizer, batch, learning_rate=0.0, device="cpu")
@@ -155,11 +151,5 @@ def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def _state_tensors(optimizer: torch.optim.Optimizer, on_gpu: bool) -> list[Any]:
-    # Step counts stay on the CPU while the parameters are on a GPU.
-    return [
-        value
-        for state in optimizer.state.values()
-        for name, value in state.items()
-        if isinstance(value, torch.Tensor) and not (on_gpu and name == "step")
-    ]
+def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]

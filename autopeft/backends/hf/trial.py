@@ -22,6 +22,7 @@ from autopeft.backends.base import Ended, Event, Finished, Progress, Ready, Scor
 from autopeft.backends.hf.base_model import BaseModel, digest_file, load_base, resolve_model
 from autopeft.backends.hf.build import build_trial_model, trainable_parameters
 from autopeft.backends.hf.data import TaskData, TokenizedSplit, longest_batch, plan_batches, scoring_batches
+from autopeft.backends.hf.kernels import install_onednn_products, prefers_onednn
 from autopeft.backends.hf.steps import (
     Diverged,
     SplitScores,
@@ -82,6 +83,8 @@ class HfBackend:
         # Inter-op threads would only contend: a trial is one chain of operations.
         with contextlib.suppress(RuntimeError):
             torch.set_num_interop_threads(1)
+        if setup.device == "cpu" and prefers_onednn():
+            install_onednn_products()
         self.setup = setup
         self.task = parse_task(setup.task, "task")
         self.data = TaskData(self.task, model=setup.model, data_dir=setup.data_dir, split_seed=setup.split_seed)

@@ -161,7 +161,7 @@ def allocated_peak_bytes(model: torch.nn.Module, spec: TrialSpec) -> int:
     _allocate_state(optimizer)
     batch = padded_batch()
     before = LiveBytes()
-    for tensor in [*list_tensors(model), *_state_tensors(optimizer, False), *batch.values()]:
+    for tensor in [*list_tensors(model), *_state_tensors(optimizer), *batch.values()]:
         before.add(tensor)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         train_step(model, optimizer, batch, learning_rate=0.0, device="cpu")
@@ -209,14 +209,14 @@ def test_a_gpu_trains_from_bfloat16_weights_in_less_memory(small_cpu, small_cuda
     assert small_cuda.cost(spec_of("lora", 16)).peak_vram_bytes < small_cpu.cost(spec_of("lora", 32)).peak_vram_bytes
 
 
-def test_full_fine_tuning_on_a_gpu_holds_five_float32_copies_of_the_weights(tmp_path):
-    # Weights, gradients, two moments, and AdamW's square roots of the second one (foreach). So wide a model at so few
-    # tokens has activations of less than 1%.
+def test_full_fine_tuning_on_a_gpu_holds_four_float32_copies_of_the_weights(tmp_path):
+    # Weights, gradients and two moments: AdamW's fused kernel needs no fifth. So wide a model at so few tokens has
+    # activations of less than 1%.
     model = save_llama(tmp_path, num_hidden_layers=1, vocab_size=1000)
     costs = HfCostModel(model, num_labels=2, device_kind="cuda", longest_tokens=8)
     cost = costs.cost(spec_of("full", 16, batch_size=1))
     copies = cost.peak_vram_bytes / (4 * (cost.trainable_parameters + cost.head_parameters))
-    assert copies == pytest.approx(5, rel=0.01)
+    assert copies == pytest.approx(4, rel=0.01)
 
 
 def test_pissa_costs_what_lora_costs(minilm):
