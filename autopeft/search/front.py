@@ -65,17 +65,6 @@ def find_nondominated(points: Points) -> npt.NDArray[np.bool_]:
     return keep
 
 
-def rank_layers(points: Points) -> npt.NDArray[np.int64]:
-    """(N, D) -> (N,): 0 on the front, 1 on the front of the rest, and so on."""
-    layers = np.full(len(points), -1)
-    layer = 0
-    while (layers < 0).any():
-        rest = np.flatnonzero(layers < 0)
-        layers[rest[find_nondominated(points[rest])]] = layer
-        layer += 1
-    return layers
-
-
 def hypervolume(points: Points, reference: Sequence[float]) -> float:
     """Volume that the points dominate up to `reference` (to be made small), by slicing along the last column."""
     inside = points[(points < np.asarray(reference)).all(axis=1)]
@@ -92,18 +81,18 @@ def hypervolume(points: Points, reference: Sequence[float]) -> float:
     )
 
 
+def scale_point(quality: float, cost: Cost, reference: dict[str, float]) -> list[float]:
+    """In [0, 1] per objective, 1 at the reference: quality from it to 1, VRAM linear, parameters logarithmic."""
+    row = [1 - (quality - reference["quality"]) / (1 - reference["quality"])]
+    if "vram" in reference:
+        row.append(cost.peak_vram_bytes / reference["vram"])
+    if "params" in reference:
+        row.append(math.log1p(cost.trainable_parameters) / math.log1p(reference["params"]))
+    return row
+
+
 def scaled_points(trials: Sequence[TrialRecord], reference: dict[str, float]) -> Points:
-    """Rows in [0, 1] per objective, 1 at the reference: quality from it to 1, VRAM linear, parameters logarithmic."""
-    rows = []
-    for trial in trials:
-        assert trial.cost is not None
-        assert trial.quality is not None
-        row = [1 - (trial.quality - reference["quality"]) / (1 - reference["quality"])]
-        if "vram" in reference:
-            row.append(trial.cost.peak_vram_bytes / reference["vram"])
-        if "params" in reference:
-            row.append(math.log1p(trial.cost.trainable_parameters) / math.log1p(reference["params"]))
-        rows.append(row)
+    rows = [scale_point(t.quality, t.cost, reference) for t in trials if t.cost is not None and t.quality is not None]
     return np.array(rows, dtype=float).reshape(len(rows), len(reference))
 
 

@@ -1,8 +1,9 @@
 """What a free worker does next: start a trial, promote a paused one, or nothing. Pure functions of the study's state.
 
 Breadth before depth: as in asynchronous successive halving (arXiv:1810.05934) one in `ETA` of the trials at a rung may
-go on while new ones can still be started; which one is decided by non-dominated layer, so cheap trials are promoted
-beside accurate ones. When nothing new can be started, everything that racing left alive goes on, best first.
+go on while new ones can still be started. Which one is decided by what it is expected to add to the front per second of
+training that it still needs, so cheap trials are promoted beside accurate ones, and neither twice. When nothing new can
+be started, everything that racing left alive goes on in that order.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from autopeft.records import RungScore, TrialSpec
-from autopeft.search.front import cost_vector, rank_layers
+from autopeft.search.front import scale_point
+from autopeft.search.gain import GrowthModel, expected_improvement
 from autopeft.search.racing import beats_majority
 from autopeft.search.store import Trial
 
@@ -41,7 +43,8 @@ class Situation(NamedTuple):
 
     trials: Sequence[Trial]
     rungs: tuple[int, ...]
-    objectives: tuple[str, ...]
+    reference: dict[str, float]
+    """Of the hypervolume: the worst quality and costs that count."""
     majority_quality: float
     num_workers: int
     seconds_left: float
@@ -84,7 +87,7 @@ def next_rung(trial: Trial, rungs: Sequence[int]) -> int:
 
 
 def choose_next(situation: Situation, speed: Speed) -> StartNew | Promote | Wait:
-    paused = order_paused(situation)
+    paused = order_paused(situation, speed)
     affordable = [trial for trial in paused if _can_complete(trial, situation, speed)]
     may_start = _may_start(situation, affordable, speed)
     if may_start and situation.recipes_left:
@@ -101,31 +104,45 @@ def choose_next(situation: Situation, speed: Speed) -> StartNew | Promote | Wait
     return Wait("time" if situation.can_suggest else "none_left")
 
 
-def order_paused(situation: Situation) -> list[Trial]:
-    """Paused trials, the most promising first: by non-dominated layer among all scored at their rung, rung, loss.
+def order_paused(situation: Situation, speed: Speed) -> list[Trial]:
+    """Paused trials, the most promising first: by expected growth of the front's hypervolume per second still needed
+    (per step where no clock bounds the search).
 
-    What does not yet beat the majority class comes last, however cheap: it is on no front that anybody wants.
+    The front is that of the complete trials and, as they are forecast, of the running ones. What does not yet beat the
+    majority class comes last, however cheap: it is on no front that anybody wants.
     """
-    layer_of: dict[int, int] = {}
-    at_chance: dict[int, bool] = {}
-    for step in situation.rungs:
-        at_rung = [(trial, score) for trial in situation.trials for score in trial.rungs if score.step == step]
-        if at_rung:
-            points = np.array(
-                [
-                    [-score.quality, *cost_vector(trial.cost, situation.objectives)]
-                    for trial, score in at_rung
-                    if trial.cost is not None
-                ]
-            )
-            for (trial, score), layer in zip(at_rung, rank_layers(points), strict=True):
-                if trial.step == score.step:
-                    layer_of[trial.number] = int(layer)
-                    at_chance[trial.number] = not beats_majority(
-                        score.quality, situation.majority_quality, score.num_examples
-                    )
-    paused = [trial for trial in situation.trials if trial.state == "paused"]
-    return sorted(paused, key=lambda t: (at_chance[t.number], layer_of[t.number], -t.step, t.rungs[-1].loss))
+    paused = [trial for trial in situation.trials if trial.state == "paused" and trial.cost is not None]
+    if not paused:
+        return []
+    growth = GrowthModel(situation.trials, situation.rungs)
+    had = [trial for trial in situation.trials if trial.state in ("complete", "running") and trial.rungs]
+    points = [_forecast_point(trial, growth, situation)[0] for trial in had]
+    rows = [_forecast_point(trial, growth, situation) for trial in paused]
+    candidates = np.array([row for row, _ in rows])
+    gains = expected_improvement(
+        candidates[:, 0],
+        np.array([deviation for _, deviation in rows]),
+        candidates[:, 1:],
+        np.array(points, dtype=float).reshape(len(points), candidates.shape[1]),
+    )
+
+    def worth(index: int) -> tuple[bool, float, int, float]:
+        trial, score = paused[index], paused[index].rungs[-1]
+        at_chance = not beats_majority(score.quality, situation.majority_quality, score.num_examples)
+        steps = float(situation.rungs[-1] - trial.step)
+        # Without a clock in the budget decisions may not depend on one; before the first stretch it has told nothing.
+        needed = steps if math.isinf(situation.seconds_left) else _seconds_to_end(trial, situation, speed) or steps
+        return at_chance, -float(gains[index]) / needed, -trial.step, score.loss
+
+    return [paused[index] for index in sorted(range(len(paused)), key=worth)]
+
+
+def _forecast_point(trial: Trial, growth: GrowthModel, situation: Situation) -> tuple[list[float], float]:
+    """Where the trial is expected to end, scaled to [0, 1] per objective, and the first one's standard deviation."""
+    assert trial.cost is not None
+    forecast = growth.forecast(trial)
+    scale = 1 - situation.reference["quality"]
+    return scale_point(forecast.mean, trial.cost, situation.reference), forecast.deviation / scale
 
 
 def _has_quota(trial: Trial, situation: Situation) -> bool:

@@ -264,7 +264,7 @@ class Search:
         return Situation(
             trials=self.store.trials,
             rungs=self.config.rungs,
-            objectives=self.config.objectives,
+            reference=self.store.reference,
             majority_quality=self.config.majority_quality,
             num_workers=self.executor.num_workers,
             seconds_left=self.account.search_seconds_left(),

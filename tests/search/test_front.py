@@ -23,7 +23,6 @@ from autopeft.search.front import (
     find_nondominated,
     hypervolume,
     parse_objectives,
-    rank_layers,
 )
 
 Points = npt.NDArray[np.float64]
@@ -102,25 +101,6 @@ def test_equal_points_are_kept_or_dropped_together(points: Points) -> None:
 @given(GRID)
 def test_dominance_does_not_depend_on_an_objectives_scale(points: Points) -> None:
     assert (find_nondominated(points) == find_nondominated(np.exp(points) * 3 + 1)).all()
-
-
-@given(GRID)
-def test_layer_zero_is_the_front(points: Points) -> None:
-    assert ((rank_layers(points) == 0) == find_nondominated(points)).all()
-
-
-@given(GRID)
-def test_a_dominated_point_lies_in_a_deeper_layer_than_what_dominates_it(points: Points) -> None:
-    layers = rank_layers(points)
-    for (i, one), (j, other) in itertools.permutations(enumerate(points), 2):
-        if (one <= other).all() and (one < other).any():
-            assert layers[i] < layers[j]
-
-
-@given(GRID)
-def test_layers_are_numbered_without_gaps(points: Points) -> None:
-    layers = rank_layers(points)
-    assert set(layers) == set(range(layers.max() + 1))
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def make_situation(trials: Sequence[Trial], **changes: object) -> Situation:
     situation = Situation(
         trials=trials,
         rungs=RUNGS,
-        objectives=("quality", "vram"),
+        reference={"quality": 0.3, "vram": 1000.0},
         majority_quality=0.3,
         num_workers=1,
         seconds_left=math.inf,
@@ -110,21 +110,29 @@ def test_only_paused_trials_are_promoted(make_trial: Callable[..., Trial], state
 
 
 def test_the_cheap_end_is_promoted_beside_the_accurate_end(make_trial: Callable[..., Trial]) -> None:
-    # Layer 0: the accurate one and the cheap one; the middle is dominated by the accurate one at equal cost.
+    # The middle one is dominated by the accurate one at equal cost.
     trials = [make_trial(0, [0.9], vram=500), make_trial(1, [0.8], vram=500), make_trial(2, [0.6], vram=50)]
-    assert [trial.number for trial in order_paused(make_situation(trials))] == [0, 2, 1]
+    assert [trial.number for trial in order_paused(make_situation(trials), Speed())] == [0, 2, 1]
 
 
 def test_what_does_not_beat_the_majority_class_goes_last_however_cheap(make_trial: Callable[..., Trial]) -> None:
     # 100 examples: two standard errors of an accuracy near one half are 0.1.
     trials = [make_trial(0, [0.59], vram=50), make_trial(1, [0.9], vram=500), make_trial(2, [0.8], vram=600)]
     situation = make_situation(trials, majority_quality=0.5)
-    assert [trial.number for trial in order_paused(situation)] == [1, 2, 0]
+    assert [trial.number for trial in order_paused(situation, Speed())] == [1, 2, 0]
 
 
-def test_a_trial_that_is_further_goes_first_within_a_layer(make_trial: Callable[..., Trial]) -> None:
-    trials = [make_trial(0, [0.9]), make_trial(1, [0.5, 0.6])]
-    assert order_paused(make_situation(trials))[0].number == 1
+def test_what_needs_less_to_its_end_goes_first_at_the_same_promise(make_trial: Callable[..., Trial]) -> None:
+    trials = [make_trial(0, [0.9]), make_trial(1, [0.9, 0.9])]
+    assert order_paused(make_situation(trials), Speed())[0].number == 1
+
+
+def test_what_a_running_trial_will_bring_is_not_sought_twice(make_trial: Callable[..., Trial]) -> None:
+    # The best forecast costs as much as what runs already; the cheap one adds more beside it.
+    trials = [make_trial(0, [0.95], vram=300), make_trial(1, [0.5], vram=100)]
+    assert order_paused(make_situation(trials), Speed())[0].number == 0
+    running = make_trial(2, [0.95, 0.95], state="running", vram=300)
+    assert order_paused(make_situation([*trials, running]), Speed())[0].number == 1
 
 
 @given(

@@ -1,0 +1,102 @@
+"""Expected growth of the front: against plain hypervolumes, and what it learns of how trials grow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from autopeft.records import Cost, RungScore, TrialSpec
+from autopeft.search.front import hypervolume
+from autopeft.search.gain import GrowthModel, expected_improvement
+from autopeft.search.store import Trial
+
+Points = npt.NDArray[np.float64]
+RUNGS = (40, 80, 160)
+UNIT = st.floats(0.0, 1.2).map(lambda x: round(x, 2))
+
+
+@st.composite
+def fronts(draw: st.DrawFn) -> tuple[Points, Points]:
+    """(points, candidates) of the same number of objectives, some of them beyond the reference."""
+    width = draw(st.integers(1, 3))
+    points = draw(hnp.arrays(float, st.tuples(st.integers(0, 5), st.just(width)), elements=UNIT))
+    candidates = draw(hnp.arrays(float, st.tuples(st.integers(1, 4), st.just(width)), elements=UNIT))
+    return points, candidates
+
+
+def improvement_of(candidates: Points, points: Points, deviation: float = 0.0) -> Points:
+    deviations = np.full(len(candidates), deviation)
+    return expected_improvement(candidates[:, 0], deviations, candidates[:, 1:], points)
+
+
+@given(fronts())
+def test_without_doubt_it_is_the_growth_of_the_hypervolume(case: tuple[Points, Points]) -> None:
+    points, candidates = case
+    reference = [1.0] * points.shape[1]
+    before = hypervolume(points, reference)
+    expected = [hypervolume(np.vstack([points, row]), reference) - before for row in candidates]
+    assert improvement_of(candidates, points) == pytest.approx(expected, abs=1e-12)
+
+
+@given(fronts(), st.floats(0.0, 0.3))
+def test_a_better_forecast_or_a_lower_cost_never_promises_less(case: tuple[Points, Points], deviation: float) -> None:
+    points, candidates = case
+    gains = improvement_of(candidates, points, deviation)
+    for column in range(candidates.shape[1]):
+        better = candidates.copy()
+        better[:, column] -= 0.1
+        assert (improvement_of(better, points, deviation) >= gains - 1e-12).all()
+
+
+@given(fronts(), st.floats(0.0, 0.3))
+def test_what_is_had_already_only_lowers_it(case: tuple[Points, Points], deviation: float) -> None:
+    points, candidates = case
+    more = np.vstack([points, candidates[:1]])
+    assert (improvement_of(candidates, more, deviation) <= improvement_of(candidates, points, deviation) + 1e-12).all()
+
+
+def test_doubt_gives_a_dominated_forecast_a_chance() -> None:
+    points = np.array([[0.5, 0.5]])
+    behind = np.array([[0.52, 0.6]])
+    assert improvement_of(behind, points)[0] == 0.0
+    assert improvement_of(behind, points, 0.05)[0] > 0.0
+
+
+@pytest.fixture(scope="session")
+def make_trial(make_spec: Callable[..., TrialSpec]) -> Callable[..., Trial]:
+    def make_trial(*qualities: float) -> Trial:
+        rungs = [
+            RungScore(
+                rung=rung, step=RUNGS[rung], quality=quality, loss=1.0, num_examples=10_000, device_seconds=1.0,
+                train_seconds=1.0, scores_file="x", scores_digest="x",
+            )
+            for rung, quality in enumerate(qualities)
+        ]  # fmt: skip
+        cost = Cost(trainable_parameters=1, head_parameters=1, peak_vram_bytes=1, vram_source="estimated")
+        return Trial(number=0, spec=make_spec(), source="sampler", state="paused", cost=cost, rungs=rungs)
+
+    return make_trial
+
+
+def test_growth_is_learned_rung_by_rung_from_those_that_went_on(make_trial: Callable[..., Trial]) -> None:
+    growth = GrowthModel([make_trial(0.5, 0.6), make_trial(0.6, 0.8, 0.85)], RUNGS)
+    assert growth.forecast(make_trial(0.5)).mean == pytest.approx(0.5 + 0.15 + 0.05)
+    assert growth.forecast(make_trial(0.5, 0.7)).mean == pytest.approx(0.75)
+    assert growth.forecast(make_trial(0.5, 0.7, 0.9)).mean == 0.9
+
+
+def test_a_forecast_from_further_on_is_surer(make_trial: Callable[..., Trial]) -> None:
+    growth = GrowthModel([], RUNGS)
+    early, later, end = (growth.forecast(make_trial(*[0.8] * count)).deviation for count in (1, 2, 3))
+    assert early > later > end == pytest.approx(np.sqrt(0.8 * 0.2 / 10_000))
+
+
+def test_trials_that_grow_alike_make_forecasts_surer(make_trial: Callable[..., Trial]) -> None:
+    alike = GrowthModel([make_trial(0.5, 0.6, 0.7)] * 5, RUNGS)
+    assert alike.forecast(make_trial(0.5)).deviation < GrowthModel([], RUNGS).forecast(make_trial(0.5)).deviation
