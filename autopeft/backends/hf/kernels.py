@@ -8,6 +8,7 @@ CPU are such products. They stay float32; their sums are only added up in anothe
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from pathlib import Path
 
@@ -15,6 +16,11 @@ import torch
 
 _FEWEST_MULTIPLICATIONS = 1 << 20
 """Below a few 10 microseconds of work, calling through Python costs more than the faster kernel saves."""
+
+_SHAPES_KEPT = "64"
+"""oneDNN and PyTorch's layer above it compile code for each shape, 0.6 MB each, and keep the last 1024. Batches differ in
+length, so all of that would be used; a step uses each of its shapes once a layer, and compiling takes a third of one
+product's time."""
 
 _library: torch.library.Library | None = None
 
@@ -41,6 +47,9 @@ def install_onednn_products() -> None:
     """
     global _library
     if _library is None:
+        # Read at the first product.
+        for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+            os.environ.setdefault(cache, _SHAPES_KEPT)
         _library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
             # PyTorch warns that kernels are being replaced, which is what we want.
