@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-all check format clean
+.PHONY: install demo test test-all check format clean docs
 
 install: $(STAMP)
 
@@ -28,6 +28,9 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/python -m autopeft.methods.document > docs/methods.md
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -22,6 +22,7 @@ SCHEMA_VERSION = 1
 
 Scalar = bool | int | float | str
 Bits = Literal[4, 8, 16, 32]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 VramSource = Literal["estimated", "measured"]
 FailureReason = Literal["out_of_memory", "diverged", "worker_died", "error"]
 TrialSource = Literal["recipe", "included", "sampler", "baseline"]
@@ -51,6 +52,8 @@ class TrialSpec:
     schedule: Literal["linear", "cosine", "constant"]
     weight_decay: float
     seed: int
+    optimizer: Optimizer = dataclasses.field(default="adamw", metadata={"leave_out_default": True})
+    """AdamW with its states in float32, in 8 bits (arXiv:2110.02861), or in 8 bits that a GPU may page out."""
 
     def key(self) -> str:
         """Identity of the configuration, seed apart: two trials with equal keys ask the same question."""
@@ -310,7 +313,13 @@ class StudyRecord:
 def to_record(value: Any) -> Any:
     """Plain JSON data of a record: dataclasses become objects, tuples become lists."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_record(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        # A field that came later and is as everything was before it is left out: keys of stored trials stay theirs,
+        # and older code reads the record.
+        return {
+            f.name: to_record(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if not (f.metadata.get("leave_out_default") and getattr(value, f.name) == f.default)
+        }
     if isinstance(value, list | tuple):
         return [to_record(item) for item in value]
     if isinstance(value, Mapping):

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from autopeft.backends.base import CostReply, Ended, Event, Finished, Pack, Ready, Score, Stretch
 from autopeft.executors.base import WorkerEvent
+from autopeft.methods import fill_settings
 from autopeft.records import Cost, Failed, Provenance, RungScore, StudyConfig, TrialSpec, from_record, to_record
 from autopeft.search.store import StudyStore, Trial
 
@@ -75,8 +76,10 @@ def write_recording(recording: Recording, path: Path) -> None:
 
 def read_recording(path: Path) -> Recording:
     with np.load(path) as arrays:
+        curves: Curves = from_record(Curves, json.loads(str(arrays["curves"])), path.name)
+        filled = tuple(replace(curve, spec=fill_settings(curve.spec)) for curve in curves.curves)
         return Recording(
-            curves=from_record(Curves, json.loads(str(arrays["curves"])), path.name),
+            curves=replace(curves, curves=filled),
             losses=arrays["losses"],
             predictions=arrays["predictions"],
             labels=arrays["labels"],

@@ -103,7 +103,7 @@ def fake_parameters(spec: TrialSpec) -> int:
     if "num_virtual_tokens" in spec.settings:
         per_token = _HIDDEN * (2 * _LAYERS if spec.method == "prefix_tuning" else 1)
         return int(spec.settings["num_virtual_tokens"]) * per_token
-    return 0 if spec.method == "head" else _HIDDEN * _LAYERS * (3 if spec.settings["feedforward"] else 2)
+    return 0 if spec.method == "head" else _HIDDEN * _LAYERS * (3 if spec.settings.get("feedforward", True) else 2)
 
 
 class FakeCostModel:

@@ -4,10 +4,40 @@ from __future__ import annotations
 
 import argparse
 
+_METHOD_KEYS = """\
+keys of a method with --json (all methods: {"methods": [...], "excluded": {peft type: reason}}):
+  name, title, family, paper
+  from            {distribution, version}
+  baseline        whether every study trains it, and no space offers it
+  peft_config     class of peft's configuration; null where the method is built without peft
+  why_not_peft    why peft lacks it, else null
+  models          some of encoder, decoder, encoder-decoder
+  bits            widths of the base weights: 4, 8, 16 (unquantized on GPU), 32 (unquantized on CPU)
+  optimizers      worth searching
+  needs           what else it asks of a model, or null
+  target_modules  groups worth searching; empty where it has none
+  layer_choice    whether it can be kept to the last k layers
+  merges          whether it can be folded into the base
+  starts_as_base  whether the logits are the base's before the first step
+  writes_base     {when: never, always or "by setting"; settings: those with which it does}
+  learning_rate   {low, high}
+  dimensions      [{name, meaning, kind, low, high, log, choices, default, only_if}]
+  recipe          {settings, target_modules, learning_rate, source}
+"""
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    methods = subparsers.add_parser(
+        "methods",
+        help="list PEFT methods, or say everything of one",
+        description="Lists PEFT methods by family, or says everything of one.",
+        epilog=_METHOD_KEYS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    methods.add_argument("name", nargs="?", help="say everything of this one")
+    methods.add_argument("--json", action="store_true", help="print it as JSON, with the keys below")
+    methods.set_defaults(run=list_methods)
     for name, run, what in (
-        ("methods", list_methods, "PEFT methods"),
         ("tasks", list_tasks, "shipped tasks"),
         ("spaces", list_spaces, "shipped search spaces"),
     ):
@@ -16,13 +46,23 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def list_methods(args: argparse.Namespace) -> int:
-    from autopeft.methods import METHODS
+    import json
 
-    for method in METHODS.values():
-        if method.searched:
-            low, high = method.learning_rate
-            dimensions = ", ".join(dimension.name for dimension in method.dimensions) or "none of its own"
-            print(f"{method.name:<15} {method.title}: {dimensions}; learning rate {low:g} to {high:g}; {method.paper}")
+    from autopeft.cli.method_table import render_method, render_table
+    from autopeft.methods import METHODS, find_method
+    from autopeft.methods.excluded import EXCLUDED
+    from autopeft.methods.facts import describe_method
+
+    if args.name is not None:
+        method = find_method(args.name)
+        origin = METHODS.origin(method.name)
+        text = json.dumps(describe_method(method, origin), indent=2) if args.json else render_method(method, origin)
+    elif args.json:
+        methods = [describe_method(method, METHODS.origin(name)) for name, method in METHODS.items()]
+        text = json.dumps({"methods": methods, "excluded": dict(EXCLUDED)}, indent=2)
+    else:
+        text = render_table(METHODS, EXCLUDED.items())
+    print(text)
     return 0
 
 
@@ -42,5 +82,6 @@ def list_spaces(args: argparse.Namespace) -> int:
 
     for name, path in list_spaces().items():
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        print(f"{name:<10} for {data['serves']}: {', '.join(data['methods'])}")
+        methods = data["methods"] if isinstance(data["methods"], str) else ", ".join(data["methods"])
+        print(f"{name:<12} for {data['serves']}: {methods}")
     return 0

@@ -1,29 +1,77 @@
-"""The table of methods. One file a family; a new method is its file and a row here."""
+"""The table of methods. One file a family; a new method is its file and a row here.
+
+Distributions of other people add rows by entry points, see `autopeft.methods.table`.
+"""
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from typing import get_args
+
 from autopeft.errors import SpecError, suggest_nearest
-from autopeft.methods.base import Method
+from autopeft.methods.adalora import ADALORA
+from autopeft.methods.base import Method, refuse_optimizer
 from autopeft.methods.bottleneck import BOTTLENECK
+from autopeft.methods.combined import LORA_BOTTLENECK
+from autopeft.methods.decomposed import DECOMPOSED
+from autopeft.methods.excluded import EXCLUDED
 from autopeft.methods.full import FULL, HEAD
 from autopeft.methods.ia3 import IA3
 from autopeft.methods.lora import LORA
-from autopeft.methods.prefix_tuning import PREFIX_TUNING
-from autopeft.methods.prompt_tuning import PROMPT_TUNING
-from autopeft.methods.targets import check_target_modules
-from autopeft.records import TrialSpec
+from autopeft.methods.low_rank import LOW_RANK
+from autopeft.methods.orthogonal import ORTHOGONAL
+from autopeft.methods.prompts import PROMPTS
+from autopeft.methods.qlora import QLORA
+from autopeft.methods.selective import BITFIT, LN_TUNING
+from autopeft.methods.shared_random import SHARED_RANDOM
+from autopeft.methods.sparse_spectral import SPARSE_SPECTRAL
+from autopeft.methods.table import MethodTable
+from autopeft.methods.targets import check_target_modules, takes_last
+from autopeft.records import Optimizer, TrialSpec
 
-METHODS: dict[str, Method] = {
-    method.name: method for method in (LORA, BOTTLENECK, PREFIX_TUNING, PROMPT_TUNING, IA3, FULL, HEAD)
-}
+METHODS = MethodTable(
+    (
+        LORA,
+        QLORA,
+        ADALORA,
+        *LOW_RANK,
+        *SHARED_RANDOM,
+        *DECOMPOSED,
+        FULL,
+        HEAD,
+        BITFIT,
+        LN_TUNING,
+        BOTTLENECK,
+        LORA_BOTTLENECK,
+        *PROMPTS,
+        IA3,
+        *ORTHOGONAL,
+        *SPARSE_SPECTRAL,
+    )
+)
+"""Every method by name: the rows above by family, then those of other distributions."""
 
 
 def find_method(name: str) -> Method:
     """The method of that name, or SpecError with the nearest known one."""
-    if name not in METHODS:
-        known = [method.name for method in METHODS.values() if method.searched]
-        raise SpecError(f"There is no method '{name}'. {suggest_nearest(name, known)}")
-    return METHODS[name]
+    if name in METHODS:
+        return METHODS[name]
+    left_out = METHODS.why_left_out(name)
+    if left_out is not None:
+        raise SpecError(left_out)
+    if name.upper() in EXCLUDED:
+        raise SpecError(f"The method '{name}' is in peft, but is no method of autopeft: {EXCLUDED[name.upper()]}.")
+    known = [method.name for method in METHODS.values() if method.searched]
+    raise SpecError(f"There is no method '{name}'. {suggest_nearest(name, known)}")
+
+
+def fill_settings(spec: TrialSpec) -> TrialSpec:
+    """For stored configurations: one from before its method had a dimension means that dimension's default."""
+    if spec.method not in METHODS:
+        return spec
+    defaults = {dimension.name: dimension.default for dimension in METHODS[spec.method].dimensions}
+    return replace(spec, settings={**defaults, **spec.settings})
 
 
 def check_spec(spec: TrialSpec) -> None:
@@ -42,14 +90,33 @@ def check_spec(spec: TrialSpec) -> None:
     if spec.bits not in method.bits:
         widths = ", ".join(map(str, method.bits))
         raise SpecError(f"{method.title} trains on a base of {widths} bits, but bits is {spec.bits}.")
-    if bool(method.target_modules) != (spec.target_modules is not None):
-        verb = "needs" if method.target_modules else "has no"
-        raise SpecError(f"{method.title} {verb} target_modules, but they are {spec.target_modules!r}.")
-    if spec.target_modules is not None:
-        check_target_modules(spec.target_modules)
+    optimizers = get_args(Optimizer)
+    if spec.optimizer not in optimizers:
+        raise SpecError(f"There is no optimizer '{spec.optimizer}'. {suggest_nearest(spec.optimizer, optimizers)}")
+    _check_targets(method, spec.target_modules)
     for name in ("learning_rate", "batch_size", "max_steps"):
         if not getattr(spec, name) > 0:
             raise SpecError(f"{name} must be above zero, but is {getattr(spec, name)}.")
+
+
+def _check_targets(method: Method, target_modules: str | None) -> None:
+    if method.target_modules:
+        if target_modules is None:
+            raise SpecError(f"{method.title} needs target_modules, such as {method.target_modules[0]}, but has none.")
+        check_target_modules(target_modules)
+        if takes_last(target_modules) and not method.layer_choice:
+            raise SpecError(
+                f"{method.title} is put on all layers or none, but target_modules is '{target_modules}'. "
+                "Leave last-K away."
+            )
+    elif target_modules is not None:
+        if not method.layer_choice:
+            raise SpecError(f"{method.title} has no target_modules, but they are '{target_modules}'.")
+        if not re.fullmatch(r"last-[1-9]\d*", target_modules):
+            raise SpecError(
+                f"{method.title} has no groups of target modules: target_modules is last-4 or the like for the last "
+                f"layers alone, or left away for all of them, but is '{target_modules}'."
+            )
 
 
 def refuse_spec(spec: TrialSpec, device_kind: str) -> str | None:
@@ -58,7 +125,7 @@ def refuse_spec(spec: TrialSpec, device_kind: str) -> str | None:
         return "On CPU the unquantized base is kept in 32 bits, but bits is 16. Use bits 32, 8 or 4."
     if spec.bits == 32 and device_kind == "cuda":
         return "On GPU the unquantized base is kept in 16 bits, but bits is 32. Use bits 16, 8 or 4."
-    return find_method(spec.method).refuse(spec, device_kind)
+    return refuse_optimizer(spec, device_kind) or find_method(spec.method).refuse(spec, device_kind)
 
 
-__all__ = ["METHODS", "Method", "check_spec", "find_method", "refuse_spec"]
+__all__ = ["METHODS", "Method", "check_spec", "fill_settings", "find_method", "refuse_spec"]

@@ -25,6 +25,7 @@ FULL = Method(
     name="full",
     title="Full fine-tuning",
     paper="arXiv:1810.04805",
+    family="full and selective",
     dimensions=(),
     learning_rate=(1e-5, 1e-3),
     bits=UNQUANTIZED,
@@ -34,6 +35,7 @@ FULL = Method(
         learning_rate=1e-4,
         source="arXiv:1810.04805, appendix A.3, raised for short runs as measured on MiniLM",
     ),
+    merges=True,
     writes_base=lambda spec: True,
     build=_unfreeze,
     why_not_peft=(
@@ -46,6 +48,7 @@ HEAD = Method(
     name="head",
     title="Head only",
     paper="arXiv:1610.01644",
+    family="full and selective",
     dimensions=(),
     learning_rate=(1e-3, 1e-1),
     recipe=Recipe(settings={}, target_modules=None, learning_rate=3e-2, source="measured on short MiniLM runs"),

@@ -127,6 +127,7 @@ def make_plan(request: Request, *, studies: Path, dry_run: bool = False) -> Plan
         space_text, name=space_name, device_kind=device_kind, max_steps=max_steps, seed=request.seed,
         methods=methods, fixed=fixed,
     )  # fmt: skip
+    notes += [f"{method} is left out of the space: {rule}" for method, rule in space.left_out.items()]
     included = tuple(
         read_included(Path(path), device_kind=device_kind, max_steps=max_steps, seed=request.seed)
         for path in request.include

@@ -10,7 +10,7 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import optuna
 
 from autopeft.budget import Ledger
 from autopeft.errors import RecordError, StudyError, suggest_nearest
+from autopeft.methods import fill_settings
 from autopeft.records import (
     SCHEMA_VERSION,
     Confirmation,
@@ -140,7 +141,8 @@ class StudyStore:
                 f"{SCHEMA_VERSION}. Nothing was changed. Install a newer autopeft to go on."
             )
         where = f"study '{folder.name}'"
-        self.config: StudyConfig = from_record(StudyConfig, attributes["config"], where)
+        config = from_record(StudyConfig, attributes["config"], where)
+        self.config: StudyConfig = replace(config, included=tuple(map(fill_settings, config.included)))
         self.provenance: Provenance = from_record(Provenance, attributes["provenance"], where)
         self.uid: str = attributes["uid"]
         self.reference: dict[str, float] = dict(attributes.get("reference", {}))
@@ -377,7 +379,9 @@ def _encode_trial(trial: Trial) -> dict[str, Any]:
 def _decode_trial(number: int, attributes: dict[str, Any], where: str) -> Trial:
     values = {key: from_record(hint, attributes[key], where) for key, hint in _SAVED.items() if key in attributes}
     values |= {key: list(values[key]) for key in ("rungs", "confirmations", "segments") if key in values}
-    return Trial(number=number, **values)
+    trial = Trial(number=number, **values)
+    trial.spec = fill_settings(trial.spec)
+    return trial
 
 
 def is_ended(trial: Trial) -> bool:

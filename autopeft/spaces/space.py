@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from autopeft.errors import SpecError
@@ -11,8 +11,13 @@ from autopeft.methods import METHODS, check_spec, refuse_spec
 from autopeft.methods.base import Dimension
 from autopeft.records import Scalar, TrialSpec
 
-SHARED = ("learning_rate", "target_modules", "bits", "batch_size", "warmup_ratio", "schedule", "weight_decay")
+SHARED = (
+    "learning_rate", "target_modules", "bits", "batch_size", "warmup_ratio", "schedule", "weight_decay", "optimizer"
+)  # fmt: skip
 """Settings of every method, searched per method because their best values are."""
+
+EVERY_LAYER = "all"
+"""What a space calls `target_modules` None, beside `last-4`, for methods that have a choice of layers but no groups."""
 
 
 class Suggester(Protocol):
@@ -44,6 +49,8 @@ class SearchSpace:
     methods: Mapping[str, MethodSpace]
     recipes: tuple[TrialSpec, ...]
     """Known-good starting points inside the space, one a method where one fits."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Methods that the file offers and this machine or model cannot train, with the rule."""
 
     def suggest(self, suggester: Suggester, *, max_steps: int, seed: int) -> TrialSpec:
         """Asks for every dimension that the earlier answers leave open."""
@@ -105,16 +112,19 @@ def _values(spec: TrialSpec) -> dict[str, Scalar]:
         value = getattr(spec, name)
         if value is not None:
             values[name] = value
+        elif METHODS[spec.method].layer_choice:
+            values[name] = EVERY_LAYER
     return values
 
 
 def make_spec(method: str, values: Mapping[str, Scalar], *, max_steps: int, seed: int) -> TrialSpec:
     """All settings of a method by name -> TrialSpec, checked."""
     own = [dimension.name for dimension in METHODS[method].dimensions]
+    target_modules = values.get("target_modules", EVERY_LAYER)
     spec = TrialSpec(
         method=method,
         settings={name: values[name] for name in own},
-        target_modules=str(values["target_modules"]) if "target_modules" in values else None,
+        target_modules=None if target_modules == EVERY_LAYER else str(target_modules),
         bits=values["bits"],  # type: ignore[arg-type]
         learning_rate=float(values["learning_rate"]),
         batch_size=int(values["batch_size"]),
@@ -123,6 +133,7 @@ def make_spec(method: str, values: Mapping[str, Scalar], *, max_steps: int, seed
         schedule=values["schedule"],  # type: ignore[arg-type]
         weight_decay=float(values["weight_decay"]),
         seed=seed,
+        optimizer=values["optimizer"],  # type: ignore[arg-type]
     )
     check_spec(spec)
     return spec

@@ -17,7 +17,7 @@ OPTIONS = {
     "resume": ["--budget", "STUDY"],
     "report": ["STUDY"],
     "export": ["--out", "--pick", "--to", "STUDY"],
-    "methods": [],
+    "methods": ["--json", "NAME"],
     "tasks": [],
     "spaces": [],
 }  # fmt: skip
@@ -53,19 +53,3 @@ def test_a_command_line_that_does_not_parse_exits_with_2(arguments: list[str]) -
     with pytest.raises(SystemExit) as exit_info:
         main(arguments)
     assert exit_info.value.code == 2
-
-
-@pytest.mark.parametrize("command", ["methods", "tasks", "spaces"])
-def test_a_listing_prints_a_line_for_each(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from autopeft.methods import METHODS
-    from autopeft.spaces.load import list_spaces
-    from autopeft.tasks.spec import list_tasks
-
-    known = {
-        "methods": [method.name for method in METHODS.values() if method.searched],
-        "tasks": list(list_tasks()),
-        "spaces": list(list_spaces()),
-    }
-    assert main([command]) == 0
-    printed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert sorted(printed) == sorted(known[command])

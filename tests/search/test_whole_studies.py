@@ -339,9 +339,11 @@ def test_a_trial_that_kills_two_workers_is_given_up(studies: FakeStudies) -> Non
 
 
 def test_the_first_trials_are_the_recipes(record: StudyRecord) -> None:
+    wanted = [spec.method for spec in restore_space(record.config).recipes]
     recipes = [trial.spec.method for trial in record.trials if trial.source == "recipe"]
-    assert recipes == ["lora", "bottleneck", "prefix_tuning", "prompt_tuning", "ia3", "full"]
-    assert [trial.source for trial in record.trials[:6]] == ["recipe"] * 6
+    assert recipes == wanted[: len(recipes)]
+    assert len(recipes) == min(len(wanted), len(record.trials))
+    assert [trial.source for trial in record.trials[: len(recipes)]] == ["recipe"] * len(recipes)
 
 
 def test_an_included_configuration_is_raced_first(studies: FakeStudies, make_spec: MakeSpec) -> None:

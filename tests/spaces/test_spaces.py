@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import yaml
 
 from autopeft.errors import SpaceError, SpecError
-from autopeft.methods import check_spec
+from autopeft.methods import METHODS, check_spec, refuse_spec
 from autopeft.records import Scalar
+from autopeft.spaces.dimensions import default_dimensions
 from autopeft.spaces.load import find_space, list_spaces, parse_space
 from autopeft.spaces.space import SearchSpace
 
@@ -51,14 +52,46 @@ def parse(text: str, device_kind: str = "cpu", **options: Any) -> SearchSpace:
     return parse_space(text, name="mine", device_kind=device_kind, max_steps=160, **options)
 
 
-@given(st.sampled_from(SHIPPED), st.sampled_from(DEVICES), st.integers(0, 2**32))
-def test_every_suggestion_is_valid_and_encodes_back_to_its_answers(name: str, device_kind: str, seed: int) -> None:
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("device_kind", DEVICES)
+def test_every_suggestion_is_valid_and_encodes_back_to_its_answers(name: str, device_kind: str) -> None:
     space = shipped(name, device_kind)
-    suggester = RandomSuggester(seed)
-    spec = space.suggest(suggester, max_steps=160, seed=3)
-    check_spec(spec)
-    assert (spec.max_steps, spec.seed) == (160, 3)
-    assert space.params(spec) == suggester.params
+    refused = 0
+    for seed in range(200):
+        suggester = RandomSuggester(seed)
+        spec = space.suggest(suggester, max_steps=160, seed=3)
+        check_spec(spec)
+        refused += refuse_spec(spec, device_kind) is not None
+        assert (spec.max_steps, spec.seed) == (160, 3)
+        assert space.params(spec) == suggester.params
+    # A combination may be forbidden, but no space may be made of such.
+    assert refused <= 20
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_space_says_whom_it_serves_and_is_read_in_a_minute(name: str) -> None:
+    text = list_spaces()[name].read_text(encoding="utf-8")
+    data = yaml.safe_load(text)
+    assert text.startswith("# For ")
+    assert data["title"]
+    assert data["serves"]
+    assert len(text.splitlines()) <= 60
+
+
+@pytest.mark.parametrize("device_kind", DEVICES)
+def test_everything_is_every_method_with_its_recipe(device_kind: str) -> None:
+    space = shipped("everything", device_kind)
+    assert list(space.methods) == [method.name for method in METHODS.values() if method.searched]
+    assert space.left_out == {}
+    for recipe in space.recipes:
+        assert dict(recipe.settings) == dict(METHODS[recipe.method].recipe.settings)
+        assert recipe.target_modules == METHODS[recipe.method].recipe.target_modules
+
+
+def test_every_shipped_space_for_four_bits_has_no_other_width() -> None:
+    for device_kind in DEVICES:
+        space = shipped("qlora-24gb", device_kind)
+        assert {method.fixed["bits"] for method in space.methods.values()} == {4}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -81,12 +114,9 @@ def test_there_is_a_recipe_of_every_method_and_it_lies_inside_the_space(name: st
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize(("device_kind", "widest"), [("cpu", 32), ("cuda", 16)])
 def test_unquantized_is_the_devices_own_width(name: str, device_kind: str, widest: int) -> None:
-    space = shipped(name, device_kind)
-    other = 48 - widest
-    for method in space.methods.values():
-        widths = {d.name: d.choices for d in method.dimensions}.get("bits", (method.fixed.get("bits"),))
-        assert widest in widths
-        assert other not in widths
+    for method, space in shipped(name, device_kind).methods.items():
+        widths = {d.name: d.choices for d in space.dimensions}.get("bits", (space.fixed.get("bits"),))
+        assert set(widths) <= {4, 8, widest} & set(METHODS[method].bits)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -146,6 +176,72 @@ def test_shared_widths_that_a_method_cannot_have_are_left_out_for_it() -> None:
     assert space.methods["full"].fixed["bits"] == 32
 
 
+def test_shared_targets_that_a_method_cannot_have_are_left_out_for_it() -> None:
+    shared = 'shared: {target_modules: [all, last-2, mlp, "attention:last-2"]}\n'
+    space = parse(shared + "methods: {lora: {}, ia3: {}, bitfit: {}, full: {}, p_tuning: {}}")
+    choices = {
+        name: next((d.choices for d in method.dimensions if d.name == "target_modules"), None)
+        for name, method in space.methods.items()
+    }
+    assert choices == {
+        "lora": ("last-2", "mlp", "attention:last-2"), "ia3": ("all", "last-2"), "bitfit": ("all", "last-2"),
+        "full": None, "p_tuning": None,
+    }  # fmt: skip
+
+
+def test_a_method_without_groups_is_put_on_all_layers_unless_the_space_says_otherwise() -> None:
+    assert parse("methods: {bitfit: {}}").recipes[0].target_modules is None
+    space = parse("methods: {bitfit: {target_modules: [all, last-2]}}")
+    specs = [space.suggest(RandomSuggester(i), max_steps=160, seed=0) for i in range(20)]
+    assert {spec.target_modules for spec in specs} == {None, "last-2"}
+    assert {(space.params(spec) or {})["bitfit.target_modules"] for spec in specs} == {"all", "last-2"}
+
+
+def test_the_optimizer_is_the_devices_default_or_what_a_space_names() -> None:
+    optimizers = {
+        device_kind: next(d.choices for d in [*default_dimensions(METHODS["qlora"], device_kind).values()]
+                          if d.name == "optimizer")
+        for device_kind in DEVICES
+    }  # fmt: skip
+    assert optimizers == {"cpu": ("adamw",), "cuda": ("paged_adamw_8bit", "adamw")}
+    assert parse("methods: {lora: {optimizer: [adamw_8bit]}}").recipes[0].optimizer == "adamw_8bit"
+    shared = "shared: {optimizer: [paged_adamw_8bit]}\nmethods: {lora: {}, ia3: {}}"
+    assert {recipe.optimizer for recipe in parse(shared, "cuda").recipes} == {"paged_adamw_8bit"}
+    # The CPU has no pages to turn, so the shared wish is left out there.
+    assert {recipe.optimizer for recipe in parse(shared, "cpu").recipes} == {"adamw"}
+
+
+def test_all_methods_are_written_out_for_the_record(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("title: Mine\nmethods: all  # really\n", encoding="utf-8")
+    text = find_space(str(file))[1]
+    assert list(yaml.safe_load(text)["methods"]) == [method.name for method in METHODS.values() if method.searched]
+    assert list(parse(file.read_text(encoding="utf-8")).methods) == list(parse(text).methods)
+
+
+def test_what_the_machine_cannot_train_is_left_out_and_said() -> None:
+    space = parse("methods: {lora: {bits: [8], dora: [true]}, ia3: {}}")
+    assert list(space.methods) == ["ia3"]
+    assert [recipe.method for recipe in space.recipes] == ["ia3"]
+    assert "DoRA on an int8 base" in space.left_out["lora"]
+    with pytest.raises(SpaceError, match=r"leaves nothing of lora.*DoRA"):
+        parse("methods: {lora: {bits: [8], dora: [true]}, ia3: {}}", methods=("lora", "ia3"))
+    with pytest.raises(SpaceError, match=r"leaves nothing of lora.*DoRA"):
+        parse("methods: {lora: {bits: [8], dora: [true]}}")
+
+
+def test_what_the_kind_of_model_cannot_have_is_left_out_and_said() -> None:
+    text = "methods: {p_tuning: {}, ia3: {}}"
+    assert list(parse(text, model_kind="decoder").methods) == ["p_tuning", "ia3"]
+    space = parse(text, model_kind="encoder-decoder")
+    assert list(space.methods) == ["ia3"]
+    assert (
+        "trains encoder and decoder models, and this one is of the kind encoder-decoder" in space.left_out["p_tuning"]
+    )
+    with pytest.raises(SpaceError, match="leaves nothing of p_tuning"):
+        parse(text, model_kind="encoder-decoder", methods=("p_tuning",))
+
+
 def test_pissa_is_only_asked_for_on_an_unquantized_base() -> None:
     space = parse("methods: {lora: {init: [default, pissa]}}")
     for seed in range(60):
@@ -180,6 +276,15 @@ def test_pissa_is_only_asked_for_on_an_unquantized_base() -> None:
         ("methods: {lora: {learning_rate: [0]}}", "lora.learning_rate.*above 0"),
         ("methods: {lora: {bits: [5]}}", "lora.bits.*unquantized"),
         ("methods: {full: {bits: [4]}}", "full.bits"),
+        ("methods: {full: {bits: [4]}}", "takes 16, 32, because that is what Full fine-tuning trains on"),
+        ("methods: {lora: {optimizer: [sgd]}}", "lora.optimizer.*adamw_8bit"),
+        ("methods: {lora: {optimizer: [paged_adamw_8bit]}}", "lora.optimizer.*no paged states on CPU"),
+        ("methods: {lora: {target_modules: [all]}}", "lora.target_modules.*takes a group, such as all-linear"),
+        ("methods: {lora: {target_modules: ['attention:last-x']}}", "with K from 1"),
+        ("methods: {ia3: {target_modules: [mlp]}}", "ia3.target_modules.*takes all or the last blocks"),
+        ("methods: {ia3: {target_modules: ['mlp:last-2']}}", "ia3.target_modules.*takes all or the last blocks"),
+        ("methods: {full: {target_modules: [all]}}", "full has the unknown dimension 'target_modules'"),
+        ("methods: every", "methods: all"),
         ("methods: {lora: 8}", "'lora' must hold settings"),
         ("shared: {rank: 8}\nmethods: {lora: {}}", "unknown setting 'rank'"),
         ("shared: 8\nmethods: {lora: {}}", "'shared' must hold settings"),
@@ -230,7 +335,7 @@ def test_sixteen_bits_are_refused_on_cpu() -> None:
 
 
 def test_a_methods_setting_can_be_fixed() -> None:
-    space = shipped("default", fixed={"lora.rank": 8})
+    space = shipped("default", methods=("lora", "ia3"), fixed={"lora.rank": 8})
     assert space.methods["lora"].fixed["rank"] == 8
     assert {space.suggest(RandomSuggester(i), max_steps=160, seed=0).settings.get("rank") for i in range(50)} == {
         8,

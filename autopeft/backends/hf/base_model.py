@@ -200,12 +200,13 @@ def lend_model(base: BaseModel, *, own_weights: bool) -> Any:
 def draw_head(model: Any, head: Sequence[str], *, seed: int) -> None:
     """Gives the head fresh float32 weights of its own, drawn from `seed` as the model's authors would draw them."""
     torch.manual_seed(seed)
-    for name in head:
-        child = model.get_submodule(name)
-        for module in child.modules():
-            for key, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, key, nn.Parameter(torch.empty_like(parameter, dtype=torch.float32)))
-            model._init_weights(module)
+    modules = [module for name in head for module in model.get_submodule(name).modules()]
+    for module in modules:
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, key, nn.Parameter(torch.empty_like(parameter, dtype=torch.float32)))
+    # Only now: T5's head draws the weights of its parts too, which until here were the resident base's.
+    for module in modules:
+        model._init_weights(module)
 
 
 def digest_model(model: nn.Module) -> str:

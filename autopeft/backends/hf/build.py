@@ -9,12 +9,18 @@ from typing import Any, NamedTuple
 import peft
 import torch
 from torch import nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+from transformers.pytorch_utils import Conv1D
 
 from autopeft.backends.hf.base_model import BaseModel, draw_head, lend_model
+from autopeft.backends.hf.peft_stand_ins import install_block_diagonal
 from autopeft.errors import SpecError
 from autopeft.methods import find_method
-from autopeft.methods.base import BuildContext, PeftCall
-from autopeft.methods.targets import find_roles, resolve_targets, shorten_targets
+from autopeft.methods.base import BuildContext, ModelKind, PeftCall
+from autopeft.methods.targets import choose_layers, find_roles, resolve_targets, shorten_targets
 from autopeft.records import TrialSpec
 
 
@@ -25,12 +31,48 @@ class ParameterCount(NamedTuple):
 
 
 def build_context(base: BaseModel, spec: TrialSpec) -> BuildContext:
-    """What the method may know of this base. Raises SpecError where its targets fit nothing."""
+    """What the method may know of this base. Raises SpecError where its targets or layers fit nothing."""
+    method = find_method(spec.method)
+    modules = {n: m for n, m in base.model.named_modules() if n and n.split(".")[0] not in base.head}
+    linears: Sequence[str] = base.linear_names
+    norms = [name for name, module in modules.items() if _is_norm(module)]
     targets: tuple[str, ...] = ()
-    if spec.target_modules is not None:
-        chosen = resolve_targets(spec.target_modules, base.linear_names)
-        targets = tuple(shorten_targets(chosen, base.linear_names))
-    return BuildContext(targets=targets, roles=find_roles(base.linear_names), head=base.head)
+    if method.target_modules and spec.target_modules is not None:
+        chosen = resolve_targets(spec.target_modules, linears)
+        targets = tuple(shorten_targets(chosen, list(modules)))
+    elif spec.target_modules is not None:
+        # `last-K`: a method without groups of targets is shown the modules of those layers alone.
+        linears, norms = (choose_layers(spec.target_modules, names) for names in (linears, norms))
+    return BuildContext(
+        targets=targets,
+        roles=find_roles(linears),
+        head=base.head,
+        kind=find_kind(base.model.config),
+        sizes={name: _read_size(modules[name]) for name in base.linear_names},
+        norms=tuple(norms),
+        transposed=any(isinstance(modules[name], Conv1D) for name in base.linear_names),
+    )
+
+
+def find_kind(config: Any) -> ModelKind:
+    """Encoders are what transformers trains on masked words or on images."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "encoder-decoder"
+    encoders = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES}
+    return "encoder" if config.model_type in encoders else "decoder"
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """LayerNorm or RMSNorm, of which nearly every architecture in transformers has a class of its own."""
+    weight = module._parameters.get("weight")
+    return type(module).__name__.endswith("Norm") and weight is not None and weight.dim() == 1
+
+
+def _read_size(module: Any) -> tuple[int, int]:
+    if isinstance(module, Conv1D):
+        num_inputs, num_outputs = module.weight.shape
+        return num_inputs, num_outputs
+    return module.in_features, module.out_features
 
 
 def build_trial_model(base: BaseModel, spec: TrialSpec) -> Any:
@@ -46,21 +88,32 @@ def build_trial_model(base: BaseModel, spec: TrialSpec) -> Any:
         model = method.build(model, spec, context)
         for name in base.head:
             model.get_submodule(name).requires_grad_(True)
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
-            # Updates of a low-precision weight are rounded away; whatever trains is kept in float32.
-            parameter.data = parameter.data.float()
+    own_what_trains(model, base)
     return model.train()
 
 
+def own_what_trains(model: nn.Module, base: BaseModel) -> None:
+    """Trainable parameters become the trial's own, in float32; the resident base shares only frozen ones."""
+    resident = {parameter.untyped_storage()._cdata for parameter in base.model.parameters()}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.dtype != torch.float32:
+            # Updates of a low-precision weight are rounded away.
+            parameter.data = parameter.data.float()
+        elif parameter.untyped_storage()._cdata in resident:
+            parameter.data = parameter.data.clone()
+
+
 def put_on_peft(model: Any, call: PeftCall) -> Any:
+    install_block_diagonal()
     config = make_peft_config(call)
     with warnings.catch_warnings():
         # peft warns of settings that are ours on purpose (PiSSA's changed base weights, absent adapters).
         warnings.simplefilter("ignore")
         try:
             return peft.get_peft_model(model, config)
-        except ValueError as exc:
+        except (ValueError, TypeError, NotImplementedError) as exc:
             raise SpecError(f"peft cannot put {call.class_name} on this model: {exc}") from exc
 
 

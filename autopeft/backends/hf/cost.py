@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -21,17 +22,22 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedFakeTensorException,
 )
+from torch.utils._pytree import tree_leaves
 
 from autopeft.backends.hf.base_model import BaseModel, load_config
 from autopeft.backends.hf.build import build_trial_model, count_trainable
 from autopeft.backends.hf.data import Batch
-from autopeft.backends.hf.fake_base import OnGpu, build_meta_base, make_fake
+from autopeft.backends.hf.fake_base import OneEndOfSequence, OnGpu, build_meta_base, fake_state_codes, make_fake
 from autopeft.backends.hf.live_bytes import LiveBytes, list_tensors
-from autopeft.backends.hf.steps import build_optimizer, train_step
+from autopeft.backends.hf.peft_stand_ins import shapes_without_values
+from autopeft.backends.hf.steps import bind_after_step, build_optimizer, train_step
+from autopeft.backends.hf.traceable import building_without_values, stepping_without_values
 from autopeft.errors import SpecError
-from autopeft.methods import check_spec, refuse_spec
+from autopeft.methods import check_spec, find_method, refuse_spec
 from autopeft.records import Bits, Cost, TrialSpec
 
+# bitsandbytes' Optimizer8bit.get_state_buffer pages no smaller states.
+_FEWEST_PAGED_NUMBERS = 100_000
 _NOT_FOR_FAKES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 
 
@@ -64,13 +70,19 @@ class HfCostModel:
     def _compute(self, spec: TrialSpec) -> Cost:
         base = self._base(spec.bits)
         # Building seeds the generator, which may belong to a training in this process.
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        with (
+            shapes_without_values(),
+            building_without_values(),
+            torch.device("meta"),
+            torch.random.fork_rng(devices=[]),
+        ):
             model = build_trial_model(base, _without_decomposition(spec))
         parameters = count_trainable(model, base.head)
-        with FakeTensorMode(), _quiet_fakes():
+        with shapes_without_values(), FakeTensorMode(), OneEndOfSequence(), fake_state_codes(), _quiet_fakes():
             make_fake(model)
             try:
-                peak_bytes = count_peak_bytes(model, spec, self._longest_batch(spec.batch_size), self.device_kind)
+                with stepping_without_values(model):
+                    peak_bytes = count_peak_bytes(model, spec, self._longest_batch(spec.batch_size), self.device_kind)
             except _NOT_FOR_FAKES:
                 # Nothing is wrong with the configuration: this estimator does not know one of its operators.
                 raise
@@ -102,8 +114,8 @@ class HfCostModel:
 
 
 def _without_decomposition(spec: TrialSpec) -> TrialSpec:
-    """PiSSA's singular values would be slow to fake; after it, shapes and types are those of any LoRA."""
-    if spec.settings.get("init") != "pissa":
+    """Singular values and QR would be slow to fake; after them, shapes and types are those of any LoRA."""
+    if spec.settings.get("init") not in ("pissa", "olora"):
         return spec
     return dataclasses.replace(spec, settings={**spec.settings, "init": "default"})
 
@@ -115,19 +127,27 @@ def count_peak_bytes(model: nn.Module, spec: TrialSpec, batch: Batch, device_kin
     """
     on_gpu = device_kind == "cuda"
     optimizer = build_optimizer(model, spec)
-    _allocate_state(optimizer)
+    after_step = bind_after_step(model, spec, 1)
+    _allocate_state(optimizer, after_step)
     live = LiveBytes()
-    for tensor in [*list_tensors(model), *_state_tensors(optimizer), *batch.values()]:
+    for tensor in [*list_tensors(model), *_state_tensors(model, spec, optimizer), *batch.values()]:
         live.add(tensor)
     with live:
-        train_step(OnGpu(model) if on_gpu else model, optimizer, batch, learning_rate=0.0, device="cpu")
+        train_step(
+            OnGpu(model) if on_gpu else model,
+            optimizer,
+            batch,
+            learning_rate=0.0,
+            device="cpu",
+            after_step=after_step,
+        )
     return live.peak_bytes
 
 
 @contextlib.contextmanager
 def _quiet_fakes() -> Iterator[None]:
     """Silences what no user could act on: PyTorch prints the traceback of every error that it also raises, bitsandbytes
-    a line for every cast."""
+    a line for every cast, and that fake GPU tensors are on a CPU, where nothing is paged."""
     loggers = [
         logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "bitsandbytes.autograd._functions")
     ]
@@ -135,21 +155,32 @@ def _quiet_fakes() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
 
-def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
+def _allocate_state(optimizer: torch.optim.Optimizer, after_step: Callable[[], None] | None) -> None:
     """As after a first step: AdamW makes its moments when it first sees gradients."""
     for group in optimizer.param_groups:
         group["lr"] = 0.0
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
+    if after_step is not None:
+        after_step()
     optimizer.zero_grad(set_to_none=True)
 
 
-def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+def _state_tensors(model: nn.Module, spec: TrialSpec, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """What the optimizer keeps of each parameter, and what the method itself keeps between steps."""
+    stepping = find_method(spec.method).stepping
+    kept = [*optimizer.state.values(), stepping.state(model) if stepping else None]
+    tensors = [leaf for leaf in tree_leaves(kept) if isinstance(leaf, torch.Tensor)]
+    if spec.optimizer == "paged_adamw_8bit":
+        # Unified memory, which the allocator does not see and a GPU short of memory pages out.
+        return [t for t in tensors if t.dtype != torch.uint8 or t.numel() < _FEWEST_PAGED_NUMBERS]
+    return tensors

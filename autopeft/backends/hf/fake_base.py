@@ -6,8 +6,9 @@ would need a CUDA build of PyTorch; where a GPU keeps other tensors than a CPU, 
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import bitsandbytes
@@ -32,6 +33,7 @@ from autopeft.records import Bits
 # NF4 with double quantization (QLoRA, arXiv:2305.14314, section 3), laid out as by bitsandbytes' quantize_4bit.
 _WEIGHTS_PER_SCALE = 64
 _SCALES_PER_SCALE = 256
+_NUMBERS_IN_A_CODE = 256
 
 
 def build_meta_base(config: Any, *, bits: Bits, device_kind: str) -> BaseModel:
@@ -40,7 +42,8 @@ def build_meta_base(config: Any, *, bits: Bits, device_kind: str) -> BaseModel:
     head = find_head(model)
     if bits < 16:
         quantization = quantization_config(bits, head, compute_dtype(device_kind))
-        replace_with_bnb_linear(model, list(head), quantization)
+        # As transformers' quantizers do: T5 keeps the projection out of its feed-forward.
+        replace_with_bnb_linear(model, [*head, *(model._keep_in_fp32_modules or [])], quantization)
         # peft chooses its layers by these flags.
         model.is_quantized = True
         setattr(model, f"is_loaded_in_{bits}bit", True)
@@ -60,9 +63,10 @@ def make_fake(model: Any) -> None:
     Adapters are put on before: peft moves its modules with `Module.to`, which fake tensors do not survive.
     """
     fakes: dict[int, torch.Tensor] = {}
+    parameters: dict[int, nn.Parameter] = {}
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
-        # Tied weights must stay tied, or they would count twice.
+        # Tied weights must stay tied, or they would count twice, and their gradients too.
         if id(tensor) not in fakes:
             fakes[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
         return fakes[id(tensor)]
@@ -70,7 +74,9 @@ def make_fake(model: Any) -> None:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = _fake_parameter(parameter, fake)
+                if id(parameter) not in parameters:
+                    parameters[id(parameter)] = _fake_parameter(parameter, fake)
+                module._parameters[name] = parameters[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = fake(buffer)
@@ -98,6 +104,17 @@ def _fake_state(state: Any, fake: Callable[[torch.Tensor], torch.Tensor]) -> Any
         elif name == "state2" and value is not None:
             replaced.state2 = _fake_state(value, fake)
     return replaced
+
+
+@contextlib.contextmanager
+def fake_state_codes() -> Iterator[None]:
+    """8-bit optimizers get codebooks without values: bitsandbytes computes theirs from tensors that it reads."""
+    compute = bitsandbytes.functional.create_dynamic_map
+    bitsandbytes.functional.create_dynamic_map = lambda signed: torch.empty(_NUMBERS_IN_A_CODE)
+    try:
+        yield
+    finally:
+        bitsandbytes.functional.create_dynamic_map = compute
 
 
 class _FakeLinear4bit(bitsandbytes.nn.Linear4bit):
@@ -192,6 +209,24 @@ class _GpuRules(TorchFunctionMode):
 
 def _to_float32(value: Any) -> Any:
     return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+class OneEndOfSequence(TorchFunctionMode):
+    """T5 and BART classify by the hidden state of each row's one end-of-sequence token, which fake ids cannot show."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.unique_consecutive:
+            return args[0].new_empty(1)
+        if func is torch.Tensor.__getitem__ and _picks_tokens(args[1]):
+            return args[0][:, -1].clone()
+        return func(*args, **(kwargs or {}))
+
+
+def _picks_tokens(index: Any) -> bool:
+    mask_BT = index[0] if isinstance(index, tuple) and len(index) == 2 and index[1] == slice(None) else None
+    return isinstance(mask_BT, torch.Tensor) and mask_BT.dtype == torch.bool and mask_BT.dim() == 2
 
 
 class OnGpu(nn.Module):

@@ -18,8 +18,8 @@ _FEWEST_MULTIPLICATIONS = 1 << 20
 """Below a few 10 microseconds of work, calling through Python costs more than the faster kernel saves."""
 
 _SHAPES_KEPT = "64"
-"""oneDNN and PyTorch's layer above it compile code for each shape, 0.6 MB each, and keep the last 1024. Batches differ in
-length, so all of that would be used; a step uses each of its shapes once a layer, and compiling takes a third of one
+"""oneDNN and PyTorch's layer above it compile code for each shape, 0.6 MB each, and keep the last 1024. Batches differ
+in length, so all of that would be used; a step uses each of its shapes once a layer, and compiling takes a third of one
 product's time."""
 
 _library: torch.library.Library | None = None

@@ -35,6 +35,10 @@ class LiveBytes(TorchDispatchMode):
 
     def add(self, tensor: torch.Tensor) -> None:
         """Counts the tensor's storage, once, until nothing holds it any more."""
+        if tensor.layout == torch.sparse_coo:
+            self.add(tensor._indices())
+            self.add(tensor._values())
+            return
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address in self._storages:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
+import bitsandbytes
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 
 from autopeft.backends.hf.build import trainable_parameters
 from autopeft.backends.hf.data import Batch
+from autopeft.methods import find_method
 from autopeft.records import TrialSpec
 
 MAX_GRAD_NORM = 1.0
@@ -31,9 +34,24 @@ class SplitScores(NamedTuple):
 
 
 def build_optimizer(model: nn.Module, spec: TrialSpec) -> torch.optim.Optimizer:
-    """Fused, as in transformers' Trainer: no temporaries on GPUs, and a third of a full fine-tuning step on CPUs."""
-    parameters = list(trainable_parameters(model).values())
-    return torch.optim.AdamW(parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True)
+    """Its groups carry `lr_scale`, the factor that `train_step` puts on the learning rate."""
+    method = find_method(spec.method)
+    groups: list[dict[str, Any]] = [{"params": list(trainable_parameters(model).values()), "lr_scale": 1.0}]
+    if method.parameter_groups is not None:
+        groups = method.parameter_groups(model, spec)
+    arguments: dict[str, Any] = {"lr": spec.learning_rate, "weight_decay": spec.weight_decay}
+    if spec.optimizer == "adamw":
+        # Fused, as in transformers' Trainer: no temporaries on GPUs, and a third of a full fine-tuning step on CPUs.
+        return torch.optim.AdamW(groups, **arguments, fused=True)
+    paged = spec.optimizer == "paged_adamw_8bit"
+    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, **arguments, is_paged=paged)
+    return optimizer
+
+
+def bind_after_step(model: nn.Module, spec: TrialSpec, step: int) -> Callable[[], None] | None:
+    """What the method does once `step` steps are done, for `train_step`; None where it does nothing."""
+    stepping = find_method(spec.method).stepping
+    return None if stepping is None else functools.partial(stepping.after_step, model, spec, step)
 
 
 def learning_rate_at(step: int, spec: TrialSpec) -> float:
@@ -55,16 +73,27 @@ def autocast(device: str) -> AbstractContextManager[Any]:
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, *, learning_rate: float, device: str
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    *,
+    learning_rate: float,
+    device: str,
+    after_step: Callable[[], None] | None = None,
 ) -> torch.Tensor:
-    """Forward, backward, clip, update. Returns the loss (detached, scalar), not yet read from the device."""
+    """Forward, backward, clip, update. Returns the loss (detached, scalar), not yet read from the device.
+
+    `after_step` is called while the gradients of the step are still there.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["lr_scale"]
     with autocast(device):
         loss: torch.Tensor = model(**batch).loss
     loss.backward()
     nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], MAX_GRAD_NORM)
     optimizer.step()
+    if after_step is not None:
+        after_step()
     optimizer.zero_grad(set_to_none=True)
     return loss.detach()
 

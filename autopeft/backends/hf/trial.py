@@ -7,6 +7,7 @@ which is promoted at once on the same worker goes on without being rebuilt; the 
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import hashlib
 import time
@@ -26,6 +27,7 @@ from autopeft.backends.hf.kernels import install_onednn_products, prefers_onednn
 from autopeft.backends.hf.steps import (
     Diverged,
     SplitScores,
+    bind_after_step,
     build_optimizer,
     learning_rate_at,
     score_batches,
@@ -53,6 +55,7 @@ class LiveTrial:
         self.model = model
         self.spec = spec
         self.optimizer = build_optimizer(model, spec)
+        self.stepping = find_method(spec.method).stepping
         self.step = 0
 
     def state(self) -> dict[str, Any]:
@@ -60,6 +63,7 @@ class LiveTrial:
             "step": self.step,
             "trainable": {name: p.detach() for name, p in trainable_parameters(self.model).items()},
             "optimizer": self.optimizer.state_dict(),
+            "stepping": self.stepping.state(self.model) if self.stepping else None,
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         }
@@ -69,6 +73,8 @@ class LiveTrial:
             for name, parameter in trainable_parameters(self.model).items():
                 parameter.copy_(state["trainable"][name])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.stepping:
+            self.stepping.restore(self.model, state["stepping"])
         torch.set_rng_state(state["random"].cpu())
         if state["cuda_random"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda_random"].cpu())
@@ -174,18 +180,29 @@ class HfBackend:
         if not self.setup.device.startswith("cuda"):
             return None
         before = {name: p.detach().to("cpu", copy=True) for name, p in trainable_parameters(live.model).items()}
+        stepping_before = copy.deepcopy(live.stepping.state(live.model)) if live.stepping else {}
         random_state, cuda_state = torch.get_rng_state(), torch.cuda.get_rng_state()
         indices = longest_batch(self.data.train.lengths(), live.spec.batch_size)
         batch = self.data.collate(self.data.train, indices, self.setup.device)
         release_memory()
         torch.cuda.reset_peak_memory_stats()
-        for _ in range(_PROBE_STEPS):
-            train_step(live.model, live.optimizer, dict(batch), learning_rate=0.0, device=self.setup.device)
+        for step in range(1, _PROBE_STEPS + 1):
+            after_step = bind_after_step(live.model, live.spec, step)
+            train_step(
+                live.model,
+                live.optimizer,
+                dict(batch),
+                learning_rate=0.0,
+                device=self.setup.device,
+                after_step=after_step,
+            )
         torch.cuda.synchronize()
         vram = Vram(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
         with torch.no_grad():
             for name, parameter in trainable_parameters(live.model).items():
                 parameter.copy_(before[name])
+        if live.stepping:
+            live.stepping.restore(live.model, stepping_before)
         live.optimizer = build_optimizer(live.model, live.spec)
         torch.set_rng_state(random_state)
         torch.cuda.set_rng_state(cuda_state)
@@ -202,7 +219,12 @@ class HfBackend:
         for step in range(live.step, stretch.to_step):
             batch = self.data.collate(self.data.train, batches[step], device)
             loss = train_step(
-                live.model, live.optimizer, batch, learning_rate=learning_rate_at(step, spec), device=device
+                live.model,
+                live.optimizer,
+                batch,
+                learning_rate=learning_rate_at(step, spec),
+                device=device,
+                after_step=bind_after_step(live.model, spec, step + 1),
             )
             # Reading the loss waits for the GPU, so only every eighth step there.
             if (device == "cpu" or step % 8 == 7) and not torch.isfinite(loss):

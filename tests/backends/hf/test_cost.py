@@ -23,15 +23,31 @@ from autopeft.records import Bits, TrialSpec
 BATCH_SIZE = 4
 TOKENS = 24
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
-    *((name, {}) for name in METHODS),
+    ("lora", {}),
     ("lora", {"dora": True}),
     ("lora", {"init": "pissa"}),
+    ("lora", {"init": "olora"}),
     ("lora", {"dropout": 0.1}),
+    ("lora", {"lr_ratio_b": 16.0}),
+    ("lora", {"rank": 64, "optimizer": "adamw_8bit"}),
+    ("adalora", {}),
+    ("bottleneck", {}),
+    ("bottleneck", {"placement": "parallel"}),
+    ("lora_bottleneck", {}),
+    ("prefix_tuning", {}),
+    ("prompt_tuning", {}),
+    ("ia3", {}),
     ("ia3", {"feedforward": False}),
+    ("bitfit", {}),
+    ("full", {}),
+    ("head", {}),
 )
+"""One of each way to be built, and settings that change what a step holds."""
 
 
-def spec_of(method: str, bits: Bits = 32, *, batch_size: int = BATCH_SIZE, **changed: Any) -> TrialSpec:
+def spec_of(
+    method: str, bits: Bits = 32, *, batch_size: int = BATCH_SIZE, optimizer: Any = "adamw", **changed: Any
+) -> TrialSpec:
     """The method's recipe with some of its settings changed."""
     recipe = METHODS[method].recipe
     return TrialSpec(
@@ -46,6 +62,7 @@ def spec_of(method: str, bits: Bits = 32, *, batch_size: int = BATCH_SIZE, **cha
         schedule="linear",
         weight_decay=0.0,
         seed=0,
+        optimizer=optimizer,
     )
 
 
@@ -69,9 +86,10 @@ def minilm() -> HfCostModel:
 @pytest.fixture(scope="module")
 def small_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("small-bert")
-    transformers.BertConfig(
+    config = transformers.BertConfig(
         vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128
-    ).save_pretrained(folder)
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
     return str(folder)
 
 
@@ -95,7 +113,7 @@ def save_llama(folder: Path, **changed: Any) -> str:
 
 @pytest.mark.parametrize(("method", "changed"), [v for v in VARIANTS if METHODS[v[0]].peft is not None])
 def test_counts_are_those_of_peft_without_the_head(minilm, method, changed):
-    if changed.get("init") == "pissa":
+    if changed.get("init") in ("pissa", "olora"):
         changed = {}  # peft cannot decompose a model without weights; the counts are the same
     config = load_config("minilm", 2)
     model = build_meta_model(config)
@@ -139,9 +157,26 @@ def test_estimates_agree_with_bytes_counted_in_a_real_step(minilm, bits):
             continue
         real_bytes = count_peak_bytes(build_trial_model(base, spec), spec, padded_batch(), "cpu")
         errors[f"{method} {changed}"] = minilm.cost(spec).peak_vram_bytes / real_bytes - 1
-    assert len(errors) >= 8
+    assert len(errors) >= 12
     # Measured with torch 2.13, peft 0.21.2, bitsandbytes 0.50.2: equal to the byte. The room is for other versions.
     assert {name: error for name, error in errors.items() if abs(error) > 0.01} == {}
+
+
+@pytest.mark.filterwarnings("default")
+def test_every_recipe_is_estimated_as_its_real_step(small_bert, small_cpu):
+    base = load_base(small_bert, num_labels=2, bits=32, device="cpu")
+    errors = {}
+    for name, method in METHODS.items():
+        spec = spec_of(name)
+        if 32 in method.bits and "encoder" in method.models and refuse_spec(spec, "cpu") is None:
+            batch = {key: tensor[:, :16] for key, tensor in padded_batch().items() if key != "labels"}
+            batch["labels"] = padded_batch()["labels"]
+            real_bytes = count_peak_bytes(build_trial_model(base, spec), spec, batch, "cpu")
+            errors[name] = small_cpu.cost(spec).peak_vram_bytes / real_bytes - 1
+    # All others were equal to the byte. What stands for the transforms and sparse products of these
+    # (peft_stand_ins.py) holds 1 to 10% less than they do on this tiny model.
+    room = dict.fromkeys(("fourierft", "waveft", "shira", "frod"), 0.15)
+    assert {name: error for name, error in errors.items() if abs(error) > room.get(name, 0.01)} == {}
 
 
 def test_the_estimate_agrees_with_the_allocator(minilm):
@@ -158,10 +193,10 @@ def allocated_peak_bytes(model: torch.nn.Module, spec: TrialSpec) -> int:
     from autopeft.backends.hf.steps import build_optimizer, train_step
 
     optimizer = build_optimizer(model, spec)
-    _allocate_state(optimizer)
+    _allocate_state(optimizer, None)
     batch = padded_batch()
     before = LiveBytes()
-    for tensor in [*list_tensors(model), *_state_tensors(optimizer), *batch.values()]:
+    for tensor in [*list_tensors(model), *_state_tensors(model, spec, optimizer), *batch.values()]:
         before.add(tensor)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         train_step(model, optimizer, batch, learning_rate=0.0, device="cpu")
@@ -219,8 +254,35 @@ def test_full_fine_tuning_on_a_gpu_holds_four_float32_copies_of_the_weights(tmp_
     assert copies == pytest.approx(4, rel=0.01)
 
 
-def test_pissa_costs_what_lora_costs(minilm):
-    assert minilm.cost(spec_of("lora", init="pissa")) == minilm.cost(spec_of("lora"))
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_decomposition_costs_what_lora_costs(minilm, init):
+    assert minilm.cost(spec_of("lora", init=init)) == minilm.cost(spec_of("lora"))
+
+
+def test_adaloras_averages_count_beside_its_weights(minilm):
+    # Without the penalty's products its activations are LoRA's; sensitivity and uncertainty stay between steps.
+    adalora = minilm.cost(spec_of("adalora", rank=32, initial_over_rank=2.0))
+    lora = minilm.cost(spec_of("lora", rank=64))
+    more = adalora.peak_vram_bytes - lora.peak_vram_bytes
+    assert more > 2 * 4 * adalora.trainable_parameters
+
+
+def test_8_bit_states_save_three_bytes_a_number_each(tmp_path):
+    # So wide a model has its peak in the optimizer's step: two moments of one byte instead of four.
+    model = save_llama(tmp_path, num_hidden_layers=1, vocab_size=1000)
+    costs = HfCostModel(model, num_labels=2, device_kind="cuda", longest_tokens=8)
+    in_32, in_8 = (costs.cost(spec_of("full", 16, batch_size=1, optimizer=o)) for o in ("adamw", "adamw_8bit"))
+    saved = in_32.peak_vram_bytes - in_8.peak_vram_bytes
+    assert saved == pytest.approx(2 * 3 * in_32.trainable_parameters, rel=0.02)
+
+
+def test_paged_states_are_not_counted_as_gpu_memory(tmp_path):
+    model = save_llama(tmp_path, num_hidden_layers=1, vocab_size=1000)
+    costs = HfCostModel(model, num_labels=2, device_kind="cuda", longest_tokens=8)
+    there, paged = (costs.cost(spec_of("qlora", 4, optimizer=o)) for o in ("adamw_8bit", "paged_adamw_8bit"))
+    saved = there.peak_vram_bytes - paged.peak_vram_bytes
+    # Rank 64 on projections 4,096 wide and wider: every matrix is large enough to be paged.
+    assert saved == pytest.approx(2 * there.trainable_parameters, rel=0.02)
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -240,6 +302,17 @@ ARCHITECTURES = {
     "DeBERTa": transformers.DebertaV2Config,
     "GPT-2": transformers.GPT2Config,
     "ModernBERT": transformers.ModernBertConfig,
+    "T5": lambda **sizes: transformers.T5Config(
+        d_model=64,
+        num_layers=2,
+        num_heads=4,
+        d_kv=16,
+        d_ff=128,
+        vocab_size=100,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    ),
     "Qwen": lambda **sizes: transformers.Qwen3Config(**sizes, num_key_value_heads=2, head_dim=16),
 }
 
@@ -256,6 +329,7 @@ def test_estimates_agree_with_a_real_step_on_other_architectures(tmp_path, archi
     base = load_base(str(tmp_path), num_labels=2, bits=bits, device="cpu")
     batch = padded_batch()
     del batch["token_type_ids"]
+    batch["input_ids"][:, -1] = 1  # by which T5 classifies
     real_bytes = count_peak_bytes(build_trial_model(base, spec), spec, batch, "cpu")
     assert costs.cost(spec).peak_vram_bytes == pytest.approx(real_bytes, rel=0.01)
 
@@ -284,6 +358,15 @@ def test_a_prefix_that_does_not_fit_beside_the_longest_sequence_is_refused():
     costs = HfCostModel("minilm", num_labels=2, device_kind="cpu", longest_tokens=512)
     with pytest.raises(SpecError, match="on 512 tokens"):
         costs.cost(spec_of("prefix_tuning", batch_size=1))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_recipe_can_be_estimated_for_a_gpu(small_cuda, name):
+    method = METHODS[name]
+    if "encoder" not in method.models:
+        pytest.skip(f"{name} is not for encoders")
+    spec = spec_of(name, max(bits for bits in method.bits if bits <= 16))
+    assert small_cuda.cost(spec).peak_vram_bytes > 0
 
 
 def test_a_width_that_the_device_lacks_is_refused(minilm):

@@ -1,0 +1,93 @@
+"""What becomes of a trained model: merged into a plain one, or saved where peft has no file for its method.
+
+Saved are two files: `trained.safetensors` with the trainable parameters under their names, head included, and
+`configuration.json` with the TrialSpec. Everything else follows from the base and the spec: whatever a builder draws,
+it draws from the trial's seed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from autopeft.backends.hf.base_model import BaseModel
+from autopeft.backends.hf.build import build_trial_model, trainable_parameters
+from autopeft.errors import RecordError
+from autopeft.methods import check_spec
+from autopeft.records import TrialSpec, from_record, to_record
+
+FORMAT = 1
+"""Raised when older code would misread the files."""
+_WEIGHTS = "trained.safetensors"
+_CONFIGURATION = "configuration.json"
+
+
+def save_trained(model: Any, spec: TrialSpec, folder: Path) -> None:
+    """Writes what `load_trained` needs beside the base itself."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: p.detach().cpu().contiguous() for name, p in trainable_parameters(model).items()}
+    save_file(tensors, folder / _WEIGHTS)
+    configuration = {"format": FORMAT, "spec": to_record(spec)}
+    (folder / _CONFIGURATION).write_text(json.dumps(configuration, indent=2) + "\n", encoding="utf-8")
+
+
+def load_trained(base: BaseModel, folder: Path) -> Any:
+    """The trained model in evaluation mode, on a base loaded as it was for training (same model, labels and bits).
+
+    Raises RecordError where the files are not ours or do not fit this base.
+    """
+    spec = _read_spec(folder)
+    if spec.bits != base.bits:
+        raise RecordError(f"'{folder}' was trained on a base of {spec.bits} bits, but the base given has {base.bits}.")
+    model = build_trial_model(base, spec)
+    parameters = trainable_parameters(model)
+    try:
+        tensors = load_file(folder / _WEIGHTS)
+    except (OSError, SafetensorError) as exc:
+        raise RecordError(f"'{folder}' must hold a readable {_WEIGHTS}, but does not: {exc}.") from exc
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    wrong = sorted(set(shapes.items()) ^ {(name, tuple(tensor.shape)) for name, tensor in tensors.items()})
+    if wrong:
+        name, shape = wrong[0]
+        raise RecordError(
+            f"What {spec.method} trains on this base must be what '{folder / _WEIGHTS}' holds, but {name} {shape} is "
+            "only in one of them. Load the base that it was trained on, with as many labels."
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+    return model.eval()
+
+
+def merge_adapter(model: Any) -> Any:
+    """The model with its adapter folded into the base weights, in place: a plain transformers model.
+
+    A model that is plain already comes back as it is. Merging writes into weights, which a trial shares with the
+    resident base: give it a copy.
+    """
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            # peft 0.21.2 takes every wrapped head for one linear layer, and fails on T5's and ModernBERT's.
+            model.set_submodule(name, module.modules_to_save[module.active_adapters[0]])
+    return model.merge_and_unload()
+
+
+def _read_spec(folder: Path) -> TrialSpec:
+    path = folder / _CONFIGURATION
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise RecordError(f"'{folder}' must hold a readable {_CONFIGURATION}, but does not: {exc}.") from exc
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise RecordError(f"'{path}' must be of format {FORMAT}. Read it with the version of autopeft that wrote it.")
+    spec = from_record(TrialSpec, data.get("spec"), str(path))
+    check_spec(spec)
+    return spec

@@ -1,0 +1,136 @@
+"""peft's methods that read values while they build or step, made to do without: the cost model's tensors have none.
+
+Shapes and lifetimes stay those of the real code; a test compares both with real tensors. Everything is put back
+when the context ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import bitsandbytes
+import peft
+import torch
+from peft.tuners.adamss import layer as adamss_layer
+from peft.tuners.frod import layer as frod_layer
+from peft.tuners.frod import model as frod_model
+from peft.tuners.unilora.model import UniLoraModel
+from peft.utils.integrations import dequantize_bnb_weight
+from torch.overrides import TorchFunctionMode
+
+# The package's own attribute of that name is None.
+_HIRA_BNB = importlib.import_module("peft.tuners.hira.bnb")
+
+
+@contextlib.contextmanager
+def building_without_values() -> Iterator[None]:
+    """For a build on the meta device. Decompositions, clusters and counts give tensors of the right shape."""
+    with (
+        mock.patch.object(adamss_layer, "clustering_Z", _cluster_evenly),
+        mock.patch.object(UniLoraModel, "_assign_unilora_indices_and_scales", _assign_scales),
+        mock.patch.object(frod_model.FrodModel, "_init_frod_projections", _init_projections),
+        mock.patch.object(frod_layer.FrodLayer, "_calculate_frod_u_and_lambda", _empty_u_and_lambda),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def stepping_without_values(model: torch.nn.Module) -> Iterator[None]:
+    """For a step of `model` on fake tensors. What a value would decide goes as in almost every real step."""
+    for module in model.modules():
+        if isinstance(module, adamss_layer.AdamssLayer):
+            # Kept in a plain dictionary, where making a model fake does not find it.
+            module.scatter_index = {
+                name: torch.empty(index.shape, dtype=index.dtype) for name, index in module.scatter_index.items()
+            }
+    with (
+        _Decided(),
+        mock.patch.object(frod_layer.Linear, "_get_frod_tensors", _frod_tensors),
+        mock.patch.object(frod_layer.Linear, "_sparse_activation_mm", _sparse_product),
+        mock.patch.object(_HIRA_BNB, "dequantize_bnb_weight", _dequantize),
+    ):
+        yield
+
+
+class _Decided(TorchFunctionMode):
+    """LoHa and LoKr draw whether a module drops out (it stays), VB-LoRA looks for infinite logits (there are none)."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.Tensor.gt, torch.Tensor.__gt__) and getattr(args[0], "_drawn", False):
+            return True
+        if func is torch.Tensor.any and getattr(args[0], "_is_infinite", False):
+            return False
+        result = func(*args, **(kwargs or {}))
+        if func is torch.rand and args == (1,):
+            result._drawn = True
+        elif func is torch.Tensor.isinf:
+            result._is_infinite = True
+        return result
+
+
+def _cluster_evenly(rows: torch.Tensor, num_subspaces: int, num_iterations: int) -> tuple[torch.Tensor, int]:
+    """AdaMSS trains as many numbers however the rows fall into clusters (of rank 1, as autopeft has it)."""
+    num_clusters = min(num_subspaces, rows.shape[0])
+    return torch.arange(rows.shape[0], device="cpu") % num_clusters, num_clusters
+
+
+def _assign_scales(self: Any, adapter_name: str) -> None:
+    for module in self._iter_unilora_layers():
+        if adapter_name in module.unilora_indices_A:
+            scales = (module.unilora_indices_A[adapter_name].float(), module.unilora_indices_B[adapter_name].float())
+            module.update_scaling(adapter_name, *scales)
+
+
+def _init_projections(self: Any, config: Any, adapter_name: str) -> None:
+    for attribute in ("frod_V", "frod_s_indices", "frod_s_size"):
+        if not hasattr(self, attribute):
+            setattr(self, attribute, torch.nn.ModuleDict())
+    for key, module in self.model.named_modules():
+        category = frod_model._category_from_key(key)
+        if category in self.frod_V or not self._check_target_module_exists(config, key):
+            continue
+        # peft copies them from the CPU, so they cannot be on the meta device; memory that nobody writes is free.
+        width = frod_layer._get_in_out_features(module)[0]
+        num_values = min(max(1, int(width * width * config.sparse_rate)), width * (width - 1))
+        weight = module.weight
+        for attribute, tensor in (
+            ("frod_V", torch.empty(width, width, dtype=weight.dtype, device="cpu")),
+            ("frod_s_indices", torch.empty(2, num_values, dtype=torch.long, device="cpu")),
+            ("frod_s_size", torch.empty(2, dtype=torch.long, device="cpu")),
+        ):
+            buffers = peft.tuners._buffer_dict.BufferDict({}, persistent=config.save_projection)
+            buffers[adapter_name] = tensor
+            getattr(self, attribute)[category] = buffers
+
+
+def _empty_u_and_lambda(self: Any, basis: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(weight.shape, dtype=weight.dtype, device="cpu"), torch.empty(weight.shape[1], device="cpu")
+
+
+def _dequantize(weight: torch.nn.Parameter, state: Any) -> torch.Tensor:
+    """peft tells packed weights by the name of their class, which a fake parameter does not have."""
+    packed = isinstance(state, bitsandbytes.functional.QuantState)
+    dequantized: torch.Tensor = (
+        bitsandbytes.functional.dequantize_4bit(weight.data, state) if packed else dequantize_bnb_weight(weight, state)
+    )
+    return dequantized
+
+
+def _frod_tensors(self: Any, adapter: str, *, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """As peft's, with the sparse matrix's values in the place of the matrix."""
+    tensors = (self.frod_U, self.frod_V, self.frod_lambda_s_values, self.frod_lambda_l)
+    return tuple(tensor[adapter].to(device=device, dtype=dtype) for tensor in tensors)
+
+
+def _sparse_product(self: Any, z_flat: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    if z_flat.dtype in (torch.float16, torch.bfloat16):
+        # peft makes the matrix dense there.
+        width = z_flat.shape[1]
+        return z_flat @ values.sum().expand(width, width).contiguous()
+    return z_flat * values.sum()

@@ -1,0 +1,17 @@
+"""peft's types that are no row of the table, and why. A test holds every type of the installed peft to be one or the
+other."""
+
+from __future__ import annotations
+
+EXCLUDED: dict[str, str] = {
+    "CPT": "peft builds it for next-word prediction alone (its configuration accepts only the task CAUSAL_LM)",
+    "MULTITASK_PROMPT_TUNING": "it shares one prompt between several tasks, and a study has one",
+    "POLY": "it routes between adapters by the number of the task, and a study has one task",
+    "SHADOW": (
+        "it trains a second decoder as wide as the base, and of that a part (what advances the shadow past the last "
+        "block) never gets a gradient in peft 0.21.2"
+    ),
+    "TRAINABLE_TOKENS": "it trains the embeddings of tokens that the user lists, and no search can know which",
+    "XLORA": "it learns to mix LoRA adapters that have been trained before, and a study starts with none",
+}
+"""Names of `peft.PeftType` with the reason, as a clause."""
