@@ -67,6 +67,24 @@ def test_what_is_not_a_large_float32_product_is_left_to_pytorch():
     """)
 
 
+def test_parts_of_larger_matrices_are_multiplied_as_their_copies():
+    run_in_process("""
+        install_onednn_products()
+        whole = torch.randn(800, 900)
+        a = torch.randn(300, 400)
+        parts = {
+            "columns": whole[:400, :500],
+            "rows and columns, transposed": whole[:600, 100:500].t(),
+            "every other": whole[::2, ::2],
+            "expanded": whole[:400, :1].expand(400, 256),
+        }
+        for name, part in parts.items():
+            assert torch.equal(a @ part, a @ part.contiguous()), name
+            assert torch.equal(torch.addmm(torch.zeros(part.shape[1]), a, part), a @ part.contiguous()), name
+        assert torch.equal(whole[:300, :400] @ parts["columns"], whole[:300, :400].contiguous() @ parts["columns"])
+    """)
+
+
 def test_the_same_product_gives_the_same_bits_again():
     run_in_process("""
         install_onednn_products()
