@@ -83,8 +83,8 @@ def _is_worth_it(a_MK: torch.Tensor, b_KN: torch.Tensor) -> bool:
 
 
 def _linear(a_MK: torch.Tensor, b_KN: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    # A transposed view costs no copy, but for a part of a larger matrix (VeRA's slices) oneDNN falls back on plain loops,
-    # a thousand times slower.
+    # A transposed view costs no copy, but for a part of a larger matrix (VeRA's slices) oneDNN falls back on plain
+    # loops, a thousand times slower.
     weight_NK = b_KN.t() if b_KN.is_contiguous() or b_KN.t().is_contiguous() else b_KN.t().contiguous()
     # What torch.compile calls for a linear layer.
     product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a_MK, weight_NK, bias, "none", [], "")

@@ -8,18 +8,19 @@ it draws from the trial's seed.
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from autopeft.backends.hf.base_model import BaseModel
 from autopeft.backends.hf.build import build_trial_model, trainable_parameters
 from autopeft.errors import RecordError
-from autopeft.methods import check_spec
+from autopeft.methods import check_spec, find_method
 from autopeft.records import TrialSpec, from_record, to_record
 
 FORMAT = 1
@@ -35,6 +36,23 @@ def save_trained(model: Any, spec: TrialSpec, folder: Path) -> None:
     save_file(tensors, folder / _WEIGHTS)
     configuration = {"format": FORMAT, "spec": to_record(spec)}
     (folder / _CONFIGURATION).write_text(json.dumps(configuration, indent=2) + "\n", encoding="utf-8")
+
+
+def save_adapter(model: Any, base: BaseModel, spec: TrialSpec, folder: Path) -> None:
+    """Writes a peft model's adapter so that plain peft loads it onto the untouched base.
+
+    PiSSA and OLoRA move a part of the base's weights into the adapter when they are built. What they learned is then
+    the difference to the adapter that they began with, which peft writes as a LoRA of twice the rank.
+    """
+    if not find_method(spec.method).writes_base(spec):
+        model.save_pretrained(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="autopeft-initial-") as initial:
+        build_trial_model(base, spec).save_pretrained(initial)
+        model.save_pretrained(folder, path_initial_model_for_weight_conversion=initial)
+    # peft 0.21.2 converts the factors alone and leaves out the head, without which its own loading fails.
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    save_file(get_peft_model_state_dict(model) | load_file(path), path, metadata={"format": "pt"})
 
 
 def load_trained(base: BaseModel, folder: Path) -> Any:

@@ -8,17 +8,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 
 from autopeft.backends.hf.base_model import digest_model
 from autopeft.backends.hf.build import build_trial_model, trainable_parameters
-from autopeft.backends.hf.saved import load_trained, merge_adapter, save_trained
+from autopeft.backends.hf.saved import load_trained, merge_adapter, save_adapter, save_trained
 from autopeft.errors import RecordError
 from autopeft.methods import METHODS
 from autopeft.records import TrialSpec
 from autopeft.testing.subject import Case, compute_logits
-from autopeft.testing.tiny_models import ArchitectureName, tiny_base
+from autopeft.testing.tiny_models import ArchitectureName, tiny_base, tiny_folder
 
 SPEC = Case(METHODS["bottleneck"], "bert", 32).spec()
 
@@ -103,6 +105,19 @@ def test_a_damaged_file_is_named(saved: Path, name: str) -> None:
     (saved / name).write_bytes(b"\xff" * 10)
     with pytest.raises(RecordError, match=f"must hold a readable {name}"):
         load_trained(tiny_base("bert", 32), saved)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("init", ["default", "pissa", "olora"])
+def test_plain_peft_loads_an_adapter_onto_the_untouched_base(init: str, tmp_path: Path) -> None:
+    spec = Case(METHODS["lora"], "bert", 32, (("init", init),)).spec()
+    model = train_by_hand(spec)
+    expected = compute_logits(model)
+    save_adapter(model, tiny_base("bert", 32), spec, tmp_path)
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_folder("bert"), num_labels=2)
+    loaded = peft.PeftModel.from_pretrained(plain, str(tmp_path))
+    torch.testing.assert_close(compute_logits(loaded), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(compute_logits(model), expected)
 
 
 @pytest.mark.parametrize("architecture", ["bert", "t5", "modernbert"])
