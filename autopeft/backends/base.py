@@ -77,6 +77,8 @@ class Ready:
     packages: dict[str, str]
     model_digest: str
     num_parameters: int
+    notes: tuple[str, ...] = ()
+    """What a reader of the study must know of this model, such as what target groups mean on it."""
     kind: Literal["ready"] = "ready"
 
 

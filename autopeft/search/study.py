@@ -159,6 +159,8 @@ class Search:
 
     def _note_workers(self, ready: list[Ready]) -> None:
         first = ready[0]
+        if first.notes:
+            self.store.save_study(notes=[*self.store.notes, *first.notes])
         if not self.store.provenance.model_digest:
             self.store.save_provenance(
                 replace(

@@ -34,6 +34,7 @@ from autopeft.backends.hf.steps import (
     train_step,
 )
 from autopeft.methods import find_method
+from autopeft.methods.targets import GROUPS, explain_targets
 from autopeft.records import Bits, TrialSpec
 from autopeft.tasks.scorers import score_predictions
 from autopeft.tasks.spec import parse_task
@@ -106,6 +107,7 @@ class HfBackend:
             packages={name: version(name) for name in _PACKAGES if _has(name)},
             model_digest=digest_weights(self.setup.model),
             num_parameters=sum(p.numel() for p in base.model.parameters()),
+            notes=tuple(filter(None, (explain_targets(group, base.linear_names) for group in GROUPS))),
         )
 
     def run(self, stretch: Stretch, emit: Callable[[Event], None]) -> Finished | Ended:

@@ -261,3 +261,16 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing() -> None:
     assert rates[-1] == pytest.approx(1 / 90)
     assert rates[:10] == sorted(rates[:10])
     assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_a_worker_says_where_target_groups_do_not_mean_what_their_names_say(
+    backend: HfBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert backend.ready().notes == ()
+    base = backend._base(32)
+    unknown = tuple(name.replace("dense", "frobnicate").replace(".self.", ".") for name in base.linear_names)
+    unknown = tuple(name.replace("query", "a").replace("key", "b").replace("value", "c") for name in unknown)
+    monkeypatch.setitem(backend._bases, 32, replace(base, linear_names=unknown))
+    notes = backend.ready().notes
+    assert len(notes) == 3
+    assert all("architecture is not known" in note for note in notes)
