@@ -19,10 +19,10 @@ demo: $(STAMP)
 		--budget 15trials,6min --workers 2
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -n 2 -m ''
 
 check: $(STAMP)
 	$(BIN)/ruff check .

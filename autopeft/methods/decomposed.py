@@ -49,17 +49,6 @@ def _adamss(spec: TrialSpec, context: BuildContext) -> PeftCall:
     )
 
 
-def _frod(spec: TrialSpec, context: BuildContext) -> PeftCall:
-    return on_targets(
-        "FrodConfig",
-        context,
-        sparse_rate=float(spec.settings["sparse_rate"]),
-        frod_dropout=float(spec.settings["dropout"]),
-        projection_prng_key=spec.seed,
-        progressbar=False,
-    )
-
-
 def _deft(spec: TrialSpec, context: BuildContext) -> PeftCall:
     return on_targets(
         "DeftConfig",
@@ -131,7 +120,7 @@ TINYLORA = Method(
         floats("weight_tying", 0.0, 1.0, 0.0, "share of layers that go without a vector of their own"),
         _DROPOUT,
     ),
-    learning_rate=(3e-3, 3e-1),
+    learning_rate=(3e-4, 3e-2),
     target_modules=GROUPS,
     layer_choice=True,
     merges=True,
@@ -139,7 +128,7 @@ TINYLORA = Method(
     recipe=Recipe(
         settings={"rank": 2, "vector_length": 64, "weight_tying": 0.0, "dropout": 0.0},
         target_modules="all-linear",
-        learning_rate=3e-2,
+        learning_rate=3e-3,
         source=f"rank 2 of arXiv:2602.04118, else peft's defaults; {MEASURED}",
     ),
     peft=_tinylora,
@@ -169,30 +158,6 @@ ADAMSS = Method(
     peft=_adamss,
 )
 
-FROD = Method(
-    name="frod",
-    title="FRoD",
-    paper="doi.org/10.1609/aaai.v40i31.39813",
-    family="sparse and spectral",
-    dimensions=(
-        floats("sparse_rate", 1e-3, 0.1, 0.01, "share of trained entries in the rotation between the bases", log=True),
-        _DROPOUT,
-    ),
-    learning_rate=(1e-4, 1e-1),
-    target_modules=GROUPS,
-    layer_choice=True,
-    needs="memory for a second copy of its targets, which are decomposed on the CPU",
-    merges=True,
-    bits=UNQUANTIZED,
-    recipe=Recipe(
-        settings={"sparse_rate": 0.01, "dropout": 0.0},
-        target_modules="all-linear",
-        learning_rate=1e-2,
-        source=f"peft's defaults; {MEASURED}",
-    ),
-    peft=_frod,
-)
-
 DEFT = Method(
     name="deft",
     title="DEFT",
@@ -217,4 +182,4 @@ DEFT = Method(
     peft=_deft,
 )
 
-DECOMPOSED: tuple[Method, ...] = (HIRA, PEANUT, TINYLORA, ADAMSS, FROD, DEFT)
+DECOMPOSED: tuple[Method, ...] = (HIRA, PEANUT, TINYLORA, ADAMSS, DEFT)

@@ -24,7 +24,7 @@ ROWS = (*LOW_RANK, *SHARED_RANDOM, *DECOMPOSED)
 EVERY = pytest.mark.parametrize("method", ROWS, ids=[method.name for method in ROWS])
 SEEDED = {
     "vera": "projection_prng_key", "pvera": "projection_prng_key", "randlora": "projection_prng_key",
-    "unilora": "proj_seed", "tinylora": "projection_seed", "adamss": "random_seed", "frod": "projection_prng_key",
+    "unilora": "proj_seed", "tinylora": "projection_seed", "adamss": "random_seed",
 }  # fmt: skip
 ON_LINEARS = ("loha", "lokr", "delora", "glora", "miss", "peanut", "lily", "adamss")
 

@@ -13,11 +13,8 @@ from typing import Any
 from unittest import mock
 
 import bitsandbytes
-import peft
 import torch
 from peft.tuners.adamss import layer as adamss_layer
-from peft.tuners.frod import layer as frod_layer
-from peft.tuners.frod import model as frod_model
 from peft.tuners.unilora.model import UniLoraModel
 from peft.utils.integrations import dequantize_bnb_weight
 from torch.overrides import TorchFunctionMode
@@ -32,8 +29,6 @@ def building_without_values() -> Iterator[None]:
     with (
         mock.patch.object(adamss_layer, "clustering_Z", _cluster_evenly),
         mock.patch.object(UniLoraModel, "_assign_unilora_indices_and_scales", _assign_scales),
-        mock.patch.object(frod_model.FrodModel, "_init_frod_projections", _init_projections),
-        mock.patch.object(frod_layer.FrodLayer, "_calculate_frod_u_and_lambda", _empty_u_and_lambda),
     ):
         yield
 
@@ -49,8 +44,6 @@ def stepping_without_values(model: torch.nn.Module) -> Iterator[None]:
             }
     with (
         _Decided(),
-        mock.patch.object(frod_layer.Linear, "_get_frod_tensors", _frod_tensors),
-        mock.patch.object(frod_layer.Linear, "_sparse_activation_mm", _sparse_product),
         mock.patch.object(_HIRA_BNB, "dequantize_bnb_weight", _dequantize),
     ):
         yield
@@ -87,32 +80,6 @@ def _assign_scales(self: Any, adapter_name: str) -> None:
             module.update_scaling(adapter_name, *scales)
 
 
-def _init_projections(self: Any, config: Any, adapter_name: str) -> None:
-    for attribute in ("frod_V", "frod_s_indices", "frod_s_size"):
-        if not hasattr(self, attribute):
-            setattr(self, attribute, torch.nn.ModuleDict())
-    for key, module in self.model.named_modules():
-        category = frod_model._category_from_key(key)
-        if category in self.frod_V or not self._check_target_module_exists(config, key):
-            continue
-        # peft copies them from the CPU, so they cannot be on the meta device; memory that nobody writes is free.
-        width = frod_layer._get_in_out_features(module)[0]
-        num_values = min(max(1, int(width * width * config.sparse_rate)), width * (width - 1))
-        weight = module.weight
-        for attribute, tensor in (
-            ("frod_V", torch.empty(width, width, dtype=weight.dtype, device="cpu")),
-            ("frod_s_indices", torch.empty(2, num_values, dtype=torch.long, device="cpu")),
-            ("frod_s_size", torch.empty(2, dtype=torch.long, device="cpu")),
-        ):
-            buffers = peft.tuners._buffer_dict.BufferDict({}, persistent=config.save_projection)
-            buffers[adapter_name] = tensor
-            getattr(self, attribute)[category] = buffers
-
-
-def _empty_u_and_lambda(self: Any, basis: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty(weight.shape, dtype=weight.dtype, device="cpu"), torch.empty(weight.shape[1], device="cpu")
-
-
 def _dequantize(weight: torch.nn.Parameter, state: Any) -> torch.Tensor:
     """peft tells packed weights by the name of their class, which a fake parameter does not have."""
     packed = isinstance(state, bitsandbytes.functional.QuantState)
@@ -120,17 +87,3 @@ def _dequantize(weight: torch.nn.Parameter, state: Any) -> torch.Tensor:
         bitsandbytes.functional.dequantize_4bit(weight.data, state) if packed else dequantize_bnb_weight(weight, state)
     )
     return dequantized
-
-
-def _frod_tensors(self: Any, adapter: str, *, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """As peft's, with the sparse matrix's values in the place of the matrix."""
-    tensors = (self.frod_U, self.frod_V, self.frod_lambda_s_values, self.frod_lambda_l)
-    return tuple(tensor[adapter].to(device=device, dtype=dtype) for tensor in tensors)
-
-
-def _sparse_product(self: Any, z_flat: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    if z_flat.dtype in (torch.float16, torch.bfloat16):
-        # peft makes the matrix dense there.
-        width = z_flat.shape[1]
-        return z_flat @ values.sum().expand(width, width).contiguous()
-    return z_flat * values.sum()

@@ -174,8 +174,8 @@ def test_every_recipe_is_estimated_as_its_real_step(small_bert, small_cpu):
             real_bytes = count_peak_bytes(build_trial_model(base, spec), spec, batch, "cpu")
             errors[name] = small_cpu.cost(spec).peak_vram_bytes / real_bytes - 1
     # All others were equal to the byte. What stands for the transforms and sparse products of these
-    # (peft_stand_ins.py) holds 1 to 10% less than they do on this tiny model.
-    room = dict.fromkeys(("fourierft", "waveft", "shira", "frod"), 0.15)
+    # (peft_stand_ins.py) holds 6 to 10% less than they do on this tiny model.
+    room = dict.fromkeys(("fourierft", "waveft", "shira"), 0.15)
     assert {name: error for name, error in errors.items() if abs(error) > room.get(name, 0.01)} == {}
 
 
