@@ -84,6 +84,73 @@ class Cost:
     """The caching allocator's peak, only where measured."""
     estimated_vram_bytes: int | None = None
     """What had been estimated, kept beside a measurement."""
+    corrected_vram_bytes: int | None = None
+    """The estimate plus what earlier measurements of the study taught it to add, where that differs."""
+    scoring_vram_bytes: int | None = None
+    """Peak of the evaluation pass, estimated."""
+    scoring_batch_size: int | None = None
+    """Examples at a time in evaluation; None leaves it to the worker."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSettings:
+    """How a step is taken, beside what a TrialSpec says."""
+
+    micro_batches: int = 1
+    """Parts, of the batch size each, whose gradients are accumulated before an update."""
+    checkpoint_activations: bool = False
+    """Whether each layer keeps its input alone and runs forward again in its backward pass."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Where a configuration's memory goes, by one step on fake tensors. The parts up to `library_bytes` add up to the
+    peak of what PyTorch allocates; what comes on top of that is apart."""
+
+    device: str
+    """What was modelled, such as `CUDA, as on a H100`; never what it was computed on."""
+    trainable_parameters: int
+    """Exact; the task head is not in it."""
+    head_parameters: int
+    base_parameters: int
+    base_bytes: int
+    adapter_bytes: int
+    """What trains, the head included, and what the method keeps frozen beside it."""
+    gradient_bytes: int
+    """At the peak."""
+    optimizer_bytes: int
+    activation_bytes: int
+    """At the peak, temporaries included."""
+    library_bytes: int
+    """cuBLAS's workspaces, which PyTorch allocates; 0 on CPU."""
+    scoring_bytes: int
+    """Peak of the evaluation pass, everything included that the training peak includes."""
+    scoring_batch_size: int
+    """The most examples, up to twice the training batch, with which scoring needs no more than training."""
+    allocator_bytes: int
+    """Estimated on top: what the caching allocator reserves beyond what is allocated; 0 on CPU."""
+    context_bytes: int
+    """Assumed on top: what the driver keeps for the process; 0 on CPU."""
+    paged_bytes: int
+    """Optimizer states in unified memory, in no other figure; a GPU short of memory pages them out to the host."""
+    checkpoint_bytes: int
+    """Tensors of a checkpoint to resume from."""
+    exported_bytes: int
+    """Tensors of the adapter as it is exported, the head included."""
+    layers_measured: tuple[int, int] | None = None
+    """Depths of the two shallower models that this was extrapolated from; None where all layers were run."""
+
+    @property
+    def peak_bytes(self) -> int:
+        return (
+            self.base_bytes + self.adapter_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+            + self.library_bytes
+        )  # fmt: skip
+
+    @property
+    def device_bytes(self) -> int:
+        """What a GPU must have free for the process."""
+        return max(self.peak_bytes, self.scoring_bytes) + self.allocator_bytes + self.context_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

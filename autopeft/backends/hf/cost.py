@@ -1,8 +1,8 @@
 """What a configuration costs, known before anything is trained: no weights are loaded and no GPU is needed.
 
 The trial's own code builds its model, without data, and takes one optimizer step on fake tensors. Parameters are then
-exact, and memory is counted storage by storage. Not counted: what CUDA libraries keep for themselves (cuBLAS
-workspaces) and what the allocator wastes between blocks.
+exact, and memory is counted storage by storage. Where layers repeat, two shallower models are measured instead and
+extrapolated exactly (`depth`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import contextlib
 import dataclasses
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -22,53 +22,143 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedFakeTensorException,
 )
-from torch.utils._pytree import tree_leaves
 
 from autopeft.backends.hf.base_model import BaseModel, load_config
-from autopeft.backends.hf.build import build_trial_model, count_trainable
+from autopeft.backends.hf.build import ParameterCount, build_trial_model, count_trainable
+from autopeft.backends.hf.cuda_rules import CONTEXT_BYTES, MODELLED_GPU, Gpu, cublas_workspace_bytes
 from autopeft.backends.hf.data import Batch
-from autopeft.backends.hf.fake_base import OneEndOfSequence, OnGpu, build_meta_base, fake_state_codes, make_fake
-from autopeft.backends.hf.live_bytes import LiveBytes, list_tensors
+from autopeft.backends.hf.depth import Depths, Growth, is_shortened, leave_out_layers, plan_depths, read_signatures
+from autopeft.backends.hf.fake_base import (
+    EveryLayerAndExpert,
+    OneEndOfSequence,
+    build_meta_base,
+    fake_state_codes,
+    make_fake,
+)
+from autopeft.backends.hf.live_bytes import Held, Part, list_tensors, round_up_bytes
+from autopeft.backends.hf.memory import Peaks, Rehearsal, find_peak, find_stacks
 from autopeft.backends.hf.peft_stand_ins import shapes_without_values
-from autopeft.backends.hf.steps import bind_after_step, build_optimizer, train_step
+from autopeft.backends.hf.steps import checkpoint_activations
 from autopeft.backends.hf.traceable import building_without_values, stepping_without_values
 from autopeft.errors import SpecError
 from autopeft.methods import check_spec, find_method, refuse_spec
-from autopeft.records import Bits, Cost, TrialSpec
+from autopeft.records import Bits, Cost, Estimate, StepSettings, TrialSpec, digest_json
 
-# bitsandbytes' Optimizer8bit.get_state_buffer pages no smaller states.
-_FEWEST_PAGED_NUMBERS = 100_000
 _NOT_FOR_FAKES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
+_ONE_STEP = StepSettings()
+
+
+class _Built(NamedTuple):
+    """A trial's model on the meta device, and what its tensors are for."""
+
+    model: Any
+    parts: list[Part]
+    parameters: ParameterCount
+    base_parameters: int
 
 
 class HfCostModel:
     """Costs of configurations of one model on one kind of device; remembers what it has computed."""
 
     def __init__(
-        self, model: str, *, num_labels: int, device_kind: Literal["cpu", "cuda"], longest_tokens: int
+        self,
+        model: str,
+        *,
+        num_labels: int,
+        device_kind: Literal["cpu", "cuda"],
+        longest_tokens: int,
+        scoring_tokens: int | None = None,
+        gpu: Gpu = MODELLED_GPU,
     ) -> None:
-        """`longest_tokens` is the longest sequence of the task. Raises ModelError where the model cannot be had."""
+        """`longest_tokens` is the longest sequence to train on, `scoring_tokens` to score (by default the same).
+
+        Raises ModelError where the model cannot be had.
+        """
         self.device_kind = device_kind
-        # Batches are padded to multiples of 8 on GPUs (TaskData.collate).
-        self.longest_tokens = -(-longest_tokens // 8) * 8 if device_kind == "cuda" else longest_tokens
+        self.gpu = gpu
+        self.longest_tokens = self._pad(longest_tokens)
+        self.scoring_tokens = self._pad(longest_tokens if scoring_tokens is None else scoring_tokens)
         self._model = model
         self._config = load_config(model, num_labels)
-        self._bases: dict[Bits, BaseModel] = {}
-        self._costs: dict[str, Cost] = {}
+        self._bases: dict[tuple[Bits, int], BaseModel] = {}
+        self._depths: dict[str, Depths | None] = {}
+        self._estimates: dict[tuple[str, StepSettings, bool], Estimate] = {}
 
     def cost(self, spec: TrialSpec) -> Cost:
         """Raises SpecError where the model, the method or the device cannot take the configuration."""
-        key = spec.cost_key()
-        if key not in self._costs:
+        estimate = self.estimate(spec)
+        return Cost(
+            trainable_parameters=estimate.trainable_parameters,
+            head_parameters=estimate.head_parameters,
+            peak_vram_bytes=estimate.peak_bytes,
+            vram_source="estimated",
+            scoring_vram_bytes=estimate.scoring_bytes,
+            scoring_batch_size=estimate.scoring_batch_size,
+        )
+
+    def estimate(self, spec: TrialSpec, settings: StepSettings = _ONE_STEP, *, every_layer: bool = False) -> Estimate:
+        """Where the memory goes; by running all layers where `every_layer`. Raises SpecError as `cost` does."""
+        key = (spec.cost_key(), settings, every_layer)
+        if key not in self._estimates:
             check_spec(spec)
             rule = refuse_spec(spec, self.device_kind)
             if rule is not None:
                 raise SpecError(rule)
-            self._costs[key] = self._compute(spec)
-        return self._costs[key]
+            self._estimates[key] = self._compute(spec, settings, every_layer)
+        return self._estimates[key]
 
-    def _compute(self, spec: TrialSpec) -> Cost:
-        base = self._base(spec.bits)
+    # --- one configuration
+
+    def _compute(self, spec: TrialSpec, settings: StepSettings, every_layer: bool) -> Estimate:
+        shallow = None if every_layer else self._build_shallow(spec)
+        models = shallow.models if shallow else (self._build(spec, 0),)
+        with _fakes(model.model for model in models), self._explain(spec):
+            rehearsals = [self._rehearse(spec, settings, built) for built in models]
+
+            def peak_of(peaks: Sequence[Peaks]) -> Held:
+                return find_peak(peaks[0] if shallow is None else shallow.growth.peaks(*peaks))
+
+            def number_of(numbers: Sequence[int]) -> int:
+                return numbers[0] if shallow is None else shallow.growth.number(*numbers)
+
+            # With more micro-batches than two no more is held: the second is there with the first one's gradients.
+            micro_batches = min(settings.micro_batches, 2)
+            batch = self._batch(spec.batch_size * micro_batches, self.longest_tokens)
+            training = peak_of([r.train(batch, micro_batches=micro_batches) for r in rehearsals])
+            for scoring_size in scoring_sizes(spec.batch_size):
+                batch = self._batch(scoring_size, self.scoring_tokens)
+                scoring = peak_of([r.score(batch) for r in rehearsals])
+                if scoring.total <= training.total:
+                    break
+            state_bytes = number_of([r.state_bytes for r in rehearsals])
+            paged_bytes = number_of([r.paged_bytes for r in rehearsals])
+            trained_bytes = number_of([r.trained_bytes for r in rehearsals])
+        counts = [number_of([count(built) for built in models]) for count in _COUNTS[:3]]
+        on_gpu = self.device_kind == "cuda"
+        library_bytes = cublas_workspace_bytes(self.gpu) if on_gpu else 0
+        return Estimate(
+            device=f"CUDA, as on {self.gpu.name}" if on_gpu else "CPU",
+            trainable_parameters=counts[0],
+            head_parameters=counts[1],
+            base_parameters=counts[2],
+            base_bytes=training.base,
+            adapter_bytes=training.adapter,
+            gradient_bytes=training.gradients,
+            optimizer_bytes=training.optimizer,
+            activation_bytes=training.activations,
+            library_bytes=library_bytes,
+            scoring_bytes=scoring.total + library_bytes,
+            scoring_batch_size=scoring_size,
+            allocator_bytes=0,
+            context_bytes=CONTEXT_BYTES if on_gpu else 0,
+            paged_bytes=paged_bytes,
+            checkpoint_bytes=trained_bytes + state_bytes,
+            exported_bytes=trained_bytes,
+            layers_measured=None if shallow is None else (shallow.growth.sizes[0][0], shallow.growth.sizes[1][0]),
+        )
+
+    def _build(self, spec: TrialSpec, layers_left_out: int) -> _Built:
+        base = self._base(spec.bits, layers_left_out)
         # Building seeds the generator, which may belong to a training in this process.
         with (
             shapes_without_values(),
@@ -77,40 +167,106 @@ class HfCostModel:
             torch.random.fork_rng(devices=[]),
         ):
             model = build_trial_model(base, _without_decomposition(spec))
-        parameters = count_trainable(model, base.head)
-        with shapes_without_values(), FakeTensorMode(), OneEndOfSequence(), fake_state_codes(), _quiet_fakes():
-            make_fake(model)
-            try:
-                with stepping_without_values(model):
-                    peak_bytes = count_peak_bytes(model, spec, self._longest_batch(spec.batch_size), self.device_kind)
-            except _NOT_FOR_FAKES:
-                # Nothing is wrong with the configuration: this estimator does not know one of its operators.
-                raise
-            except (ValueError, RuntimeError) as exc:
-                raise SpecError(
-                    f"{spec.method} must be able to train the model '{self._model}' on {self.longest_tokens} tokens, "
-                    f"but its step fails: {exc}. Use another method, shorter sequences (max_length) or another model."
-                ) from exc
-        return Cost(
-            trainable_parameters=parameters.adapter,
-            head_parameters=parameters.head,
-            peak_vram_bytes=peak_bytes,
-            vram_source="estimated",
+        return _Built(
+            model=model,
+            parts=_sort_tensors(model, base, spec),
+            parameters=count_trainable(model, base.head),
+            base_parameters=_count_parameters(base),
         )
 
-    def _base(self, bits: Bits) -> BaseModel:
-        if bits not in self._bases:
-            self._bases[bits] = build_meta_base(self._config, bits=bits, device_kind=self.device_kind)
-        return self._bases[bits]
+    def _build_shallow(self, spec: TrialSpec) -> _Shallow | None:
+        """None where the layers do not repeat often enough, or not as the shallower configurations have them."""
+        # What is searched on a scale changes sizes alone, so the layers repeat as they did at another value.
+        structure = spec.method, spec.bits, spec.target_modules
+        choices = {name: value for name, value in spec.settings.items() if isinstance(value, bool | str)}
+        key = digest_json([*structure, choices])
+        if key not in self._depths:
+            self._depths[key] = self._find_depths(spec)
+        depths = self._depths[key]
+        return None if depths is None else self._build_two(spec, depths)
 
-    def _longest_batch(self, batch_size: int) -> Batch:
+    def _find_depths(self, spec: TrialSpec) -> Depths | None:
+        """Which two models tell of the full one, found out by building all three."""
+        full = self._build(spec, 0)
+        depths = plan_depths(full.model)
+        if depths is None or leave_out_layers(self._config, depths.more) is None:
+            return None
+        two = self._build_two(spec, depths)
+        if two is None or not is_shortened(read_signatures(full.model), read_signatures(two.models[1].model), depths):
+            return None
+        grown = [two.growth.number(*(count(built) for built in two.models)) for count in _COUNTS]
+        # What is there all the time can be checked against the full model.
+        return depths if grown == [count(full) for count in _COUNTS] else None
+
+    def _build_two(self, spec: TrialSpec, depths: Depths) -> _Shallow | None:
+        try:
+            shallower, deeper = (self._build(spec, count) for count in (depths.more, depths.fewer))
+        except SpecError:
+            # Targets may be named by layers that are left out.
+            return None
+        if not is_shortened(read_signatures(deeper.model), read_signatures(shallower.model), depths):
+            return None
+        sizes = [tuple(len(stack) for stack in find_stacks(built.model)) for built in (shallower, deeper)]
+        return _Shallow((shallower, deeper), Growth(depths, (sizes[0], sizes[1])))
+
+    def _rehearse(self, spec: TrialSpec, settings: StepSettings, built: _Built) -> Rehearsal:
+        if settings.checkpoint_activations:
+            _checkpoint_activations(built.model, spec)
+        known = list(zip(list_tensors(built.model), built.parts, strict=True))
+        fakes = make_fake(built.model)
+        parts = {fakes[id(t)].untyped_storage()._cdata: part for t, part in known if id(t) in fakes}
+        return Rehearsal(built.model, spec, on_gpu=self.device_kind == "cuda", parts=parts)
+
+    @contextlib.contextmanager
+    def _explain(self, spec: TrialSpec) -> Iterator[None]:
+        try:
+            yield
+        except _NOT_FOR_FAKES:
+            # Nothing is wrong with the configuration: this estimator does not know one of its operators.
+            raise
+        except SpecError:
+            raise
+        except (ValueError, RuntimeError) as exc:
+            raise SpecError(
+                f"{spec.method} must be able to train the model '{self._model}' on {self.longest_tokens} tokens, "
+                f"but its step fails: {exc}. Use another method, shorter sequences (max_length) or another model."
+            ) from exc
+
+    # --- what it works on
+
+    def _base(self, bits: Bits, layers_left_out: int) -> BaseModel:
+        key = (bits, layers_left_out)
+        if key not in self._bases:
+            config = leave_out_layers(self._config, layers_left_out) if layers_left_out else self._config
+            self._bases[key] = build_meta_base(config, bits=bits, device_kind=self.device_kind)
+        return self._bases[key]
+
+    def _pad(self, tokens: int) -> int:
+        """Batches are padded to multiples of 8 on GPUs (TaskData.collate)."""
+        return -(-tokens // 8) * 8 if self.device_kind == "cuda" else tokens
+
+    def _batch(self, batch_size: int, tokens: int) -> Batch:
         names = ["input_ids", "attention_mask"]
         # Where there is a choice of segments, the tokenizer says which one each token is in.
         if (getattr(self._config, "type_vocab_size", None) or 0) > 1:
             names.append("token_type_ids")
-        batch = {name: torch.ones(batch_size, self.longest_tokens, dtype=torch.int64) for name in names}
+        batch = {name: torch.ones(batch_size, tokens, dtype=torch.int64) for name in names}
         batch["labels"] = torch.zeros(batch_size, dtype=torch.int64)
         return batch
+
+
+class _Shallow(NamedTuple):
+    models: tuple[_Built, _Built]
+    """The shallower first."""
+    growth: Growth
+
+
+def scoring_sizes(batch_size: int) -> list[int]:
+    """Examples at a time to score, largest first: without a backward pass, twice the training batch often fits."""
+    sizes = [2 * batch_size]
+    while sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
+    return sizes
 
 
 def _without_decomposition(spec: TrialSpec) -> TrialSpec:
@@ -120,28 +276,79 @@ def _without_decomposition(spec: TrialSpec) -> TrialSpec:
     return dataclasses.replace(spec, settings={**spec.settings, "init": "default"})
 
 
-def count_peak_bytes(model: nn.Module, spec: TrialSpec, batch: Batch, device_kind: str) -> int:
-    """Peak of live bytes over one training step whose optimizer state exists already, on fake or real CPU tensors.
-
-    The learning rate is zero, so that real weights stay as they are. For `cuda` the tensors must be fake.
-    """
-    on_gpu = device_kind == "cuda"
-    optimizer = build_optimizer(model, spec)
-    after_step = bind_after_step(model, spec, 1)
-    _allocate_state(optimizer, after_step)
-    live = LiveBytes()
-    for tensor in [*list_tensors(model), *_state_tensors(model, spec, optimizer), *batch.values()]:
-        live.add(tensor)
-    with live:
-        train_step(
-            OnGpu(model) if on_gpu else model,
-            optimizer,
-            batch,
-            learning_rate=0.0,
-            device="cpu",
-            after_step=after_step,
+def _checkpoint_activations(model: Any, spec: TrialSpec) -> None:
+    if find_method(spec.method).name == "prefix_tuning":
+        raise SpecError(
+            "Activation checkpointing runs layers again without their cached keys, which is where a prefix is kept, "
+            "but the method is prefix_tuning. Leave checkpointing away, or use prompt_tuning."
         )
-    return live.peak_bytes
+    checkpoint_activations(model)
+
+
+def _sort_tensors(model: nn.Module, base: BaseModel, spec: TrialSpec) -> list[Part]:
+    """What each of `list_tensors(model)` is for."""
+    resident = {tensor.untyped_storage()._cdata for tensor in list_tensors(base.model)}
+    # A copy of all weights, some of which may be changed when it is built, is the base in this trial.
+    owns_base = find_method(spec.method).writes_base(spec)
+    parts: list[Part] = []
+    for parameter in model.parameters():
+        in_base = owns_base or parameter.untyped_storage()._cdata in resident
+        parts.append("base" if in_base and not parameter.requires_grad else "adapter")
+    # Buffers are copied with the tree of modules, and adapters put names in front.
+    buffers = tuple(name for name, _ in base.model.named_buffers())
+    parts += ["base" if owns_base or name.endswith(buffers) else "adapter" for name, _ in model.named_buffers()]
+    # The rest are quantization states.
+    return parts + ["base"] * (sum(1 for _ in list_tensors(model)) - len(parts))
+
+
+def _count_parameters(base: BaseModel) -> int:
+    """Of the base without its head, quantized ones by their number before."""
+    total = 0
+    for name, parameter in base.model.named_parameters():
+        if name.split(".")[0] not in base.head:
+            state = getattr(parameter, "quant_state", None)
+            total += parameter.numel() if state is None else state.shape.numel()
+    return total
+
+
+def _static_bytes(built: _Built) -> int:
+    storages = {tensor.untyped_storage()._cdata: tensor for tensor in list_tensors(built.model)}
+    return sum(round_up_bytes(tensor.untyped_storage().nbytes()) for tensor in storages.values())
+
+
+def _count_adapter(built: _Built) -> int:
+    return built.parameters.adapter
+
+
+def _count_head(built: _Built) -> int:
+    return built.parameters.head
+
+
+def _count_base(built: _Built) -> int:
+    return built.base_parameters
+
+
+_COUNTS = (_count_adapter, _count_head, _count_base, _static_bytes)
+
+
+def count_peak_bytes(model: nn.Module, spec: TrialSpec, batch: Batch, device_kind: str) -> int:
+    """Peak of live bytes over one training step whose optimizer state exists already, on fake or real CPU tensors."""
+    return find_peak(Rehearsal(model, spec, on_gpu=device_kind == "cuda").train(batch)).total
+
+
+@contextlib.contextmanager
+def _fakes(models: Iterable[nn.Module]) -> Iterator[None]:
+    """In which the models are made fake and run, whatever they would like to know of values."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(shapes_without_values())
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(OneEndOfSequence())
+        stack.enter_context(EveryLayerAndExpert())
+        stack.enter_context(fake_state_codes())
+        stack.enter_context(_quiet_fakes())
+        for model in models:
+            stack.enter_context(stepping_without_values(model))
+        yield
 
 
 @contextlib.contextmanager
@@ -161,26 +368,3 @@ def _quiet_fakes() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _allocate_state(optimizer: torch.optim.Optimizer, after_step: Callable[[], None] | None) -> None:
-    """As after a first step: AdamW makes its moments when it first sees gradients."""
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    if after_step is not None:
-        after_step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def _state_tensors(model: nn.Module, spec: TrialSpec, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """What the optimizer keeps of each parameter, and what the method itself keeps between steps."""
-    stepping = find_method(spec.method).stepping
-    kept = [*optimizer.state.values(), stepping.state(model) if stepping else None]
-    tensors = [leaf for leaf in tree_leaves(kept) if isinstance(leaf, torch.Tensor)]
-    if spec.optimizer == "paged_adamw_8bit":
-        # Unified memory, which the allocator does not see and a GPU short of memory pages out.
-        return [t for t in tensors if t.dtype != torch.uint8 or t.numel() < _FEWEST_PAGED_NUMBERS]
-    return tensors

@@ -1,7 +1,7 @@
 """A base model without weights: first on the meta device, where adapters are put on it, then on fake CPU tensors.
 
 Fake tensors know shape, type and lifetime and hold no data, so that a 70B model fits into a laptop. Fake CUDA tensors
-would need a CUDA build of PyTorch; where a GPU keeps other tensors than a CPU, `OnGpu` sees to it.
+would need a CUDA build of PyTorch; where a GPU keeps other tensors than a CPU, `cuda_rules` sees to it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import bitsandbytes
 import torch
 from bitsandbytes.autograd._functions import MatMul8bitLt
 from torch import nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from autopeft.backends.hf.base_model import (
@@ -57,8 +55,10 @@ def build_meta_base(config: Any, *, bits: Bits, device_kind: str) -> BaseModel:
     return BaseModel(model=model, bits=bits, head=head, linear_names=find_linear_names(model, head))
 
 
-def make_fake(model: Any) -> None:
+def make_fake(model: Any) -> dict[int, torch.Tensor]:
     """Replaces a meta model's tensors by fake ones of the FakeTensorMode that is active: now it runs.
+
+    Returns the fakes by the `id` of what they replace, which the caller must hold for it to mean anything.
 
     Adapters are put on before: peft moves its modules with `Module.to`, which fake tensors do not survive.
     """
@@ -71,12 +71,15 @@ def make_fake(model: Any) -> None:
             fakes[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
         return fakes[id(tensor)]
 
+    def fake_parameter(parameter: nn.Parameter) -> nn.Parameter:
+        if id(parameter) not in parameters:
+            parameters[id(parameter)] = _fake_parameter(parameter, fake)
+        return parameters[id(parameter)]
+
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                if id(parameter) not in parameters:
-                    parameters[id(parameter)] = _fake_parameter(parameter, fake)
-                module._parameters[name] = parameters[id(parameter)]
+                module._parameters[name] = fake_parameter(parameter)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = fake(buffer)
@@ -86,6 +89,7 @@ def make_fake(model: Any) -> None:
     if hasattr(model, "prompt_tokens"):
         # peft keeps the ids of virtual tokens in a plain dictionary.
         model.prompt_tokens = {name: fake(ids) for name, ids in model.prompt_tokens.items()}
+    return fakes
 
 
 def _fake_parameter(parameter: nn.Parameter, fake: Callable[[torch.Tensor], torch.Tensor]) -> nn.Parameter:
@@ -156,6 +160,8 @@ def _quantize_to_4bit(module: Any) -> None:
     shape = module.weight.shape
     num_scales = -(-shape.numel() // _WEIGHTS_PER_SCALE)
     module.__class__ = _FakeLinear4bit
+    # It would repack weights in evaluation, which `load_base` forbids and no GPU does.
+    module.support_avx512bf16_for_cpu = False
     module.weight = nn.Parameter(torch.empty(-(-shape.numel() // 2), 1, dtype=torch.uint8), requires_grad=False)
     module.weight.compress_statistics = True
     module.weight.quant_type = "nf4"
@@ -187,30 +193,6 @@ def _quantize_to_8bit(module: Any, *, on_gpu: bool) -> None:
     module.state.threshold = 0.0
 
 
-class _GpuRules(TorchFunctionMode):
-    """Where CUDA keeps other tensors than a CPU under autocast.
-
-    Its autocast runs these functions in float32, the CPU's does not (docs.pytorch.org/docs/stable/amp.html). Its fused
-    attention kernels take dropout, while a CPU then keeps all attention weights; without dropout both are fused.
-    """
-
-    _IN_FLOAT32 = frozenset({F.layer_norm, F.group_norm, F.softmax, F.log_softmax, F.cross_entropy})
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention and "dropout_p" in kwargs:
-            kwargs["dropout_p"] = 0.0
-        elif func in self._IN_FLOAT32:
-            args, kwargs = tree_map(_to_float32, (args, kwargs))
-        return func(*args, **kwargs)
-
-
-def _to_float32(value: Any) -> Any:
-    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
 class OneEndOfSequence(TorchFunctionMode):
     """T5 and BART classify by the hidden state of each row's one end-of-sequence token, which fake ids cannot show."""
 
@@ -229,13 +211,33 @@ def _picks_tokens(index: Any) -> bool:
     return isinstance(mask_BT, torch.Tensor) and mask_BT.dtype == torch.bool and mask_BT.dim() == 2
 
 
-class OnGpu(nn.Module):
-    """A model on fake CPU tensors that computes as it would on CUDA under bfloat16 autocast."""
+class EveryLayerAndExpert(TorchFunctionMode):
+    """Skips no layer, which LayerDrop would decide by a drawn number, and computes experts' products in float32, which
+    CPUs do and PyTorch's fakes refuse."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.rand and args == ([],):
+            return 1.0
+        if getattr(func, "__name__", "") == "_grouped_mm" and args[0].dtype != torch.bfloat16:
+            return _GroupedProduct.apply(args[0], args[1])
+        return func(*args, **(kwargs or {}))
 
-    def forward(self, **batch: torch.Tensor) -> Any:
-        with torch.autocast("cpu", torch.bfloat16), _GpuRules():
-            return self.model(**batch)
+
+class _GroupedProduct(torch.autograd.Function):
+    """Experts' products in float32, which CPUs compute and PyTorch's fakes refuse: the same results, without values."""
+
+    @staticmethod
+    def forward(ctx: Any, input_SK: torch.Tensor, weight_EKN: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(input_SK, weight_EKN)
+        return input_SK.new_empty(input_SK.shape[0], weight_EKN.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_SN: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        input_SK, weight_EKN = ctx.saved_tensors
+        needs_input, needs_weight = ctx.needs_input_grad
+        return (
+            torch.empty_like(input_SK) if needs_input else None,
+            torch.empty_like(weight_EKN) if needs_weight else None,
+        )

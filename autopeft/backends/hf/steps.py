@@ -80,25 +80,52 @@ def train_step(
     learning_rate: float,
     device: str,
     after_step: Callable[[], None] | None = None,
+    micro_batches: int = 1,
 ) -> torch.Tensor:
     """Forward, backward, clip, update. Returns the loss (detached, scalar), not yet read from the device.
 
-    `after_step` is called while the gradients of the step are still there.
+    `after_step` is called while the gradients of the step are still there. With `micro_batches` above 1 the batch is
+    taken in as many equal parts, whose gradients are accumulated.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_scale"]
-    with autocast(device):
-        loss: torch.Tensor = model(**batch).loss
-    loss.backward()
+    losses = []
+    for part in split_batch(batch, micro_batches):
+        with autocast(device):
+            loss: torch.Tensor = model(**part).loss
+        (loss if micro_batches == 1 else loss / micro_batches).backward()
+        losses.append(loss.detach())
     nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], MAX_GRAD_NORM)
     optimizer.step()
     if after_step is not None:
         after_step()
     optimizer.zero_grad(set_to_none=True)
-    return loss.detach()
+    return losses[0] if micro_batches == 1 else torch.stack(losses).mean()
+
+
+def split_batch(batch: Batch, count: int) -> list[Batch]:
+    """Equal parts along the rows, as views."""
+    if count == 1:
+        return [batch]
+    chunks = {name: tensor.chunk(count) for name, tensor in batch.items()}
+    return [{name: parts[i] for name, parts in chunks.items()} for i in range(count)]
+
+
+def checkpoint_activations(model: Any) -> None:
+    """From now on each layer keeps its input alone and runs forward again in its backward pass (arXiv:1604.06174)."""
+    # peft hands unknown attributes on to the model inside; without re-entrance frozen inputs need no gradient.
+    model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 @torch.no_grad()
+def score_batch(model: nn.Module, batch: Batch, *, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(losses in nats, predicted classes) of a batch's rows, still on the device."""
+    labels_B = batch.pop("labels")
+    with autocast(device):
+        logits_BC = model(**batch).logits.float()
+    return nn.functional.cross_entropy(logits_BC, labels_B, reduction="none"), logits_BC.argmax(-1)
+
+
 def score_batches(
     model: nn.Module, batches: Sequence[list[int]], collate: Callable[[list[int]], Batch], *, device: str
 ) -> SplitScores:
@@ -108,12 +135,9 @@ def score_batches(
     losses = np.zeros(num_examples, dtype=np.float32)
     predictions = np.zeros(num_examples, dtype=np.int64)
     for indices in batches:
-        batch = collate(indices)
-        labels_B = batch.pop("labels")
-        with autocast(device):
-            logits_BC = model(**batch).logits.float()
-        losses[indices] = nn.functional.cross_entropy(logits_BC, labels_B, reduction="none").cpu().numpy()
-        predictions[indices] = logits_BC.argmax(-1).cpu().numpy()
+        losses_B, predictions_B = score_batch(model, collate(indices), device=device)
+        losses[indices] = losses_B.cpu().numpy()
+        predictions[indices] = predictions_B.cpu().numpy()
     model.train()
     if not np.isfinite(losses).all():
         raise Diverged("the loss on the validation split is not finite")
