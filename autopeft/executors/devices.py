@@ -26,14 +26,16 @@ class KnownGpu(NamedTuple):
     total_bytes: int
     bf16_flops: float
     """Dense peak, from the maker's data sheet."""
+    capability: tuple[int, int]
+    """CUDA's compute capability, on which library workspaces depend."""
 
 
 KNOWN_GPUS = {
-    "rtx4090": KnownGpu("GeForce RTX 4090", 24 * 2**30, 165e12),
-    "l4": KnownGpu("L4", 24 * 2**30, 121e12),
-    "a100": KnownGpu("A100 80GB", 80 * 2**30, 312e12),
-    "h100": KnownGpu("H100 80GB", 80 * 2**30, 989e12),
-    "h200": KnownGpu("H200 141GB", 141 * 2**30, 989e12),
+    "rtx4090": KnownGpu("GeForce RTX 4090", 24 * 2**30, 165e12, (8, 9)),
+    "l4": KnownGpu("L4", 24 * 2**30, 121e12, (8, 9)),
+    "a100": KnownGpu("A100 80GB", 80 * 2**30, 312e12, (8, 0)),
+    "h100": KnownGpu("H100 80GB", 80 * 2**30, 989e12, (9, 0)),
+    "h200": KnownGpu("H200 141GB", 141 * 2**30, 989e12, (9, 0)),
 }
 
 

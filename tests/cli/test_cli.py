@@ -17,6 +17,12 @@ OPTIONS = {
     "resume": ["--budget", "STUDY"],
     "report": ["STUDY"],
     "export": ["--out", "--pick", "--to", "STUDY"],
+    "estimate": [
+        "--accumulate", "--batch-size", "--bits", "--count", "--device", "--fix", "--gradient-checkpointing", "--json",
+        "--max-vram", "--method", "--model", "--num-labels", "--optimizer", "--rank", "--seq-len", "--space", "--study",
+        "--target-modules",
+    ],
+    "doctor": ["--json"],
     "methods": ["--json", "NAME"],
     "tasks": [],
     "spaces": [],

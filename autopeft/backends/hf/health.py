@@ -1,0 +1,40 @@
+"""Whether the libraries that train work on this machine, and not only whether they are there."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import torch
+
+
+class TorchFacts(NamedTuple):
+    has_cuda: bool
+    detail: str
+
+
+def examine_torch() -> TorchFacts:
+    has_cuda = torch.cuda.is_available()
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    seen = f", sees {torch.cuda.device_count()} GPUs" if has_cuda else ""
+    return TorchFacts(has_cuda, f"{torch.__version__}, {build}{seen}")
+
+
+def examine_bitsandbytes(device: str) -> str | None:
+    """Quantizes a matrix and multiplies by it; why that fails, or None. Imported is not yet working."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    # It advises of faster kernels from elsewhere.
+    logger.setLevel(logging.CRITICAL)
+    try:
+        import bitsandbytes
+
+        weight = torch.randn(64, 64, device=device)
+        packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        product = bitsandbytes.matmul_4bit(torch.randn(4, 64, device=device), packed.t(), quant_state=state)
+        return None if bool(torch.isfinite(product).all()) else "its product is not finite"
+    except Exception as exc:
+        # Whatever a broken installation raises is what the user wants to know.
+        return " ".join(f"{type(exc).__name__}: {exc}".split())[:200]
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,320 @@
+"""`autopeft estimate`: what configurations would need, on any machine, from a model's config.json alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from autopeft.backends.hf.cost import HfCostModel
+    from autopeft.records import Estimate, Scalar, StepSettings, TrialSpec
+
+_JSON_KEYS = """\
+keys with --json: [{spec, settings, estimate, peak_bytes, device_bytes, fits}], or {spec, refused} where it cannot be
+  estimate        parts in bytes; those from base_bytes to library_bytes add up to peak_bytes
+  device_bytes    what a GPU must have free: the higher peak, what the allocator wastes, the driver's share
+  fits            whether the peak is within --max-vram; null without it
+"""
+
+
+class _Row(NamedTuple):
+    spec: TrialSpec
+    estimate: Estimate | None
+    refused: str | None
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "estimate",
+        help="tell what configurations would need, without training or weights",
+        description="Tells trainable parameters and memory of configurations, by one step of the training loop on "
+        "tensors without data. No weights are loaded, none are downloaded.",
+        epilog=_JSON_KEYS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", help="hub id, folder, or a config.json")
+    parser.add_argument("--method", default="lora", help="one or several: lora,ia3 (default: lora)")
+    parser.add_argument("--rank", type=int, help="short for --fix rank=N")
+    parser.add_argument(
+        "--fix", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method; repeatable"
+    )
+    parser.add_argument("--target-modules", help="attention, all-linear, ... (default: the method's recipe)")
+    parser.add_argument("--bits", help="4, 8 or unquantized, or several: 4,8 (default: unquantized)")
+    parser.add_argument("--batch-size", type=int, default=4, help="examples at a time (default: 4)")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens of the longest example (default: 512)")
+    parser.add_argument("--optimizer", help="adamw, adamw_8bit or paged_adamw_8bit (default: the method's)")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="layers run again in the backward pass")
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches whose gradients are summed")
+    parser.add_argument("--num-labels", type=int, default=2, help="classes of the head (default: 2)")
+    parser.add_argument("--device", default="cuda", help="modelled: cuda, cpu, or a GPU such as a100 (default: cuda)")
+    parser.add_argument("--space", help="recipes and drawn configurations of a search space, shipped or a file")
+    parser.add_argument("--count", type=int, default=20, help="with --space: how many (default: 20)")
+    parser.add_argument("--study", help="the configurations of a study, on its own model and data")
+    parser.add_argument("--max-vram", metavar="SIZE", help="say what fits: 24GB")
+    parser.add_argument("--json", action="store_true", help="print it as JSON, with the keys below")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from autopeft.errors import SpecError
+    from autopeft.records import StepSettings
+    from autopeft.search.request import parse_bytes
+
+    _check(args)
+    most = parse_bytes(args.max_vram) if args.max_vram else None
+    settings = StepSettings(micro_batches=args.accumulate, checkpoint_activations=args.gradient_checkpointing)
+    costs, specs = _read_study(args.study) if args.study else _read_arguments(args)
+    rows = []
+    for spec in specs:
+        try:
+            rows.append(_Row(spec, costs.estimate(spec, settings), None))
+        except SpecError as exc:
+            if len(specs) == 1:
+                raise
+            rows.append(_Row(spec, None, str(exc)))
+    if args.json:
+        print(json.dumps([_to_json(row, settings, most) for row in rows], indent=2))
+    elif len(rows) == 1:
+        _print_one(rows[0], settings, costs, most)
+    else:
+        _print_table(rows, most)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    from autopeft.errors import SpecError
+
+    if args.study and (args.model or args.space):
+        raise SpecError("--study has its own model and configurations, so --model and --space cannot go with it.")
+    if not args.study and not args.model:
+        raise SpecError("autopeft estimate needs --model, such as a folder or a config.json, or --study.")
+    for name in ("batch_size", "seq_len", "accumulate", "num_labels", "count"):
+        if getattr(args, name) < 1:
+            raise SpecError(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(args, name)}.")
+
+
+# --- what to estimate
+
+
+def _read_arguments(args: argparse.Namespace) -> tuple[HfCostModel, Sequence[TrialSpec]]:
+    device_kind, gpu = _parse_device(args.device)
+    specs = _draw_space(args, device_kind) if args.space else _make_specs(args, device_kind)
+    # Slow to import, so only once the request is known to make sense.
+    from autopeft.backends.hf.cost import HfCostModel
+    from autopeft.backends.hf.cuda_rules import MODELLED_GPU, Gpu, find_gpu
+
+    chosen = Gpu(*gpu) if gpu is not None else find_gpu() or MODELLED_GPU
+    costs = HfCostModel(
+        args.model,
+        num_labels=args.num_labels,
+        device_kind="cuda" if device_kind == "cuda" else "cpu",
+        longest_tokens=args.seq_len,
+        gpu=chosen,
+    )
+    return costs, specs
+
+
+def _parse_device(name: str) -> tuple[str, tuple[str, tuple[int, int]] | None]:
+    """(device kind, GPU named)."""
+    from autopeft.errors import DeviceError, suggest_nearest
+    from autopeft.executors.devices import KNOWN_GPUS
+
+    if name in ("cpu", "cuda"):
+        return name, None
+    if name not in KNOWN_GPUS:
+        raise DeviceError(f"--device knows no '{name}'. {suggest_nearest(name, ['cpu', 'cuda', *KNOWN_GPUS])}")
+    return "cuda", (KNOWN_GPUS[name].title, KNOWN_GPUS[name].capability)
+
+
+def _make_specs(args: argparse.Namespace, device_kind: str) -> list[TrialSpec]:
+    """One for each method and bit width."""
+    from autopeft.errors import SpecError
+    from autopeft.methods import find_method
+
+    methods = [find_method(name.strip()) for name in args.method.split(",")]
+    widest = 16 if device_kind == "cuda" else 32
+    widths: list[int | None] = [None]
+    if args.bits:
+        try:
+            widths = [widest if part == "unquantized" else int(part) for part in args.bits.split(",")]
+        except ValueError:
+            raise SpecError(f"--bits takes 4, 8 or unquantized, but was given '{args.bits}'.") from None
+    return [_make_spec(args, method, bits, device_kind) for method in methods for bits in widths]
+
+
+def _make_spec(args: argparse.Namespace, method: Any, bits: int | None, device_kind: str) -> TrialSpec:
+    """The method's recipe with what the arguments say otherwise."""
+    from autopeft.errors import SpecError, suggest_nearest
+    from autopeft.search.request import parse_fixed
+    from autopeft.spaces.dimensions import default_dimensions
+    from autopeft.spaces.space import check_feasible, make_spec
+
+    dimensions = default_dimensions(method, device_kind)
+    values: dict[str, Scalar] = {name: dimension.default for name, dimension in dimensions.items()}
+    values |= method.recipe.settings
+    given: dict[str, Scalar] = parse_fixed(args.fix) | {"batch_size": args.batch_size}
+    options = {"rank": args.rank, "bits": bits, "optimizer": args.optimizer, "target_modules": args.target_modules}
+    given |= {name: value for name, value in options.items() if value is not None}
+    for name, value in given.items():
+        if name not in values:
+            raise SpecError(f"{method.title} has no setting '{name}'. {suggest_nearest(name, values)}")
+        values[name] = value
+    spec = make_spec(method.name, values, max_steps=1, seed=0)
+    check_feasible(spec, device_kind)
+    return spec
+
+
+def _draw_space(args: argparse.Namespace, device_kind: str) -> list[TrialSpec]:
+    """The space's recipes, then configurations drawn at random, always the same."""
+    from dataclasses import replace
+
+    from autopeft.methods import refuse_spec
+    from autopeft.search.request import parse_fixed
+    from autopeft.spaces.load import find_space, parse_space
+
+    name, text = find_space(args.space)
+    space = parse_space(text, name=name, device_kind=device_kind, max_steps=1, fixed=parse_fixed(args.fix))
+    specs = {spec.cost_key(): spec for spec in space.recipes[: args.count]}
+    suggester = _Random(random.Random(0))
+    for _ in range(20 * args.count):
+        if len(specs) >= args.count:
+            break
+        spec = space.suggest(suggester, max_steps=1, seed=0)
+        if refuse_spec(spec, device_kind) is None:
+            specs.setdefault(spec.cost_key(), spec)
+    return [replace(spec, batch_size=args.batch_size) for spec in specs.values()]
+
+
+class _Random:
+    """Answers a space's questions."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+        return round(self.suggest_float(name, low, high, log=log))
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        return float(low * (high / low) ** self._rng.random()) if log else self._rng.uniform(low, high)
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self._rng.choice(list(choices))
+
+
+def _read_study(name: str) -> tuple[HfCostModel, Sequence[TrialSpec]]:
+    from autopeft.backends import load_cost_model
+    from autopeft.cli.session import STUDIES, read_local
+    from autopeft.errors import StudyError
+    from autopeft.search.plan import make_setup
+    from autopeft.search.store import StudyStore
+
+    store = StudyStore.open(STUDIES, name)
+    if not store.trials:
+        raise StudyError(f"The study '{name}' has no configurations yet. Start it with: autopeft search --name {name}")
+    local = read_local(store)
+    assert local["model"] is not None
+    device = "cuda:0" if store.config.device_kind == "cuda" else "cpu"
+    setup = make_setup(store.config, local["model"], local["data_dir"], STUDIES, 1, device)
+    costs: Any = load_cost_model(setup)
+    return costs, list({trial.spec.cost_key(): trial.spec for trial in store.trials}.values())
+
+
+# --- how it is told
+
+
+def _to_json(row: _Row, settings: StepSettings, most: int | None) -> dict[str, Any]:
+    from autopeft.records import to_record
+
+    if row.estimate is None:
+        return {"spec": to_record(row.spec), "refused": row.refused}
+    return {
+        "spec": to_record(row.spec),
+        "settings": to_record(settings),
+        "estimate": to_record(row.estimate),
+        "peak_bytes": row.estimate.peak_bytes,
+        "device_bytes": row.estimate.device_bytes,
+        "fits": None if most is None else row.estimate.peak_bytes <= most,
+    }
+
+
+def _print_one(row: _Row, settings: StepSettings, costs: HfCostModel, most: int | None) -> None:
+    from autopeft.report.words import describe_settings, format_bytes, format_count, title_method
+
+    spec, estimate = row.spec, row.estimate
+    assert estimate is not None
+    size = f"{spec.batch_size} x {costs.longest_tokens} tokens"
+    if settings.micro_batches > 1:
+        size += f", gradients of {settings.micro_batches} batches summed"
+    if settings.checkpoint_activations:
+        size += ", activations checkpointed"
+    own = describe_settings(spec)
+    print(f"{title_method(spec.method)}{', ' + own if own else ''}, {spec.bits} bits, {spec.optimizer}")
+    print(f"{size}; modelled for {estimate.device}\n")
+    print(f"{'base parameters':<32}{format_count(estimate.base_parameters):>10}")
+    head = f"and {format_count(estimate.head_parameters)} in the head"
+    print(f"{'trainable parameters':<32}{estimate.trainable_parameters:>10,}  {head}\n")
+    parts = {
+        "base weights": estimate.base_bytes,
+        "adapter and head": estimate.adapter_bytes,
+        "gradients": estimate.gradient_bytes,
+        "optimizer": estimate.optimizer_bytes,
+        "activations at the peak": estimate.activation_bytes,
+        "cuBLAS workspaces": estimate.library_bytes,
+    }
+    for name, num_bytes in parts.items():
+        print(f"{name:<32}{format_bytes(num_bytes):>10}")
+    fits = "" if most is None else f"  {_fit(estimate, most)} {format_bytes(most)}"
+    print(f"{'peak while training':<32}{format_bytes(estimate.peak_bytes):>10}{fits}")
+    print(
+        f"{'peak of the evaluation pass':<32}{format_bytes(estimate.scoring_bytes):>10}"
+        f"  {estimate.scoring_batch_size} examples at a time"
+    )
+    if estimate.context_bytes:
+        print(f"\n{'allocator, on top':<32}{format_bytes(estimate.allocator_bytes):>10}  simulated: reserved, not used")
+        print(f"{'CUDA context, on top':<32}{format_bytes(estimate.context_bytes):>10}  assumed, depends on the driver")
+        print(f"{'what a GPU must have free':<32}{format_bytes(estimate.device_bytes):>10}")
+    if estimate.paged_bytes:
+        print(f"{'paged optimizer states':<32}{format_bytes(estimate.paged_bytes):>10}  on the GPU where there is room")
+    print(f"\n{'checkpoint to resume from':<32}{format_bytes(estimate.checkpoint_bytes):>10}")
+    print(f"{'exported adapter':<32}{format_bytes(estimate.exported_bytes):>10}")
+    if estimate.layers_measured:
+        shallow, deeper = estimate.layers_measured
+        print(f"\nExtrapolated from models of {shallow} and {deeper} of its layers, which repeat.")
+
+
+def _print_table(rows: Sequence[_Row], most: int | None) -> None:
+    from autopeft.report.words import describe_settings, format_bytes, format_count, title_method
+
+    columns = f"{'trainable':>10} {'training':>10} {'evaluation':>11} {'GPU, free':>10} {'checkpoint':>11}"
+    print(f"{columns}  configuration")
+    for row in rows:
+        spec, estimate = row.spec, row.estimate
+        own = describe_settings(spec)
+        words = f"{title_method(spec.method)}{', ' + own if own else ''}, {spec.bits} bits"
+        if spec.optimizer != "adamw":
+            words += f", {spec.optimizer}"
+        if estimate is None:
+            print(f"{'-':>10} {'-':>10} {'-':>11} {'-':>10} {'-':>11}  {words}: {row.refused}")
+            continue
+        figures = [
+            estimate.peak_bytes,
+            estimate.scoring_bytes,
+            estimate.device_bytes if estimate.context_bytes else None,
+            estimate.checkpoint_bytes,
+        ]
+        texts = ["-" if number is None else format_bytes(number) for number in figures]
+        fits = "" if most is None else f" ({_fit(estimate, most)} {format_bytes(most)})"
+        print(
+            f"{format_count(estimate.trainable_parameters):>10} {texts[0]:>10} {texts[1]:>11} {texts[2]:>10} "
+            f"{texts[3]:>11}  {words}{fits}"
+        )
+    estimates = [row.estimate for row in rows if row.estimate is not None]
+    if estimates:
+        print(f"\nModelled for {estimates[0].device}.")
+
+
+def _fit(estimate: Estimate, most: int) -> str:
+    return "within" if estimate.peak_bytes <= most else "over"
