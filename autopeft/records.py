@@ -309,6 +309,8 @@ class StudyConfig:
     majority_test_quality: float
     scorer: str
     backend: str = "hf"
+    max_params: int | None = None
+    """The most trainable parameters that a configuration may have, the head left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

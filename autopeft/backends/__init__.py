@@ -28,6 +28,7 @@ def load_cost_model(setup: WorkerSetup) -> CostModel:
 
         return FakeCostModel()
     from autopeft.backends.hf.cost import HfCostModel
+    from autopeft.backends.hf.cuda_rules import MODELLED_GPU, find_gpu
     from autopeft.backends.hf.data import TaskData
     from autopeft.tasks.spec import parse_task
 
@@ -38,6 +39,8 @@ def load_cost_model(setup: WorkerSetup) -> CostModel:
         num_labels=len(task.labels),
         device_kind="cuda" if setup.device.startswith("cuda") else "cpu",
         longest_tokens=data.longest_tokens,
+        scoring_tokens=max(data.validation.lengths()),
+        gpu=find_gpu() or MODELLED_GPU,
     )
 
 

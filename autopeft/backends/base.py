@@ -14,6 +14,10 @@ from autopeft.records import Cost, FailureReason, TrialSpec, from_record, to_rec
 
 Purpose = Literal["search", "confirm", "baseline"]
 
+CONTEXT_BYTES = 512 * 2**20
+"""Assumed for what the driver keeps for a process with kernels loaded, outside PyTorch's allocator and its figures. It
+depends on driver, GPU and libraries, commonly 0.3 to 0.6 GiB; `benchmarks/vram.py` prints what it is on a GPU."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSetup:
@@ -51,6 +55,8 @@ class Stretch:
     """Whether to write a checkpoint at the end."""
     score_test: bool = False
     """Only ever true for confirmations, at full length."""
+    score_batch_size: int | None = None
+    """Examples at a time in evaluation, so that it needs no more memory than training; None leaves it to the worker."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--objectives", default="quality,vram,params", help="default: quality,vram,params")
     parser.add_argument("--max-vram", metavar="SIZE", help="never start what needs more: 24GB")
+    parser.add_argument("--max-params", metavar="COUNT", help="never start what trains more: 10M")
     parser.add_argument("--max-steps", type=int, help="steps of the full length (default: from budget and data)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, help="default: one a GPU, or one a CPU core up to 4")
@@ -122,13 +123,18 @@ def _print_costs(plan: Plan) -> None:
     """Peak VRAM and parameters of every recipe, computed without training."""
     from autopeft.cli.session import STUDIES
     from autopeft.errors import AutopeftError
+    from autopeft.executors.devices import find_free_bytes
     from autopeft.executors.local import LocalExecutor
     from autopeft.report.words import describe_spec, format_bytes, format_count
+    from autopeft.search.limits import Limits
+    from autopeft.search.store import Trial
 
     if plan.splits is None:
         return
     executor = LocalExecutor(plan.setup(STUDIES), list(plan.devices))
-    most = plan.config.max_vram_bytes
+    on_gpu = plan.config.device_kind == "cuda"
+    limits = Limits(plan.config, [], find_free_bytes(plan.config.workers) if on_gpu else None)
+    fitting = total = 0
     try:
         print(f"\n{'peak VRAM, estimated':>20}  {'trainable':>10}  first trials, one a method")
         for spec in (*plan.config.included, *plan.space.recipes):
@@ -136,9 +142,12 @@ def _print_costs(plan: Plan) -> None:
             if reply.cost is None:
                 print(f"{'-':>20}  {'-':>10}  {describe_spec(spec)}: {reply.refused}")
                 continue
-            over = " (over --max-vram)" if most is not None and reply.cost.peak_vram_bytes > most else ""
+            rule = limits.judge(Trial(number=-1, spec=spec, source="recipe", cost=reply.cost)).rule
+            total, fitting = total + 1, fitting + (rule is None)
+            why_not = f" (does not fit: {rule})" if rule else ""
             size = format_bytes(reply.cost.peak_vram_bytes)
-            print(f"{size:>20}  {format_count(reply.cost.trainable_parameters):>10}  {describe_spec(spec)}{over}")
+            print(f"{size:>20}  {format_count(reply.cost.trainable_parameters):>10}  {describe_spec(spec)}{why_not}")
+        print(f"{fitting} of {total} fit")
     except AutopeftError as exc:
         print(f"The costs of single configurations are not known: {exc}")
     finally:

@@ -53,13 +53,15 @@ def read_local(store: StudyStore) -> dict[str, str | None]:
 def run_study(store: StudyStore, executor: Executor, space: SearchSpace, limit: float) -> int:
     """Runs to the end or to an interrupt, and writes report and leaderboard either way."""
     from autopeft.cli.progress import show_progress
+    from autopeft.executors.devices import find_free_bytes
     from autopeft.search.results import build_record
     from autopeft.search.study import Search
 
+    free_bytes = find_free_bytes(store.config.workers) if store.config.device_kind == "cuda" else None
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         with store.lock(), show_progress(store.config) as display:
-            search = Search(store, executor, space, wall_seconds_limit=limit, on_change=display)
+            search = Search(store, executor, space, wall_seconds_limit=limit, free_bytes=free_bytes, on_change=display)
             record = search.run()
     except KeyboardInterrupt:
         print(f"\nInterrupted. Go on with: autopeft resume {store.config.name}")

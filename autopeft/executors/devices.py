@@ -58,6 +58,12 @@ def find_gpus() -> list[Gpu]:
     return gpus
 
 
+def find_free_bytes(workers: int) -> int | None:
+    """What the fullest of the GPUs that `plan_gpu_workers` would choose has free; None where there are too few."""
+    free = sorted((gpu.free_bytes for gpu in find_gpus()), reverse=True)
+    return free[workers - 1] if len(free) >= workers else None
+
+
 def count_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

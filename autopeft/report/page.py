@@ -19,6 +19,7 @@ from autopeft.report.charts import Figure
 from autopeft.report.figures import PURPOSES, curves_figure, timeline_figure
 from autopeft.report.files import write_atomically
 from autopeft.report.front_figure import cost_value, front_figure
+from autopeft.report.memory import describe_memory
 from autopeft.report.palette import Mark, mark_methods
 from autopeft.report.rows import list_columns, list_rows, list_states
 from autopeft.report.scores import all_trials, vram_title
@@ -165,6 +166,7 @@ def _list_origins(study: StudyRecord) -> list[tuple[str, str]]:
             f"{provenance.num_test:,} test",
         ),
         ("Search", f"space {config.space_name}, objectives {', '.join(config.objectives)}, {config.workers} workers"),
+        ("Memory", describe_memory(study)),
         ("Seed", f"{config.seed}; finalists confirmed with up to {config.confirm_seeds} more"),
         ("Packages", ", ".join(f"{name} {version}" for name, version in sorted(provenance.packages.items())) or "none"),
     ]

@@ -32,7 +32,7 @@ from autopeft.executors.devices import (
 from autopeft.records import Provenance, StudyConfig
 from autopeft.search.front import parse_objectives
 from autopeft.search.lengths import AUTO_GPU_MODEL, SCORING_SHARE, choose_max_steps, guess_seconds_per_step, plan_rungs
-from autopeft.search.request import Request, parse_bytes, parse_fixed, read_included
+from autopeft.search.request import Request, parse_bytes, parse_count, parse_fixed, read_included
 from autopeft.search.store import check_new_study
 from autopeft.spaces.load import find_space, parse_space
 from autopeft.spaces.space import SearchSpace
@@ -150,6 +150,7 @@ def make_plan(request: Request, *, studies: Path, dry_run: bool = False) -> Plan
         fixed=fixed,
         included=included,
         max_vram_bytes=parse_bytes(request.max_vram) if request.max_vram else None,
+        max_params=parse_count(request.max_params) if request.max_params else None,
         confirm_share=0.25,
         confirm_seeds=2,
         until=request.until,

@@ -28,6 +28,7 @@ class Request:
     fix: Sequence[str] = ()
     objectives: str = "quality,vram,params"
     max_vram: str | None = None
+    max_params: str | None = None
     max_steps: int | None = None
     seed: int = 0
     workers: int | None = None
@@ -51,6 +52,20 @@ def parse_bytes(text: str) -> int:
     if not 0 < size < math.inf:
         raise SpecError(f"--max-vram must be a number above zero, but is '{text}'.")
     return int(size)
+
+
+def parse_count(text: str) -> int:
+    """`1.5M` -> 1500000. Raises SpecError where it is no number above zero."""
+    units = {"k": 1e3, "m": 1e6, "b": 1e9}
+    cleaned = text.strip().lower()
+    unit = units.get(cleaned[-1:], 1.0)
+    try:
+        count = float(cleaned.rstrip("kmb")) * unit
+    except ValueError:
+        raise SpecError(f"--max-params takes a number such as 500k or 10M, but was given '{text}'.") from None
+    if not 1 <= count < math.inf:
+        raise SpecError(f"--max-params must be at least 1, but is '{text}'.")
+    return round(count)
 
 
 def parse_fixed(items: Sequence[str]) -> dict[str, Scalar]:

@@ -34,6 +34,8 @@ class Observation(NamedTuple):
     """In the objectives' order; None where it was never scored."""
     missing: float
     """Share of the full length not trained, in [0, 1]; above 0 for what was stopped, refused or failed."""
+    excess: float = 0.0
+    """By what share it exceeds a limit on memory or parameters; what is just over is nearer to what fits."""
 
 
 def suggest_spec(
@@ -63,6 +65,7 @@ def suggest_spec(
                 return spec
             # Forbidden by a rule or tried before: known to the sampler as infeasible, so that it looks elsewhere.
             trial.set_constraint("missing", 1.0)
+            trial.set_constraint("excess", 0.0)
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     return None
 
@@ -101,5 +104,5 @@ def _freeze(space: SearchSpace, observation: Observation, num_objectives: int) -
         values=list(observation.values) if observation.values is not None else None,
         params=dict(observation.params),
         distributions=distributions(space, observation.params),
-        constraints={"missing": observation.missing},
+        constraints={"missing": observation.missing, "excess": observation.excess},
     )

@@ -36,6 +36,7 @@ from autopeft.records import (
 )
 from autopeft.search.account import Account
 from autopeft.search.front import cost_vector
+from autopeft.search.limits import Limits
 from autopeft.search.policy import Promote, Situation, Speed, StartNew, choose_next, next_rung
 from autopeft.search.racing import Contender, PairedRacing, RacingRule, beats_majority
 from autopeft.search.results import analyze, build_record, plan_confirmations
@@ -85,15 +86,18 @@ class Search:
         space: SearchSpace,
         *,
         wall_seconds_limit: float = math.inf,
+        free_bytes: int | None = None,
         racing: RacingRule | None = None,
         on_change: Callable[[Status], None] = lambda status: None,
     ) -> None:
-        """`wall_seconds_limit` bounds this run beside the budget (`--until`)."""
+        """`wall_seconds_limit` bounds this run beside the budget (`--until`); `free_bytes` is what a worker's GPU has
+        free before it starts."""
         self.store = store
         self.executor = executor
         self.space = space
         self.config = store.config
         self.account = Account(store, executor, wall_seconds_limit)
+        self.limits = Limits(self.config, store.trials, free_bytes)
         self.racing = racing or PairedRacing()
         self.on_change = on_change
         self.speed = Speed()
@@ -304,7 +308,9 @@ class Search:
             if trial.rungs and trial.cost is not None:
                 values = (trial.rungs[-1].quality, *cost_vector(trial.cost, self.config.objectives))
             missing = 1 - trial.step / trial.spec.max_steps if values is not None else 1.0
-            history.append(Observation(params, values, missing))
+            refused = trial.state == "refused" and trial.cost is not None
+            excess = self.limits.judge(trial).excess if refused else 0.0
+            history.append(Observation(params, values, missing, excess))
         return history
 
     def _is_feasible(self, trial: Trial) -> bool:
@@ -313,9 +319,9 @@ class Search:
         if rule is None:
             reply = self._cost(trial.spec)
             trial.cost, rule = reply.cost, reply.refused
-        most = self.config.max_vram_bytes
-        if rule is None and trial.cost is not None and most is not None and trial.cost.peak_vram_bytes > most:
-            rule = f"needs {trial.cost.peak_vram_bytes / 2**30:.2f} GiB, and --max-vram is {most / 2**30:.2f} GiB"
+        if rule is None and trial.cost is not None:
+            trial.cost = self.limits.correct(trial.cost, trial.spec.bits)
+            rule = self.limits.judge(trial).rule
         if rule is None:
             return True
         trial.state, trial.outcome = "refused", Refused(rule=rule)
@@ -345,6 +351,7 @@ class Search:
             checkpoint_digest=trial.checkpoint_digest if from_step else None,
             save=purpose == "search" and to_step < spec.max_steps,
             score_test=purpose == "confirm",
+            score_batch_size=trial.cost.scoring_batch_size if trial.cost is not None else None,
         )
 
     def _next_baseline(self) -> tuple[Trial, Stretch]:

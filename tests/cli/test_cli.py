@@ -10,9 +10,9 @@ from autopeft.cli.main import build_parser, main
 
 OPTIONS = {
     "search": [
-        "--budget", "--data-dir", "--dry-run", "--fix", "--include", "--max-steps", "--max-vram", "--methods",
-        "--model", "--name", "--objectives", "--plan-for", "--price", "--seed", "--space", "--task", "--until",
-        "--workers",
+        "--budget", "--data-dir", "--dry-run", "--fix", "--include", "--max-params", "--max-steps", "--max-vram",
+        "--methods", "--model", "--name", "--objectives", "--plan-for", "--price", "--seed", "--space", "--task",
+        "--until", "--workers",
     ],
     "resume": ["--budget", "STUDY"],
     "report": ["STUDY"],

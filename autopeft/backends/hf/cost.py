@@ -23,9 +23,10 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
 )
 
+from autopeft.backends.base import CONTEXT_BYTES
 from autopeft.backends.hf.base_model import BaseModel, load_config
 from autopeft.backends.hf.build import ParameterCount, build_trial_model, count_trainable
-from autopeft.backends.hf.cuda_rules import CONTEXT_BYTES, MODELLED_GPU, Gpu, cublas_workspace_bytes
+from autopeft.backends.hf.cuda_rules import MODELLED_GPU, Gpu, cublas_workspace_bytes
 from autopeft.backends.hf.data import Batch
 from autopeft.backends.hf.depth import Depths, Growth, is_shortened, leave_out_layers, plan_depths, read_signatures
 from autopeft.backends.hf.fake_base import (

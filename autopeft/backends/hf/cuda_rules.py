@@ -130,11 +130,6 @@ def cublas_workspace_bytes(gpu: Gpu) -> int:
     return _NUM_HANDLES * sum(int(size) * 1024 * int(count) for size, count in pairs)
 
 
-CONTEXT_BYTES = 512 * 2**20
-"""Assumed for what the driver keeps for a process with kernels loaded, outside PyTorch's allocator and its figures. It
-depends on driver, GPU and libraries, commonly 0.3 to 0.6 GiB; `benchmarks/vram.py` prints what it is on a GPU."""
-
-
 def find_gpu() -> Gpu | None:
     """The first GPU of this machine by nvidia-smi, without loading CUDA; None where there is none."""
     try:

@@ -242,11 +242,11 @@ class HfBackend:
     # --- score, checkpoint
 
     def _finish(self, live: LiveTrial, stretch: Stretch, vram: Vram | None, train_seconds: float) -> Finished:
-        validation = self._score(live, self.data.validation)
+        validation = self._score(live, self.data.validation, stretch.score_batch_size)
         arrays: dict[str, Any] = _pack_scores("validation", validation)
         test = None
         if stretch.score_test:
-            test_scores = self._score(live, self.data.test)
+            test_scores = self._score(live, self.data.test, stretch.score_batch_size)
             arrays |= _pack_scores("test", test_scores)
             test = self._summarize(test_scores, self.data.test)
         name = f"scores/trial-{stretch.trial:05d}-{stretch.purpose}-seed{stretch.spec.seed}-step{stretch.to_step}.npz"
@@ -271,9 +271,9 @@ class HfBackend:
             reserved_vram_bytes=vram.reserved_bytes if vram else None,
         )
 
-    def _score(self, live: LiveTrial, split: TokenizedSplit) -> SplitScores:
-        # Without activations kept for a backward pass, twice the training batch still needs less memory.
-        batches = scoring_batches(split.lengths(), 2 * live.spec.batch_size)
+    def _score(self, live: LiveTrial, split: TokenizedSplit, batch_size: int | None) -> SplitScores:
+        # Without activations kept for a backward pass, twice the training batch mostly needs less memory.
+        batches = scoring_batches(split.lengths(), batch_size or 2 * live.spec.batch_size)
         device = self.setup.device
         return score_batches(live.model, batches, lambda i: self.data.collate(split, i, device), device=device)
 

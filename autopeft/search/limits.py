@@ -1,0 +1,147 @@
+"""What may be started: limits on memory and parameters, judged with what the study's measurements have taught.
+
+On a GPU the probe of each trial measures what had been estimated. The differences, fitted over the trials on the same
+base, are added to later estimates; where nothing was measured, estimates are taken as they are.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+from typing import NamedTuple
+
+from autopeft.backends.base import CONTEXT_BYTES
+from autopeft.records import Bits, Cost, Failed, StudyConfig
+from autopeft.search.store import Trial
+
+_FEWEST_FOR_A_SLOPE = 4
+_LEAST_SPREAD = 1.5
+"""Between the smallest and the largest estimate: a slope fitted to less would be noise."""
+
+
+class Overhead(NamedTuple):
+    """What to add to an estimate: `fixed_bytes` plus `share` of it."""
+
+    fixed_bytes: float
+    share: float
+    num_trials: int
+    """That it was fitted to."""
+
+    def correct(self, estimated_bytes: int) -> int:
+        return max(0, round(estimated_bytes + self.fixed_bytes + self.share * estimated_bytes))
+
+
+class Judgement(NamedTuple):
+    rule: str | None
+    """Why it may not be started, or None."""
+    excess: float
+    """By what share the worst limit is exceeded; 0 where none is."""
+
+
+def measured_pairs(trials: Sequence[Trial], bits: Bits | None = None) -> list[tuple[int, int]]:
+    """(estimated, measured) peaks of trials, on bases of that width. Out of memory is no measurement of a peak."""
+    return [
+        (cost.estimated_vram_bytes, cost.peak_vram_bytes)
+        for trial in trials
+        if (cost := trial.cost) is not None
+        and cost.vram_source == "measured"
+        and cost.estimated_vram_bytes is not None
+        and not _ran_out(trial)
+        and bits in (None, trial.spec.bits)
+    ]
+
+
+def fit_overhead(pairs: Sequence[tuple[int, int]]) -> Overhead:
+    """The medians of slopes and of offsets (Theil and Sen), which one odd measurement does not move."""
+    surplus = [measured - estimated for estimated, measured in pairs]
+    if not pairs:
+        return Overhead(0.0, 0.0, 0)
+    estimates = [estimated for estimated, _ in pairs]
+    share = 0.0
+    if len(pairs) >= _FEWEST_FOR_A_SLOPE and max(estimates) >= _LEAST_SPREAD * min(estimates):
+        slopes = [
+            (surplus[j] - surplus[i]) / (estimates[j] - estimates[i])
+            for i, j in combinations(range(len(pairs)), 2)
+            if estimates[i] != estimates[j]
+        ]
+        share = statistics.median(slopes)
+    fixed = statistics.median(s - share * e for s, e in zip(surplus, estimates, strict=True))
+    return Overhead(fixed, share, len(pairs))
+
+
+class Limits:
+    """Judges costs by the study's limits, the device's free memory, and the trials so far."""
+
+    def __init__(self, config: StudyConfig, trials: Sequence[Trial], free_bytes: int | None) -> None:
+        """`trials` is read anew at each judgement. `free_bytes` is what a worker's GPU had free, where there is one."""
+        self._config = config
+        self._trials = trials
+        self._free_bytes = free_bytes
+
+    def overhead(self, bits: Bits) -> Overhead:
+        """By trials on a base of that width, or by all while there are none."""
+        return fit_overhead(measured_pairs(self._trials, bits) or measured_pairs(self._trials))
+
+    def correct(self, cost: Cost, bits: Bits) -> Cost:
+        """An estimated cost with what measurements taught; a measured one as it is."""
+        if cost.vram_source == "measured":
+            return cost
+        corrected = self.overhead(bits).correct(cost.peak_vram_bytes)
+        return replace(cost, corrected_vram_bytes=None if corrected == cost.peak_vram_bytes else corrected)
+
+    def judge(self, trial: Trial) -> Judgement:
+        """Of a trial whose cost is known and corrected."""
+        cost = trial.cost
+        assert cost is not None
+        need = needed_bytes(cost)
+        learned = "" if cost.corrected_vram_bytes is None else ", corrected by what was measured,"
+        judgements = [Judgement(None, 0.0)]
+
+        def limit(amount: float, most: float | None, rule: str) -> None:
+            if most is not None and amount > most:
+                judgements.append(Judgement(rule, amount / most - 1))
+
+        most = self._config.max_vram_bytes
+        limit(need, most, f"needs {_gib(need)}{learned} and --max-vram is {_gib(most or 0)}")
+        free = None if self._free_bytes is None else max(1, self._free_bytes - CONTEXT_BYTES)
+        limit(need, free, f"needs {_gib(need)}{learned} and the GPU has {_gib(free or 0)} free for it")
+        params = self._config.max_params
+        count = cost.trainable_parameters
+        limit(count, params, f"trains {count:,} parameters, and --max-params is {params or 0:,}")
+        failed = self._least_that_ran_out(trial)
+        if failed is not None:
+            room = self._need_of(failed)
+            # As much as what failed is too much already.
+            rule = f"needs {_gib(need)}{learned} and trial {failed.number} ran out of memory with {_gib(room)}"
+            limit(need, room - 1, rule)
+        return max(judgements, key=lambda judgement: judgement.excess)
+
+    def _least_that_ran_out(self, but: Trial) -> Trial | None:
+        failed = [trial for trial in self._trials if _ran_out(trial) and trial.cost is not None and trial is not but]
+        return min(failed, key=self._need_of, default=None)
+
+    def _need_of(self, trial: Trial) -> int:
+        """What a trial would have needed, had it fitted: its estimate with today's correction."""
+        assert trial.cost is not None
+        estimated = trial.cost.estimated_vram_bytes or trial.cost.peak_vram_bytes
+        return max(self.overhead(trial.spec.bits).correct(estimated), trial.cost.peak_vram_bytes)
+
+
+def needed_bytes(cost: Cost) -> int:
+    """The best that is known of a peak: measured, else corrected, else estimated; training's or the evaluation's."""
+    peak = cost.peak_vram_bytes
+    if cost.vram_source == "estimated" and cost.corrected_vram_bytes is not None:
+        peak = cost.corrected_vram_bytes
+    # Scoring one example at a time can still need more, where examples to score are longer than those to train on.
+    surplus = max(0, (cost.scoring_vram_bytes or 0) - (cost.estimated_vram_bytes or cost.peak_vram_bytes))
+    return peak + surplus
+
+
+def _ran_out(trial: Trial) -> bool:
+    return isinstance(trial.outcome, Failed) and trial.outcome.reason == "out_of_memory"
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

@@ -1,0 +1,207 @@
+"""What is refused, and how measurements change that; measurements are made up, because they need a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autopeft.backends.base import CONTEXT_BYTES, Ended, Finished, Stretch
+from autopeft.errors import SpecError
+from autopeft.executors.inline import InlineExecutor
+from autopeft.records import Completed, Cost, Failed, TrialSpec
+from autopeft.search.limits import Limits, fit_overhead, needed_bytes
+from autopeft.search.request import parse_count
+from autopeft.search.store import Trial
+from autopeft.search.study import measured_cost
+
+MIB = 2**20
+GIB = 2**30
+MakeSpec = Callable[..., TrialSpec]
+
+
+def estimated(num_bytes: int, *, params: int = 1000, scoring: int | None = None) -> Cost:
+    return Cost(
+        trainable_parameters=params, head_parameters=2, peak_vram_bytes=num_bytes, vram_source="estimated",
+        scoring_vram_bytes=scoring,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def make_trial(make_spec: MakeSpec) -> Callable[..., Trial]:
+    def make(number: int, cost: Cost, *, measured: int | None = None, ran_out: bool = False, bits: int = 16) -> Trial:
+        trial = Trial(number=number, spec=make_spec("lora", bits=bits), source="sampler", cost=cost)
+        if measured is not None:
+            trial.cost = measured_cost(cost, measured, None)
+            trial.outcome = Failed(reason="out_of_memory", detail="") if ran_out else Completed()
+        return trial
+
+    return make
+
+
+@pytest.fixture
+def config(studies: Any) -> Any:
+    return studies.config(device_kind="cuda")
+
+
+# --- the fit
+
+
+def test_without_measurements_nothing_is_added():
+    assert fit_overhead([]).correct(7 * GIB) == 7 * GIB
+
+
+def test_one_measurement_teaches_a_constant():
+    assert fit_overhead([(4 * GIB, 4 * GIB + 60 * MIB)]).correct(9 * GIB) == 9 * GIB + 60 * MIB
+
+
+@given(
+    fixed=st.integers(-50, 500),
+    share=st.floats(-0.05, 0.2),
+    sizes=st.lists(st.integers(1, 400), min_size=4, max_size=9, unique=True),
+    asked=st.integers(1, 1000),
+)
+def test_a_fixed_and_a_proportional_overhead_are_both_recovered(fixed, share, sizes, asked):
+    # From 1 to at least 1.5 times, or a slope would not be fitted.
+    sizes = [*sizes, 2 * max(sizes)]
+    pairs = [(size * 64 * MIB, round(size * 64 * MIB * (1 + share) + fixed * MIB)) for size in sizes]
+    expected = asked * 64 * MIB * (1 + share) + fixed * MIB
+    assert fit_overhead(pairs).correct(asked * 64 * MIB) == pytest.approx(max(0.0, expected), rel=1e-4, abs=4096)
+
+
+def test_one_odd_measurement_does_not_move_the_fit():
+    pairs = [(size * GIB, size * GIB + 100 * MIB) for size in (2, 3, 4, 5, 6, 7, 8)]
+    pairs[3] = (5 * GIB, 9 * GIB)
+    assert fit_overhead(pairs).correct(10 * GIB) == pytest.approx(10 * GIB + 100 * MIB, rel=0.001)
+
+
+def test_measurements_of_another_width_count_only_while_there_are_none_of_its_own(config, make_trial):
+    trials = [make_trial(0, estimated(8 * GIB), measured=8 * GIB + 300 * MIB, bits=4)]
+    limits = Limits(config, trials, None)
+    assert limits.correct(estimated(GIB), 16).corrected_vram_bytes == GIB + 300 * MIB
+    trials.append(make_trial(1, estimated(8 * GIB), measured=8 * GIB + 100 * MIB, bits=16))
+    assert limits.correct(estimated(GIB), 16).corrected_vram_bytes == GIB + 100 * MIB
+
+
+def test_a_measured_cost_is_not_corrected(config, make_trial):
+    trial = make_trial(0, estimated(8 * GIB), measured=9 * GIB)
+    assert trial.cost is not None
+    assert Limits(config, [trial], None).correct(trial.cost, 16) == trial.cost
+
+
+# --- the limits
+
+
+def test_a_correction_can_refuse_what_an_estimate_allows(config, make_trial):
+    config = replace(config, max_vram_bytes=10 * GIB)
+    measured = make_trial(0, estimated(8 * GIB), measured=9 * GIB)
+    limits = Limits(config, [measured], None)
+    trial = make_trial(1, estimated(int(9.5 * GIB)))
+    assert limits.judge(trial).rule is None
+    trial.cost = limits.correct(trial.cost, 16)
+    judgement = limits.judge(trial)
+    assert "corrected" in (judgement.rule or "")
+    assert "10.50 GiB" in (judgement.rule or "")
+    assert judgement.excess == pytest.approx(0.05)
+
+
+def test_the_worst_limit_is_the_one_named(config, make_trial):
+    config = replace(config, max_vram_bytes=10 * GIB, max_params=100)
+    judgement = Limits(config, [], None).judge(make_trial(0, estimated(11 * GIB, params=200)))
+    assert "--max-params" in (judgement.rule or "")
+    assert judgement.excess == 1.0
+
+
+def test_memory_that_other_processes_hold_is_not_offered(config, make_trial):
+    trial = make_trial(0, estimated(10 * GIB))
+    assert Limits(config, [], 10 * GIB + CONTEXT_BYTES).judge(trial).rule is None
+    assert "free" in (Limits(config, [], 10 * GIB).judge(trial).rule or "")
+
+
+def test_what_needs_as_much_as_what_ran_out_of_memory_is_refused(config, make_trial):
+    failed = make_trial(0, estimated(20 * GIB), measured=18 * GIB, ran_out=True)
+    limits = Limits(config, [failed], None)
+    assert "trial 0 ran out of memory" in (limits.judge(make_trial(1, estimated(20 * GIB))).rule or "")
+    assert limits.judge(make_trial(2, estimated(19 * GIB))).rule is None
+    # What it held when it failed is no peak of a whole step.
+    assert limits.overhead(16).num_trials == 0
+
+
+def test_an_evaluation_that_needs_more_than_training_counts(config, make_trial):
+    assert needed_bytes(estimated(4 * GIB, scoring=5 * GIB)) == 5 * GIB
+    assert needed_bytes(estimated(4 * GIB, scoring=3 * GIB)) == 4 * GIB
+
+
+@pytest.mark.parametrize(("text", "count"), [("500k", 500_000), ("1.5M", 1_500_000), ("12", 12), ("2B", 2_000_000_000)])
+def test_counts_are_read_with_their_units(text, count):
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "many", "-3", "0", "inf", "nan", "5GB"])
+def test_what_is_no_count_is_refused(text):
+    with pytest.raises(SpecError, match="--max-params"):
+        parse_count(text)
+
+
+# --- in a study
+
+
+def test_max_params_refuses_before_starting(studies):
+    record = studies.run(studies.create_default(budget="8trials", max_params=20_000))
+    started = [trial for trial in record.trials if trial.rungs]
+    refused = [trial for trial in record.trials if trial.outcome is not None and trial.outcome.kind == "refused"]
+    assert started
+    assert refused
+    assert all(trial.cost.trainable_parameters <= 20_000 for trial in started)
+    assert all("--max-params" in trial.outcome.rule for trial in refused)
+
+
+class _CardOf(InlineExecutor):
+    """A GPU that measures 10% more than is estimated, and has only so much."""
+
+    most: int = 0
+
+    def assign(self, worker: int, pack: Any) -> None:
+        backend, costs, most = self._backend, self._costs, self.most
+
+        class Measuring:
+            def run(self, stretch: Stretch, emit: Any) -> Finished | Ended:
+                need = round(1.1 * costs.cost(stretch.spec).peak_vram_bytes)
+                if need > most and stretch.purpose == "search":
+                    return Ended(job=stretch.job, reason="out_of_memory", detail="CUDA", peak_vram_bytes=most)
+                done = backend.run(stretch, emit)
+                measured = need if stretch.from_step == 0 else None
+                return replace(done, peak_vram_bytes=measured) if isinstance(done, Finished) else done
+
+        self._backend = Measuring()  # type: ignore[assignment]
+        try:
+            super().assign(worker, pack)
+        finally:
+            self._backend = backend
+
+
+def test_a_trial_that_runs_out_of_memory_ends_and_later_ones_are_judged_by_it(studies):
+    # By the fake costs, full fine-tuning of 1M parameters needs 16.2 MB, which is 17.8 MB measured.
+    space = "methods: {full: {}, lora: {rank: {low: 1, high: 64}, bits: [unquantized]}}"
+    store = studies.create(space=space, budget="10trials")
+    executor = studies.executor(store)
+    executor.__class__ = _CardOf
+    executor.most = 12_000_000
+    from autopeft.search.plan import restore_space
+    from autopeft.search.study import Search
+
+    record = Search(store, executor, restore_space(store.config)).run()
+    ran_out = [
+        t for t in record.trials if t.outcome is not None and getattr(t.outcome, "reason", "") == "out_of_memory"
+    ]
+    assert ran_out
+    assert all(trial.cost.peak_vram_bytes == 12_000_000 for trial in ran_out)
+    completed = [trial for trial in record.trials if trial.state == "complete"]
+    assert completed
+    # From the second on they are corrected, by the tenth that they were off.
+    last = max((t for t in completed if t.cost.corrected_vram_bytes is not None), key=lambda trial: trial.number)
+    assert last.cost.corrected_vram_bytes == pytest.approx(last.cost.peak_vram_bytes, rel=0.02)
