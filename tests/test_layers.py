@@ -149,7 +149,9 @@ print("LOADED", *sorted(heavy & set(sys.modules)))
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["search", "--help"], ["methods"], ["tasks"], ["estimate", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["search", "--help"], ["methods"], ["tasks"], ["estimate", "--help"]]
+)
 def test_light_commands_load_no_heavy_library(arguments: list[str]) -> None:
     code = f"""
 import sys
