@@ -31,6 +31,11 @@ TrialState = Literal["waiting", "running", "paused", "stopped", "complete", "fai
 R = TypeVar("R")
 
 
+def _optional() -> Any:
+    """A field that older records lack, and that is left out of newer ones where it is None."""
+    return dataclasses.field(default=None, metadata={"leave_out_default": True})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialSpec:
     """One configuration, complete enough to train it again."""
@@ -84,11 +89,11 @@ class Cost:
     """The caching allocator's peak, only where measured."""
     estimated_vram_bytes: int | None = None
     """What had been estimated, kept beside a measurement."""
-    corrected_vram_bytes: int | None = None
+    corrected_vram_bytes: int | None = _optional()
     """The estimate plus what earlier measurements of the study taught it to add, where that differs."""
-    scoring_vram_bytes: int | None = None
+    scoring_vram_bytes: int | None = _optional()
     """Peak of the evaluation pass, estimated."""
-    scoring_batch_size: int | None = None
+    scoring_batch_size: int | None = _optional()
     """Examples at a time in evaluation; None leaves it to the worker."""
 
 
@@ -309,7 +314,7 @@ class StudyConfig:
     majority_test_quality: float
     scorer: str
     backend: str = "hf"
-    max_params: int | None = None
+    max_params: int | None = _optional()
     """The most trainable parameters that a configuration may have, the head left out."""
 
 
