@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from autopeft.records import Provenance, StudyConfig, StudyRecord, TrialSpec
 from autopeft.search.plan import Plan, make_plan
-from autopeft.search.racing import Contender, Verdict
+from autopeft.search.racing import Contender, LossCurve, Verdict
 from autopeft.search.request import Request
 from autopeft.search.store import StudyStore, Trial
 from autopeft.search.study import Search
@@ -26,6 +26,9 @@ Waiting ones are all started before any goes on past the first rung; sampled one
 
 class NeverStop:
     """No racing: every trial goes to its full length."""
+
+    def learn(self, curves: Sequence[LossCurve]) -> NeverStop:
+        return self
 
     def judge(
         self, trial: Contender, rivals: Sequence[Contender], *, progress: float, majority_quality: float

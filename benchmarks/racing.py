@@ -24,26 +24,28 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from configurations import draw_specs, limit_rows
-from curves import (
-    Recording,
-    ReplayExecutor,
-    even_pace,
-    join_recordings,
-    make_recording,
-    read_recording,
-    write_recording,
-    write_scores,
-)
+from curves import make_recording
 from listed_search import Arrival, Asked, ListedSearch, NeverStop, count_spent, create_study, plan_listed
 from machine import describe_machine
+from memory_study import MemoryStore
 
+from autopeft.backends.replay import (
+    Recording,
+    ReplayBackend,
+    ReplayCostModel,
+    even_pace,
+    join_recordings,
+    read_recording,
+    write_recording,
+)
+from autopeft.executors.inline import InlineExecutor
 from autopeft.executors.local import LocalExecutor
 from autopeft.records import StudyRecord, TrialRecord, TrialSpec, digest_json, to_record
 from autopeft.search.front import find_nondominated, hypervolume, scaled_points
 from autopeft.search.lengths import plan_rungs
 from autopeft.search.plan import Plan, make_provenance, restore_space
 from autopeft.search.racing import PairedRacing, RacingRule
-from autopeft.search.store import StudyStore, delete_study
+from autopeft.search.store import StudyStore, Trial, delete_study
 from autopeft.search.study import Search, Status
 
 RESULTS = Path(__file__).parent / "results"
@@ -194,23 +196,21 @@ def run_replay(arguments: argparse.Namespace) -> None:
     rules: list[tuple[str, RacingRule]] = [("as shipped", PairedRacing())]
     rules += [(f"z_at_end {z:g}", PairedRacing(z_at_end=z)) for z in arguments.z]
     rows = []
-    with tempfile.TemporaryDirectory() as name:
-        write_scores(recording, Path(name) / "scores")
-        for arrival in arguments.arrival:
-            player = Player(recording, Path(name), arrival)
-            unpruned = [player.play(order, NeverStop()) for order in orders]
-            for title, rule in rules:
-                raced = [player.play(order, rule) for order in orders]
-                rows.append(_make_row(recording, f"{arrival}, {title}, budget in trials", raced, unpruned))
-                for share in arguments.shares:
-                    raced = [player.play(order, rule, whole.wall_seconds * share)
-                             for order, whole in zip(orders, unpruned, strict=True)]  # fmt: skip
-                    rows.append(_make_row(recording, f"{arrival}, {title}, {share:.3g} of the time", raced, unpruned))
+    for arrival in arguments.arrival:
+        player = Player(recording, arrival)
+        unpruned = [player.play(order, NeverStop()) for order in orders]
+        for title, rule in rules:
+            raced = [player.play(order, rule) for order in orders]
+            rows.append(_make_row(recording, f"{arrival}, {title}, budget in trials", raced, unpruned))
             for share in arguments.shares:
-                # What a shorter budget alone does: the scheduler still chooses what goes on.
-                cut = [player.play(order, NeverStop(), whole.wall_seconds * share)
-                       for order, whole in zip(orders, unpruned, strict=True)]  # fmt: skip
-                rows.append(_make_row(recording, f"{arrival}, no racing, {share:.3g} of the time", cut, unpruned))
+                raced = [player.play(order, rule, whole.wall_seconds * share)
+                         for order, whole in zip(orders, unpruned, strict=True)]  # fmt: skip
+                rows.append(_make_row(recording, f"{arrival}, {title}, {share:.3g} of the time", raced, unpruned))
+        for share in arguments.shares:
+            # What a shorter budget alone does: the scheduler still chooses what goes on.
+            cut = [player.play(order, NeverStop(), whole.wall_seconds * share)
+                   for order, whole in zip(orders, unpruned, strict=True)]  # fmt: skip
+            rows.append(_make_row(recording, f"{arrival}, no racing, {share:.3g} of the time", cut, unpruned))
     pace = " Stretches at the pace of each configuration's fastest." if arguments.even_pace else ""
     _tell(recording, rows, arguments.out, f"Replayed in {len(orders)} order(s).{pace}")
 
@@ -226,33 +226,32 @@ def make_orders(specs: Sequence[TrialSpec], count: int) -> list[list[TrialSpec]]
 class Player:
     """Runs searches on a recording."""
 
-    def __init__(self, recording: Recording, folder: Path, arrival: Arrival) -> None:
+    def __init__(self, recording: Recording, arrival: Arrival) -> None:
         self._recording = recording
-        self._folder = folder
         self._arrival: Arrival = arrival
         space = restore_space(recording.curves.config)
         known = {curve.spec.key() for curve in recording.curves.curves}
         # A recipe that changed since the recording cannot be played.
         self._space = replace(space, recipes=tuple(spec for spec in space.recipes if spec.key() in known))
-        self._count = 0
 
     def play(self, specs: Sequence[TrialSpec], racing: RacingRule, wall_seconds: float | None = None) -> Outcome:
         """A search over `specs` in that order, with a budget in trials, and in wall seconds where given."""
         curves = self._recording.curves
-        self._count += 1
-        name = f"replay-{self._count}"
         budget = f"{len(specs)}trials" + ("" if wall_seconds is None else f",{wall_seconds / 60:.4f}min")
-        store = create_study(
-            curves.config, curves.provenance, self._recording.labels, specs, self._folder, name=name,
-            rungs=curves.config.rungs, budget=budget, arrival=self._arrival,
+        config = replace(
+            curves.config, name="replay", budget=budget, confirm_share=0.0, confirm_seeds=0,
+            included=tuple(specs) if self._arrival == "included" else (),
         )  # fmt: skip
-        store.save_study(reference=curves.reference)
-        executor = ReplayExecutor(self._recording, self._folder / "scores", curves.config.workers)
+        backend = ReplayBackend(self._recording)
+        store = MemoryStore(backend, config)
+        store.save_baseline(Trial(number=-1, spec=specs[0], source="baseline", state="complete"))
+        executor = InlineExecutor(
+            None, config.workers, backend=backend, costs=ReplayCostModel(self._recording),
+            device_rate=curves.device_rate,
+        )  # fmt: skip
         search = ListedSearch(store, executor, self._space, racing=racing)
         search.arriving = specs
-        outcome = summarize(search.run())
-        delete_study(self._folder, name)
-        return outcome
+        return summarize(search.run())
 
 
 def summarize(record: StudyRecord) -> Outcome:
@@ -312,9 +311,8 @@ def run_real(arguments: argparse.Namespace) -> None:
     # A study of its own each time: one that was interrupted would have been timed on two machines' moods.
     with tempfile.TemporaryDirectory() as name:
         record, _, _ = _run_study(plan, specs, Path(name), "real", PairedRacing())
-        write_scores(recording, Path(name) / "scores")
-        player = Player(recording, Path(name), "included")
-        unpruned, raced = player.play(specs, NeverStop()), player.play(specs, PairedRacing())
+    player = Player(recording, "included")
+    unpruned, raced = player.play(specs, NeverStop()), player.play(specs, PairedRacing())
     real = summarize(record)
     recorded = replace(unpruned, wall_seconds=sum(recording.curves.wall_seconds))
     rows = [

@@ -133,6 +133,8 @@ class Ended:
     reason: FailureReason
     detail: str
     peak_vram_bytes: int | None = None
+    simulated_seconds: float | None = None
+    """As in `Finished`."""
     kind: Literal["ended"] = "ended"
 
 

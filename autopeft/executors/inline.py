@@ -6,21 +6,36 @@ import heapq
 import math
 
 from autopeft.backends import load_backend, load_cost_model
-from autopeft.backends.base import CostReply, Finished, Pack, Ready, WorkerSetup
+from autopeft.backends.base import Backend, CostModel, CostReply, Finished, Pack, Ready, WorkerSetup
 from autopeft.errors import SpecError
 from autopeft.executors.base import WorkerEvent
 from autopeft.records import TrialSpec
+
+_SECONDS_TO_FAIL = 1.0
+"""Of a stretch that ended without saying how long it took."""
 
 
 class InlineExecutor:
     """Each pack is answered when simulated time reaches its end, whatever the number of workers."""
 
-    def __init__(self, setup: WorkerSetup, num_workers: int) -> None:
+    def __init__(
+        self,
+        setup: WorkerSetup | None,
+        num_workers: int,
+        *,
+        backend: Backend | None = None,
+        costs: CostModel | None = None,
+        device_rate: float = 1.0,
+    ) -> None:
+        """What `setup` names, or a backend and a cost model that are there already: a recording that was read."""
         self.num_workers = num_workers
-        self.device_rate = 1.0
+        self.device_rate = device_rate
         self._setup = setup
-        self._backend = load_backend(setup)
-        self._costs = load_cost_model(setup)
+        if backend is None or costs is None:
+            assert setup is not None, "neither a setup nor a backend with its cost model"
+            backend, costs = load_backend(setup), load_cost_model(setup)
+        self._backend = backend
+        self._costs = costs
         self._now = 0.0
         self._due: list[tuple[float, int, WorkerEvent]] = []
 
@@ -30,9 +45,11 @@ class InlineExecutor:
     def assign(self, worker: int, pack: Pack) -> None:
         for stretch in pack.stretches:
             event = self._backend.run(stretch, lambda _: None)
-            seconds = event.simulated_seconds if isinstance(event, Finished) else 1.0
-            assert seconds is not None, "the inline executor needs a backend with a simulated clock"
-            due = self._now + seconds
+            seconds = event.simulated_seconds
+            if seconds is None:
+                assert not isinstance(event, Finished), "the inline executor needs a backend with a simulated clock"
+                seconds = _SECONDS_TO_FAIL
+            due = self._now + seconds / self.device_rate
             heapq.heappush(self._due, (due, stretch.job, WorkerEvent(worker, event, due)))
 
     def wait(self, timeout_seconds: float) -> list[WorkerEvent]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -18,7 +19,6 @@ import numpy as np
 from autopeft.records import RungScore, TrialSpec
 from autopeft.search.front import scale_point
 from autopeft.search.gain import GrowthModel, expected_improvement
-from autopeft.search.racing import beats_majority
 from autopeft.search.store import Trial
 
 ETA = 2
@@ -45,7 +45,6 @@ class Situation(NamedTuple):
     rungs: tuple[int, ...]
     reference: dict[str, float]
     """Of the hypervolume: the worst quality and costs that count."""
-    majority_quality: float
     num_workers: int
     seconds_left: float
     """Wall seconds until the search must end; inf where no clock bounds it."""
@@ -53,6 +52,8 @@ class Situation(NamedTuple):
     can_suggest: bool
     """Whether the space may still hold something new."""
     recipes_left: bool
+    revivable: Sequence[Trial] = ()
+    """Stopped trials whose verdict may still fall."""
 
 
 class Speed:
@@ -60,10 +61,12 @@ class Speed:
 
     def __init__(self) -> None:
         self._per_step: dict[str, list[float]] = {}
+        self._medians: dict[str, float] = {}
         self._scoring: list[float] = []
 
     def learn(self, spec: TrialSpec, score: RungScore, num_steps: int, threads: float) -> None:
         self._per_step.setdefault(spec.method, []).append(score.train_seconds / num_steps)
+        self._medians[spec.method] = statistics.median(self._per_step[spec.method])
         self._scoring.append(max(0.0, score.device_seconds / threads - score.train_seconds))
 
     def predict(self, spec: TrialSpec | None, num_steps: int) -> float:
@@ -74,11 +77,10 @@ class Speed:
         """
         if not self._scoring:
             return 0.0
-        medians = {method: float(np.median(values)) for method, values in self._per_step.items()}
-        per_step = medians.get(spec.method) if spec is not None else None
+        per_step = self._medians.get(spec.method) if spec is not None else None
         if per_step is None:
-            per_step = max(medians.values())
-        return num_steps * per_step + float(np.max(self._scoring[-20:]))
+            per_step = max(self._medians.values())
+        return num_steps * per_step + max(self._scoring[-20:])
 
 
 def next_rung(trial: Trial, rungs: Sequence[int]) -> int:
@@ -97,6 +99,8 @@ def choose_next(situation: Situation, speed: Speed) -> StartNew | Promote | Wait
             return Promote(trial.number)
     if may_start:
         return StartNew()
+    for trial in _order_revivals(situation, speed):
+        return Promote(trial.number)
     if paused and not affordable:
         return Wait("time")
     if situation.trials_left <= 0:
@@ -105,19 +109,33 @@ def choose_next(situation: Situation, speed: Speed) -> StartNew | Promote | Wait
 
 
 def order_paused(situation: Situation, speed: Speed) -> list[Trial]:
-    """Paused trials, the most promising first: by expected growth of the front's hypervolume per second still needed
-    (per step where no clock bounds the search).
+    """Paused trials, the most promising first, as by `order_by_worth`."""
+    return order_by_worth([trial for trial in situation.trials if trial.state == "paused"], situation, speed)
 
-    The front is that of the complete trials and, as they are forecast, of the running ones. What does not yet beat the
-    majority class comes last, however cheap: it is on no front that anybody wants.
+
+def _order_revivals(situation: Situation, speed: Speed) -> list[Trial]:
+    """Stopped trials to go on with in time that nothing else can use, the most promising first.
+
+    Verdicts can be wrong, and time that is left cannot be saved. Without a clock in the budget there is no end of it.
     """
-    paused = [trial for trial in situation.trials if trial.state == "paused" and trial.cost is not None]
-    if not paused:
+    if math.isinf(situation.seconds_left):
+        return []
+    within = [trial for trial in situation.revivable if _can_complete(trial, situation, speed)]
+    return order_by_worth(within, situation, speed)
+
+
+def order_by_worth(trials: Sequence[Trial], situation: Situation, speed: Speed) -> list[Trial]:
+    """By expected growth of the front's hypervolume per second still needed (per step without a clock in the budget).
+
+    The front is that of the complete trials and, as they are forecast, of the running ones.
+    """
+    trials = [trial for trial in trials if trial.cost is not None]
+    if not trials:
         return []
     growth = GrowthModel(situation.trials, situation.rungs)
     had = [trial for trial in situation.trials if trial.state in ("complete", "running") and trial.rungs]
     points = [_forecast_point(trial, growth, situation)[0] for trial in had]
-    rows = [_forecast_point(trial, growth, situation) for trial in paused]
+    rows = [_forecast_point(trial, growth, situation) for trial in trials]
     candidates = np.array([row for row, _ in rows])
     gains = expected_improvement(
         candidates[:, 0],
@@ -126,15 +144,14 @@ def order_paused(situation: Situation, speed: Speed) -> list[Trial]:
         np.array(points, dtype=float).reshape(len(points), candidates.shape[1]),
     )
 
-    def worth(index: int) -> tuple[bool, float, int, float]:
-        trial, score = paused[index], paused[index].rungs[-1]
-        at_chance = not beats_majority(score.quality, situation.majority_quality, score.num_examples)
+    def worth(index: int) -> tuple[float, int, float]:
+        trial = trials[index]
         steps = float(situation.rungs[-1] - trial.step)
         # Without a clock in the budget decisions may not depend on one; before the first stretch it has told nothing.
         needed = steps if math.isinf(situation.seconds_left) else _seconds_to_end(trial, situation, speed) or steps
-        return at_chance, -float(gains[index]) / needed, -trial.step, score.loss
+        return -float(gains[index]) / needed, -trial.step, trial.rungs[-1].loss
 
-    return [paused[index] for index in sorted(range(len(paused)), key=worth)]
+    return [trials[index] for index in sorted(range(len(trials)), key=worth)]
 
 
 def _forecast_point(trial: Trial, growth: GrowthModel, situation: Situation) -> tuple[list[float], float]:
@@ -154,7 +171,7 @@ def _has_quota(trial: Trial, situation: Situation) -> bool:
 
 def _can_complete(trial: Trial, situation: Situation, speed: Speed) -> bool:
     """Whether the full length is within reach; a trial that ends between rungs would have cost time for nothing."""
-    return _seconds_to_end(trial, situation, speed) <= situation.seconds_left
+    return math.isinf(situation.seconds_left) or _seconds_to_end(trial, situation, speed) <= situation.seconds_left
 
 
 def _seconds_to_end(trial: Trial, situation: Situation, speed: Speed) -> float:

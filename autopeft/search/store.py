@@ -151,8 +151,11 @@ class StudyStore:
         self.trials: list[Trial] = []
         self.baseline: Trial | None = None
         self._written: dict[int, dict[str, Any]] = {}
+        self._told: set[int] = set()
         for frozen in study.get_trials(deepcopy=False):
             self.trials.append(self._read_trial(frozen))
+            if frozen.state.is_finished():
+                self._told.add(frozen.number)
         if "baseline" in attributes:
             self.baseline = _decode_trial(-1, attributes["baseline"], where)
 
@@ -252,27 +255,38 @@ class StudyStore:
             trial = self.trials[frozen.number]
             if frozen.state == optuna.trial.TrialState.WAITING:
                 self._ask(trial.spec, space)
-            if is_ended(trial) and not frozen.state.is_finished():
+            if is_ended(trial) and not self.may_revive(trial) and not frozen.state.is_finished():
                 self._tell(trial)
 
     def save(self, trial: Trial) -> None:
-        """Writes what has changed of a trial; tells Optuna when it has ended."""
+        """Writes what has changed of a trial; tells Optuna when it has ended for good."""
         if trial is self.baseline:
             self._study.set_user_attr("baseline", _encode_trial(trial))
             return
         encoded = _encode_trial(trial)
-        written = self._written.get(trial.number, {})
-        if written.get("state", "waiting") in ("waiting", "running", "paused"):
-            if encoded != written:
+        if trial.number not in self._told:
+            if encoded != self._written.get(trial.number):
                 self._storage.set_trial_user_attr(self._trial_id(trial.number), _TRIAL, encoded)
                 self._written[trial.number] = encoded
-            if trial.state in ("complete", "stopped", "failed", "refused"):
+            if is_ended(trial) and not self.may_revive(trial):
                 self._tell(trial)
         else:
             # Optuna freezes the attributes of a trial that was told; confirmations come later.
             self._study.set_user_attr(f"late:{trial.number}", {k: encoded[k] for k in ("confirmations", "segments")})
 
+    def may_revive(self, trial: Trial) -> bool:
+        """Whether it is stopped, but not for good: a verdict may fall while the search that gave it goes on."""
+        return trial.state == "stopped" and trial.number not in self._told
+
+    def tell_stopped(self) -> None:
+        """Stops for good what is stopped, now that the search is over."""
+        for trial in self.trials:
+            if self.may_revive(trial):
+                self._tell(trial)
+                self.drop_checkpoints(trial)
+
     def _tell(self, trial: Trial) -> None:
+        self._told.add(trial.number)
         study = self._study
         if trial.state == "complete":
             assert trial.cost is not None
@@ -331,6 +345,10 @@ class StudyStore:
         """`validation_losses`, `validation_predictions`, or the same of `test`, (N,)."""
         with np.load(self.folder / scores_file) as arrays:
             return np.asarray(arrays[key])
+
+    def read_losses(self, scores_file: str) -> npt.NDArray[np.float64] | None:
+        """Per-example losses on the search-validation split, (N,); None where a backend kept none."""
+        return self.read_scores(scores_file, "validation_losses").astype(np.float64)
 
     def read_labels(self) -> npt.NDArray[np.int64]:
         """Labels of the search-validation split, (N,)."""

@@ -9,7 +9,7 @@ Workers train; only this process decides, keeps the ledger, and writes. It never
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -38,7 +38,7 @@ from autopeft.search.account import Account
 from autopeft.search.front import cost_vector
 from autopeft.search.limits import Limits
 from autopeft.search.policy import Promote, Situation, Speed, StartNew, choose_next, next_rung
-from autopeft.search.racing import Contender, PairedRacing, RacingRule, beats_majority
+from autopeft.search.racing import Contender, LossCurve, PairedRacing, RacingRule, Verdict, beats_majority
 from autopeft.search.results import analyze, build_record, plan_confirmations
 from autopeft.search.sampler import Observation, suggest_spec
 from autopeft.search.store import StudyStore, Trial
@@ -109,11 +109,17 @@ class Search:
         self._idle_deaths = 0
         self._confirm_queue: list[tuple[Trial, int]] = []
         self._costs: dict[str, CostReply] = {}
-        self._losses: dict[str, npt.NDArray[np.float64]] = {}
+        self._keys: list[str] = []
+        self._losses: dict[str, npt.NDArray[np.float64] | None] = {}
 
     # --- the whole study
 
     def run(self) -> StudyRecord:
+        """`drive`, and the study as it stands then."""
+        self.drive()
+        return build_record(self.store)
+
+    def drive(self) -> None:
         """Runs until the budget is spent or nothing is left to do. KeyboardInterrupt leaves everything written."""
         self._start()
         try:
@@ -133,7 +139,6 @@ class Search:
             self.account.write()
             self.executor.close()
         self.store.save_study(finished=True, running=[])
-        return build_record(self.store)
 
     def _start(self) -> None:
         self.account.reopen()
@@ -153,9 +158,8 @@ class Search:
             for spec in self.space.recipes:
                 if sum(trial.state == "waiting" for trial in self.store.trials) < self.account.ledger.trials_left():
                     self._add_first(spec, "recipe")
-        for step in self.config.rungs[:-1]:
-            # A driver killed between a score and its consequences left them to its successor.
-            self._race(step)
+        # A driver killed between a score and its consequences left them to its successor.
+        self._race_all()
 
     def _add_first(self, spec: TrialSpec, source: TrialSource) -> None:
         if spec.key() not in self._known():
@@ -271,12 +275,12 @@ class Search:
             trials=self.store.trials,
             rungs=self.config.rungs,
             reference=self.store.reference,
-            majority_quality=self.config.majority_quality,
             num_workers=self.executor.num_workers,
             seconds_left=self.account.search_seconds_left(),
             trials_left=self.account.ledger.trials_left(),
             can_suggest=self._can_suggest or any(t.state == "waiting" for t in self.store.trials),
             recipes_left=any(t.state == "waiting" for t in self.store.trials),
+            revivable=[trial for trial in self.store.trials if self.store.may_revive(trial)],
         )
 
     def _next_new(self) -> Trial | None:
@@ -296,7 +300,9 @@ class Search:
         return self.store.add(spec, "sampler", self.space) if spec is not None else None
 
     def _known(self) -> set[str]:
-        return {trial.spec.key() for trial in self.store.trials}
+        for trial in self.store.trials[len(self._keys) :]:
+            self._keys.append(trial.spec.key())
+        return set(self._keys)
 
     def _history(self) -> list[Observation]:
         history = []
@@ -370,7 +376,7 @@ class Search:
 
     def _assign(self, worker: int, trial: Trial, stretch: Stretch) -> None:
         if stretch.purpose != "confirm":
-            trial.state = "running"
+            trial.state, trial.outcome = "running", None
             self.store.save(trial)
         self._running[worker] = _Running(worker, stretch, trial, stretch.from_step)
         self.account.open(worker, trial.number)
@@ -450,6 +456,7 @@ class Search:
         )
         trial.rungs.append(score)
         self.speed.learn(trial.spec, score, stretch.to_step - stretch.from_step, self.executor.device_rate)
+        cost = trial.cost
         if finished.peak_vram_bytes is not None and trial.cost is not None:
             trial.cost = measured_cost(trial.cost, finished.peak_vram_bytes, finished.reserved_vram_bytes)
         trial.checkpoint, trial.checkpoint_digest = finished.checkpoint, finished.checkpoint_digest
@@ -460,7 +467,11 @@ class Search:
         self.store.save(trial)
         self.store.drop_checkpoints(trial, keep=trial.checkpoint)
         if stretch.purpose == "search":
-            self._race(stretch.to_step)
+            if trial.cost != cost and len(trial.rungs) > 1:
+                # A new measurement changes what was compared at earlier rungs.
+                self._race_all()
+            else:
+                self._race(trial)
 
     def _record_end(self, running: _Running, ended: Ended) -> None:
         trial = running.trial
@@ -513,31 +524,70 @@ class Search:
 
     # --- race
 
-    def _race(self, step: int) -> None:
-        """Stops paused trials at a rung against all that were ever scored there, now that one more was."""
-        paused = [t for t in self.store.trials if t.state == "paused" and t.step == step]
-        rivals = [self._contender(t, step) for t in self.store.trials if any(s.step == step for s in t.rungs)]
-        progress = step / self.config.rungs[-1]
-        for trial in paused:
-            verdict = self.racing.judge(
-                self._contender(trial, step), rivals, progress=progress, majority_quality=self.config.majority_quality
-            )
-            if verdict is not None:
-                trial.state = "stopped"
-                trial.outcome = Stopped(rung=trial.rungs[-1].rung, rival=verdict.rival, detail=verdict.detail)
-                self.store.save(trial)
-                self.store.drop_checkpoints(trial)
+    def _race(self, newcomer: Trial) -> None:
+        """Stops what is clearly beaten, now that one more trial was scored at a rung."""
+        if newcomer.state == "complete":
+            if self.racing.learn(self._loss_curves()) != self.racing:
+                self._race_all()
+            return
+        step = newcomer.step
+        field = {trial.number: self._contender(trial, step) for trial in self._scored_at(step)}
+        self._judge(newcomer, field[newcomer.number], list(field.values()))
+        for number, contender in field.items():
+            self._judge(self._trial(number), contender, [field[newcomer.number]])
+
+    def _race_all(self) -> None:
+        """Compares all paused trials with all that were ever scored at their rungs."""
+        self.racing = self.racing.learn(self._loss_curves())
+        for step in self.config.rungs[:-1]:
+            field = {trial.number: self._contender(trial, step) for trial in self._scored_at(step)}
+            for number, contender in field.items():
+                self._judge_again(self._trial(number), contender, list(field.values()))
+                self._judge(self._trial(number), contender, list(field.values()))
+
+    def _judge(self, trial: Trial, contender: Contender, rivals: Sequence[Contender]) -> None:
+        """`contender` is the trial at the rung where `rivals` were scored, which it may have left behind."""
+        if trial.state != "paused" or trial.step != contender.step:
+            return
+        verdict = self._verdict(contender, rivals)
+        if verdict is not None:
+            trial.state = "stopped"
+            trial.outcome = Stopped(rung=trial.rungs[-1].rung, rival=verdict.rival, detail=verdict.detail)
+            self.store.save(trial)
+
+    def _judge_again(self, trial: Trial, contender: Contender, rivals: Sequence[Contender]) -> None:
+        """A stopped trial goes on where nothing would stop it now: noise may cost time, but never a member of the
+        front."""
+        if self.store.may_revive(trial) and trial.step == contender.step and self._verdict(contender, rivals) is None:
+            trial.state, trial.outcome = "paused", None
+            self.store.save(trial)
+
+    def _verdict(self, contender: Contender, rivals: Sequence[Contender]) -> Verdict | None:
+        return self.racing.judge(
+            contender, rivals, progress=self._progress(contender.step), majority_quality=self.config.majority_quality
+        )
+
+    def _scored_at(self, step: int) -> list[Trial]:
+        return [trial for trial in self.store.trials if any(score.step == step for score in trial.rungs)]
+
+    def _loss_curves(self) -> list[LossCurve]:
+        return [{self._progress(s.step): s.loss for s in trial.rungs} for trial in self.store.trials if trial.rungs]
+
+    def _progress(self, step: int) -> float:
+        return step / self.config.rungs[-1]
 
     def _contender(self, trial: Trial, step: int) -> Contender:
         score = next(score for score in trial.rungs if score.step == step)
         if score.scores_file not in self._losses:
-            losses = self.store.read_scores(score.scores_file, "validation_losses")
-            self._losses[score.scores_file] = losses.astype(np.float64)
+            self._losses[score.scores_file] = self.store.read_losses(score.scores_file)
         assert trial.cost is not None
         return Contender(
             number=trial.number,
+            step=step,
             costs=cost_vector(trial.cost, self.config.objectives),
             quality=score.quality,
+            num_examples=score.num_examples,
+            loss=score.loss,
             losses=self._losses[score.scores_file],
         )
 
@@ -545,6 +595,7 @@ class Search:
 
     def _advance_phase(self) -> None:
         if self.phase == "search":
+            self.store.tell_stopped()
             self.phase = "confirm"
             self._confirm_queue = self._plan_confirmations()
             self.on_change(self.status())

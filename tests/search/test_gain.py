@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from autopeft.records import Cost, RungScore, TrialSpec
 from autopeft.search.front import hypervolume
-from autopeft.search.gain import GrowthModel, expected_improvement
+from autopeft.search.gain import GrowthModel, QualityModel, expected_improvement
 from autopeft.search.store import Trial
 
 Points = npt.NDArray[np.float64]
@@ -94,9 +94,45 @@ def test_growth_is_learned_rung_by_rung_from_those_that_went_on(make_trial: Call
 def test_a_forecast_from_further_on_is_surer(make_trial: Callable[..., Trial]) -> None:
     growth = GrowthModel([], RUNGS)
     early, later, end = (growth.forecast(make_trial(*[0.8] * count)).deviation for count in (1, 2, 3))
-    assert early > later > end == pytest.approx(np.sqrt(0.8 * 0.2 / 10_000))
+    assert early > later > end == pytest.approx(np.sqrt(0.8 * 0.2 / 10_000), rel=1e-3)
 
 
 def test_trials_that_grow_alike_make_forecasts_surer(make_trial: Callable[..., Trial]) -> None:
     alike = GrowthModel([make_trial(0.5, 0.6, 0.7)] * 5, RUNGS)
     assert alike.forecast(make_trial(0.5)).deviation < GrowthModel([], RUNGS).forecast(make_trial(0.5)).deviation
+
+
+# --- luck taken out of a score
+
+
+def make_scores(qualities: list[float], losses: list[float], *, num_examples: int) -> list[RungScore]:
+    return [
+        RungScore(
+            rung=0, step=40, quality=quality, loss=loss, num_examples=num_examples, device_seconds=1.0,
+            train_seconds=1.0, scores_file="x", scores_digest="x",
+        )
+        for quality, loss in zip(qualities, losses, strict=True)
+    ]  # fmt: skip
+
+
+def test_on_few_examples_loss_tells_scores_apart_that_luck_has_mixed() -> None:
+    rng = np.random.default_rng(0)
+    losses = np.linspace(0.5, 1.2, 30)
+    true = 0.5 - 0.6 * np.log(losses)
+    scores = make_scores(list(rng.binomial(50, true) / 50), list(losses), num_examples=50)
+    estimated = [QualityModel(scores).estimate(score).mean for score in scores]
+    assert np.std(estimated - true) < np.std([score.quality for score in scores] - true) / 2
+
+
+def test_on_many_examples_a_score_speaks_for_itself() -> None:
+    rng = np.random.default_rng(0)
+    scores = make_scores(list(rng.uniform(0.5, 0.9, 20)), list(rng.uniform(0.3, 0.9, 20)), num_examples=10_000)
+    for score in scores:
+        assert QualityModel(scores).estimate(score).mean == pytest.approx(score.quality, abs=0.01)
+
+
+@pytest.mark.parametrize("losses", [[0.5] * 9, [0.0] * 9, [float("nan")] * 9, [0.5] * 7])
+def test_without_a_line_to_learn_a_score_is_taken_as_it_is(losses: list[float]) -> None:
+    qualities = [0.5 + i / 20 for i in range(len(losses))]
+    scores = make_scores(qualities, losses, num_examples=10_000)
+    assert QualityModel(scores).estimate(scores[0]).mean == pytest.approx(qualities[0], abs=0.01)

@@ -52,7 +52,6 @@ def make_situation(trials: Sequence[Trial], **changes: object) -> Situation:
         trials=trials,
         rungs=RUNGS,
         reference={"quality": 0.3, "vram": 1000.0},
-        majority_quality=0.3,
         num_workers=1,
         seconds_left=math.inf,
         trials_left=10,
@@ -115,11 +114,40 @@ def test_the_cheap_end_is_promoted_beside_the_accurate_end(make_trial: Callable[
     assert [trial.number for trial in order_paused(make_situation(trials), Speed())] == [0, 2, 1]
 
 
-def test_what_does_not_beat_the_majority_class_goes_last_however_cheap(make_trial: Callable[..., Trial]) -> None:
-    # 100 examples: two standard errors of an accuracy near one half are 0.1.
-    trials = [make_trial(0, [0.59], vram=50), make_trial(1, [0.9], vram=500), make_trial(2, [0.8], vram=600)]
-    situation = make_situation(trials, majority_quality=0.5)
-    assert [trial.number for trial in order_paused(situation, Speed())] == [1, 2, 0]
+def test_what_is_at_the_references_quality_waits_behind_what_is_above_it(make_trial: Callable[..., Trial]) -> None:
+    # The cheapest by far, but nothing yet says that it will ever be better than doing nothing.
+    trials = [make_trial(0, [0.3], vram=50), make_trial(1, [0.9], vram=500), make_trial(2, [0.8], vram=100)]
+    assert [trial.number for trial in order_paused(make_situation(trials), Speed())] == [2, 1, 0]
+
+
+@given(st.permutations(range(5)), st.lists(st.integers(1, 99), min_size=5, max_size=5, unique=True))
+def test_the_order_of_promotion_does_not_depend_on_the_order_of_arrival(
+    make_trial: Callable[..., Trial], order: list[int], percents: list[int]
+) -> None:
+    trials = [make_trial(i, [percent / 100], vram=100 + 50 * (i % 3)) for i, percent in enumerate(percents)]
+    shuffled = [trials[i] for i in order]
+    one, other = (order_paused(make_situation(field), Speed()) for field in (trials, shuffled))
+    assert [trial.number for trial in one] == [trial.number for trial in other]
+
+
+def test_time_that_nothing_else_can_use_goes_to_a_stopped_trial(
+    make_trial: Callable[..., Trial], one_a_second: Speed
+) -> None:
+    stopped = [make_trial(0, [0.5], state="stopped"), make_trial(1, [0.9], state="stopped")]
+    situation = make_situation(stopped, trials_left=0, seconds_left=120.0, revivable=stopped)
+    assert choose_next(situation, one_a_second) == Promote(1)
+    assert choose_next(situation._replace(seconds_left=119.0), one_a_second) == Wait("trials")
+
+
+def test_what_is_paused_comes_before_what_was_stopped(make_trial: Callable[..., Trial], one_a_second: Speed) -> None:
+    stopped, paused = make_trial(0, [0.9], state="stopped"), make_trial(1, [0.5])
+    situation = make_situation([stopped, paused], trials_left=0, seconds_left=500.0, revivable=[stopped])
+    assert choose_next(situation, one_a_second) == Promote(1)
+
+
+def test_without_a_clock_no_verdict_is_overruled(make_trial: Callable[..., Trial]) -> None:
+    stopped = [make_trial(0, [0.9], state="stopped")]
+    assert choose_next(make_situation(stopped, trials_left=0, revivable=stopped), Speed()) == Wait("trials")
 
 
 def test_what_needs_less_to_its_end_goes_first_at_the_same_promise(make_trial: Callable[..., Trial]) -> None:

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import math
+import random
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autopeft.search.racing import Contender, PairedRacing, paired_z
+from autopeft.search.racing import (
+    Contender,
+    LearnedRacing,
+    LossCurve,
+    PairedRacing,
+    RacingRule,
+    paired_z,
+    typical_reversal,
+)
 
 NUM_EXAMPLES = 40
 PROGRESSES = st.sampled_from([0.125, 0.25, 0.5, 0.75])
-RULES = st.builds(PairedRacing, z_at_end=st.sampled_from([0.0, 0.5, 2.0]))
+RULES: st.SearchStrategy[RacingRule] = st.builds(PairedRacing, z_at_end=st.sampled_from([0.0, 0.5, 2.0])) | st.builds(
+    LearnedRacing, scale=st.sampled_from([0.0, 0.02, 0.1])
+)
 """Lenient ones among them: a law that holds only for a careful rule is no law."""
 
 
@@ -25,8 +37,8 @@ def contenders(draw: st.DrawFn, *, num_costs: int | None = None) -> list[Contend
     for number in range(draw(st.integers(2, 6))):
         noise = np.random.default_rng(draw(st.integers(0, 5))).normal(0, 0.2, NUM_EXAMPLES)
         field.append(
-            Contender(
-                number=number,
+            make_contender(
+                number,
                 costs=tuple(float(draw(st.integers(1, 3))) for _ in range(num_costs)),
                 quality=draw(st.sampled_from([0.3, 0.5, 0.7, 0.8, 0.9])),
                 losses=draw(st.sampled_from([0.2, 0.5, 0.9])) + noise,
@@ -35,13 +47,22 @@ def contenders(draw: st.DrawFn, *, num_costs: int | None = None) -> list[Contend
     return field
 
 
+def make_contender(
+    number: int, *, costs: tuple[float, ...], quality: float, losses: npt.NDArray[np.float64]
+) -> Contender:
+    return Contender(
+        number=number, step=40, costs=costs, quality=quality, num_examples=len(losses), loss=float(losses.mean()),
+        losses=losses,
+    )  # fmt: skip
+
+
 def dominates(one: Contender, other: Contender) -> bool:
     """On the objectives: no worse anywhere, better somewhere."""
     mine, theirs = (-one.quality, *one.costs), (-other.quality, *other.costs)
     return all(a <= b for a, b in zip(mine, theirs, strict=True)) and mine != theirs
 
 
-def stopped(rule: PairedRacing, field: list[Contender], progress: float, majority: float = 0.2) -> set[int]:
+def stopped(rule: RacingRule, field: list[Contender], progress: float, majority: float = 0.2) -> set[int]:
     return {
         trial.number
         for trial in field
@@ -51,7 +72,7 @@ def stopped(rule: PairedRacing, field: list[Contender], progress: float, majorit
 
 @given(contenders(), RULES, PROGRESSES)
 def test_a_trial_that_dominates_all_others_is_never_stopped(
-    field: list[Contender], rule: PairedRacing, progress: float
+    field: list[Contender], rule: RacingRule, progress: float
 ) -> None:
     losers = stopped(rule, field, progress)
     for trial in field:
@@ -61,7 +82,7 @@ def test_a_trial_that_dominates_all_others_is_never_stopped(
 
 @given(contenders(num_costs=2), RULES, PROGRESSES)
 def test_a_trial_is_never_stopped_by_one_that_costs_more_on_any_objective(
-    field: list[Contender], rule: PairedRacing, progress: float
+    field: list[Contender], rule: RacingRule, progress: float
 ) -> None:
     for trial in field:
         verdict = rule.judge(trial, field, progress=progress, majority_quality=0.2)
@@ -72,7 +93,7 @@ def test_a_trial_is_never_stopped_by_one_that_costs_more_on_any_objective(
 
 @given(contenders(num_costs=1), RULES, PROGRESSES)
 def test_the_cheapest_trial_is_never_stopped_by_a_dearer_one(
-    field: list[Contender], rule: PairedRacing, progress: float
+    field: list[Contender], rule: RacingRule, progress: float
 ) -> None:
     least = min(trial.costs for trial in field)
     cheapest = [trial for trial in field if trial.costs == least]
@@ -82,7 +103,7 @@ def test_the_cheapest_trial_is_never_stopped_by_a_dearer_one(
 
 @given(contenders(), RULES, PROGRESSES)
 def test_nothing_is_stopped_where_no_trial_beats_the_majority_class(
-    field: list[Contender], rule: PairedRacing, progress: float
+    field: list[Contender], rule: RacingRule, progress: float
 ) -> None:
     majority = max(trial.quality for trial in field)
     assert stopped(rule, field, progress, majority) == set()
@@ -90,7 +111,7 @@ def test_nothing_is_stopped_where_no_trial_beats_the_majority_class(
 
 @given(contenders(), RULES, PROGRESSES)
 def test_a_rival_that_beats_the_majority_class_by_less_than_chance_stops_nothing(
-    field: list[Contender], rule: PairedRacing, progress: float
+    field: list[Contender], rule: RacingRule, progress: float
 ) -> None:
     # The accuracy of 40 examples has a standard error of at most 0.5 / sqrt(40) = 0.079; two of them are 0.158.
     majority = max(trial.quality for trial in field) - 0.157
@@ -98,22 +119,23 @@ def test_a_rival_that_beats_the_majority_class_by_less_than_chance_stops_nothing
 
 
 @given(contenders(), RULES, PROGRESSES)
-def test_someone_always_survives(field: list[Contender], rule: PairedRacing, progress: float) -> None:
+def test_someone_always_survives(field: list[Contender], rule: RacingRule, progress: float) -> None:
     assert len(stopped(rule, field, progress)) < len(field)
 
 
-@given(contenders(), RULES, PROGRESSES)
-def test_a_rival_with_lower_quality_stops_nobody(field: list[Contender], rule: PairedRacing, progress: float) -> None:
+@given(contenders(), PROGRESSES)
+def test_in_pairs_a_rival_with_lower_quality_stops_nobody(field: list[Contender], progress: float) -> None:
     for trial in field:
-        verdict = rule.judge(trial, field, progress=progress, majority_quality=0.2)
+        verdict = PairedRacing(z_at_end=0.0).judge(trial, field, progress=progress, majority_quality=0.2)
         assert verdict is None or field[verdict.rival].quality >= trial.quality
 
 
 @given(st.integers(0, 1000), PROGRESSES, st.integers(2, 5))
 def test_trials_with_identical_losses_never_stop_each_other(seed: int, progress: float, count: int) -> None:
     losses = np.random.default_rng(seed).exponential(1.0, NUM_EXAMPLES)
-    field = [Contender(number=i, costs=(float(i),), quality=0.5 + i / 20, losses=losses.copy()) for i in range(count)]
+    field = [make_contender(i, costs=(float(i),), quality=0.5 + i / 20, losses=losses.copy()) for i in range(count)]
     assert stopped(PairedRacing(z_at_end=0.0), field, progress) == set()
+    assert stopped(LearnedRacing(scale=0.0), field, progress) == set()
 
 
 @given(contenders(), PROGRESSES)
@@ -122,12 +144,11 @@ def test_a_trial_never_races_itself(field: list[Contender], progress: float) -> 
     assert stopped(PairedRacing(z_at_end=0.0), alone, progress) == set()
 
 
-@given(contenders(), st.permutations(range(6)), PROGRESSES)
+@given(contenders(), RULES, st.permutations(range(6)), PROGRESSES)
 def test_whether_a_trial_is_stopped_does_not_depend_on_the_order_of_its_rivals(
-    field: list[Contender], order: list[int], progress: float
+    field: list[Contender], rule: RacingRule, order: list[int], progress: float
 ) -> None:
     shuffled = [field[i] for i in order if i < len(field)]
-    rule = PairedRacing()
     assert stopped(rule, field, progress) == stopped(rule, shuffled, progress)
 
 
@@ -136,17 +157,31 @@ def test_asking_for_clearer_differences_stops_no_more_trials(field: list[Contend
     assert stopped(PairedRacing(z_at_end=3.0), field, progress) <= stopped(PairedRacing(z_at_end=1.0), field, progress)
 
 
-@given(contenders())
-def test_a_later_rung_stops_at_least_what_an_earlier_one_would(field: list[Contender]) -> None:
-    assert stopped(PairedRacing(), field, 0.25) <= stopped(PairedRacing(), field, 0.5)
+@given(contenders(), RULES)
+def test_a_later_rung_stops_at_least_what_an_earlier_one_would(field: list[Contender], rule: RacingRule) -> None:
+    assert stopped(rule, field, 0.25) <= stopped(rule, field, 0.5)
+
+
+@given(contenders(), RULES, PROGRESSES, st.integers(0, 5))
+def test_a_dearer_and_worse_newcomer_changes_no_verdict(
+    field: list[Contender], rule: RacingRule, progress: float, place: int
+) -> None:
+    worst = make_contender(
+        len(field),
+        costs=tuple(max(trial.costs[c] for trial in field) + 1 for c in range(len(field[0].costs))),
+        quality=min(trial.quality for trial in field) - 0.01,
+        losses=np.max([trial.losses for trial in field if trial.losses is not None], axis=0) + 0.01,
+    )
+    more = [*field[:place], worst, *field[place:]]
+    assert stopped(rule, more, progress) - {worst.number} == stopped(rule, field, progress)
 
 
 def make_pair(gap: float, *, cost: float = 2.0, rival_cost: float = 1.0, rival_quality: float = 0.9) -> list[Contender]:
     """A trial whose losses are `gap` above its rival's, give or take 0.1."""
     losses = np.linspace(0.1, 0.9, NUM_EXAMPLES)
     wobble = np.where(np.arange(NUM_EXAMPLES) % 2, 0.1, -0.1)
-    trial = Contender(number=0, costs=(cost,), quality=0.8, losses=losses + gap + wobble)
-    return [trial, Contender(number=1, costs=(rival_cost,), quality=rival_quality, losses=losses)]
+    trial = make_contender(0, costs=(cost,), quality=0.8, losses=losses + gap + wobble)
+    return [trial, make_contender(1, costs=(rival_cost,), quality=rival_quality, losses=losses)]
 
 
 def test_a_clearly_better_rival_that_costs_no_more_stops_a_trial() -> None:
@@ -176,7 +211,7 @@ def test_the_same_rival_stops_nothing_once_it_costs_more() -> None:
 
 def test_without_cost_objectives_the_best_may_stop_all_others() -> None:
     field = [
-        Contender(number=i, costs=(), quality=q, losses=np.linspace(0, 1, NUM_EXAMPLES) ** (1 + i / 9) + loss)
+        make_contender(i, costs=(), quality=q, losses=np.linspace(0, 1, NUM_EXAMPLES) ** (1 + i / 9) + loss)
         for i, (q, loss) in enumerate([(0.9, 0.0), (0.8, 1.0), (0.7, 2.0)])
     ]
     assert stopped(PairedRacing(), field, 0.5) == {1, 2}
@@ -202,3 +237,71 @@ def test_the_paired_statistic_changes_sign_when_the_two_are_exchanged(one: int, 
 def test_a_constant_gap_is_infinitely_clear() -> None:
     assert paired_z(np.full(5, 2.0), np.full(5, 1.0)) == math.inf
     assert paired_z(np.full(5, 1.0), np.full(5, 2.0)) == -math.inf
+
+
+# --- what is learned of reversals
+
+CURVES = st.lists(
+    st.tuples(*[st.integers(1, 100).map(lambda percent: percent / 100)] * 3).map(
+        lambda losses: dict(zip((0.25, 0.5, 1.0), losses, strict=True))
+    ),
+    max_size=8,
+)
+
+
+def test_the_scale_is_the_root_mean_square_of_reversed_gaps_times_progress() -> None:
+    # At a quarter the first leads the second by 0.4, and ends behind it; at half it is behind already. The third stays
+    # far behind. One reversal, 0.4 * 0.25.
+    curves: list[LossCurve] = [
+        {0.25: 0.2, 0.5: 0.5, 1.0: 0.4},
+        {0.25: 0.6, 0.5: 0.4, 1.0: 0.3},
+        {0.25: 2.0, 0.5: 2.0, 1.0: 2.0},
+    ]
+    assert typical_reversal(curves) == pytest.approx(0.1)
+
+
+def test_where_nothing_was_reversed_the_median_gap_is_clear() -> None:
+    # Gaps at half 0.1, 0.2 and 0.3.
+    curves: list[LossCurve] = [{0.5: 0.1, 1.0: 0.1}, {0.5: 0.2, 1.0: 0.2}, {0.5: 0.4, 1.0: 0.4}]
+    assert typical_reversal(curves) == pytest.approx(0.5 * 0.2)
+
+
+def test_nothing_is_clear_before_enough_have_reached_the_end() -> None:
+    curves: list[LossCurve] = [{0.5: i / 10, 1.0: i / 10} for i in range(4)]
+    running: LossCurve = {0.5: 0.9}
+    assert LearnedRacing().learn([*curves[:3], running]).margin_at(0.5) == math.inf
+    assert LearnedRacing().learn(curves).margin_at(0.5) < math.inf
+
+
+@given(CURVES, st.randoms())
+def test_what_is_learned_does_not_depend_on_order_or_on_what_has_not_ended(
+    curves: list[LossCurve], random: random.Random
+) -> None:
+    learned = LearnedRacing().learn(curves)
+    shuffled: list[LossCurve] = [*curves, {0.25: 0.7}]
+    random.shuffle(shuffled)
+    assert LearnedRacing().learn(shuffled).scale == pytest.approx(learned.scale)
+
+
+@given(CURVES)
+def test_learning_again_from_the_same_teaches_nothing(curves: list[LossCurve]) -> None:
+    learned = LearnedRacing().learn(curves)
+    assert learned.learn(curves) == learned
+
+
+def test_later_reversals_widen_the_margin() -> None:
+    steady: list[LossCurve] = [{0.5: i / 10, 1.0: i / 10} for i in range(4)]
+    turned: list[LossCurve] = [*steady, {0.5: 0.0, 1.0: 0.9}]
+    assert LearnedRacing().learn(turned).margin_at(0.5) > LearnedRacing().learn(steady).margin_at(0.5)
+
+
+def test_on_few_examples_a_cheaper_rival_may_be_a_little_behind_in_quality() -> None:
+    # 40 examples: two standard errors of a difference of accuracies are 0.22.
+    field = make_pair(gap=0.3, rival_quality=0.7)
+    assert stopped(LearnedRacing(scale=0.1), field, 0.5) == {0}
+    assert stopped(LearnedRacing(scale=0.1), make_pair(gap=0.3, rival_quality=0.55), 0.5) == set()
+
+
+def test_at_equal_costs_a_rival_must_not_be_behind_in_quality() -> None:
+    field = make_pair(gap=0.3, rival_cost=2.0, rival_quality=0.79)
+    assert stopped(LearnedRacing(scale=0.1), field, 0.5) == set()

@@ -19,6 +19,7 @@ from autopeft.executors.base import WorkerEvent
 from autopeft.executors.inline import InlineExecutor
 from autopeft.records import SCHEMA_VERSION, StudyRecord, from_record, to_record
 from autopeft.search.plan import restore_space, with_budget
+from autopeft.search.racing import LearnedRacing
 from autopeft.search.results import build_record
 from autopeft.search.study import Search, Status
 
@@ -113,6 +114,32 @@ def test_an_interrupted_study_ends_as_an_uninterrupted_one(
     studies.create(budget=BUDGET)
     interrupt_at(studies, int(share * num_changes))
     check_same(studies.run(studies.open()), uninterrupted)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_a_learned_noise_scale_is_learned_again_after_an_interrupt(
+    make_studies: Callable[[], FakeStudies], share: float
+) -> None:
+    def run(studies: FakeStudies, **arguments: object) -> StudyRecord:
+        return studies.search(studies.open(), racing=LearnedRacing(), **arguments).run()
+
+    whole, halved = make_studies(), make_studies()
+    for studies in (whole, halved):
+        studies.create_default(budget="9trials")
+    changes: list[Status] = []
+    uninterrupted = run(whole, on_change=changes.append)
+    assert any(trial.state == "stopped" for trial in uninterrupted.trials)
+    left = int(share * len(changes))
+
+    def on_change(status: Status) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(halved, on_change=on_change)
+    assert decisions(run(halved)) == decisions(uninterrupted)
 
 
 def test_a_study_interrupted_again_and_again_ends_as_an_uninterrupted_one(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from autopeft.executors.inline import InlineExecutor
 from autopeft.records import Failed, Refused, Stopped, StudyRecord, TrialSpec
 from autopeft.search.front import find_nondominated
 from autopeft.search.plan import restore_space
-from autopeft.search.racing import Contender, PairedRacing
+from autopeft.search.racing import Contender, LearnedRacing, LossCurve, PairedRacing, RacingRule, Verdict
 from autopeft.search.study import Search
 
 if TYPE_CHECKING:
@@ -199,8 +200,11 @@ def test_every_verdict_can_be_recomputed_from_the_stored_losses(studies: FakeStu
         assert trial.cost is not None
         return Contender(
             number=number,
+            step=trial.rungs[rung].step,
             costs=(float(trial.cost.peak_vram_bytes), float(trial.cost.trainable_parameters)),
             quality=trial.rungs[rung].quality,
+            num_examples=trial.rungs[rung].num_examples,
+            loss=trial.rungs[rung].loss,
             losses=store.read_scores(trial.rungs[rung].scores_file, "validation_losses").astype(np.float64),
         )
 
@@ -215,6 +219,61 @@ def test_every_verdict_can_be_recomputed_from_the_stored_losses(studies: FakeStu
 def test_nothing_is_stopped_where_the_majority_class_is_never_beaten(studies: FakeStudies) -> None:
     record = studies.run(studies.create(budget="6trials", majority_quality=0.99))
     assert {trial.state for trial in record.trials} == {"complete"}
+
+
+@pytest.mark.parametrize("racing", [PairedRacing(), LearnedRacing()])
+def test_the_order_in_which_configurations_are_given_decides_nothing(
+    make_studies: Callable[[], FakeStudies], make_spec: MakeSpec, racing: RacingRule
+) -> None:
+    specs = [
+        make_spec("lora", settings={"rank": 2 ** (i % 5)}, learning_rate=recipe * 1e-4)
+        for i, recipe in enumerate((2, 5, 11, 23, 47, 90, 31, 7))
+    ]
+    fates = []
+    for seed in range(3):
+        order = random.Random(seed).sample(specs, len(specs))
+        studies = make_studies()
+        store = studies.create_default(budget="8trials", included=tuple(order))
+        record = studies.search(store, racing=racing).run()
+        fates.append({trial.spec.key(): (trial.state, len(trial.rungs)) for trial in record.trials})
+    assert fates[0] == fates[1] == fates[2]
+    assert {state for state, _ in fates[0].values()} == {"complete", "stopped"}
+
+
+class Doubting:
+    """Stops every trial at the first rung but the best, until that has reached its end."""
+
+    def __init__(self, ended: bool = False) -> None:
+        self.ended = ended
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Doubting) and self.ended == other.ended
+
+    def learn(self, curves: Sequence[LossCurve]) -> Doubting:
+        return Doubting(any(1.0 in curve for curve in curves))
+
+    def judge(
+        self, trial: Contender, rivals: Sequence[Contender], *, progress: float, majority_quality: float
+    ) -> Verdict | None:
+        best = min(rivals, key=lambda rival: rival.loss)
+        return None if self.ended or best.loss >= trial.loss else Verdict(best.number, "doubt")
+
+
+def test_a_verdict_that_falls_sets_the_trial_going_again(studies: FakeStudies, make_spec: MakeSpec) -> None:
+    store = studies.create_default(budget="6trials")
+    seen: list[set[str]] = []
+    search = studies.search(store, racing=Doubting(), on_change=lambda s: seen.append({t.state for t in s.trials}))
+    record = search.run()
+    assert any("stopped" in states for states in seen)
+    assert {trial.state for trial in record.trials} == {"complete"}
+
+
+def test_time_that_is_left_goes_to_what_was_stopped(studies: FakeStudies, make_spec: MakeSpec) -> None:
+    specs = tuple(make_spec("lora", learning_rate=rate * 1e-4) for rate in (1, 10, 50, 90))
+    by_trials = studies.search(studies.create_default(name="a", budget="4trials", included=specs)).run()
+    by_the_clock = studies.search(studies.create_default(name="b", budget="4trials,60min", included=specs)).run()
+    assert "stopped" in {trial.state for trial in by_trials.trials}
+    assert {trial.state for trial in by_the_clock.trials} == {"complete"}
 
 
 # --- infeasible and failed trials
