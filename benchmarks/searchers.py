@@ -1,0 +1,129 @@
+"""Our own search on a table of recorded configurations: the real driver, and what it had finished when."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from listed_search import ListedSearch
+from memory_study import MemoryStore
+from pool import Pool, make_pool
+from tables import Table
+
+from autopeft.backends.replay import ReplayBackend, ReplayCostModel
+from autopeft.executors.inline import InlineExecutor
+from autopeft.search.plan import restore_space
+from autopeft.search.racing import LearnedRacing, PairedRacing, RacingRule
+from autopeft.search.sampler import suggest_spec
+from autopeft.search.store import Trial
+from autopeft.spaces.space import SearchSpace
+
+Source = Literal["given", "one by one", "suggested"]
+"""Where configurations come from: all known from the start, as with --include; one after another in an order drawn by
+the seed; or as the sampler wants them, each the nearest recorded one."""
+
+
+class Ended(NamedTuple):
+    """A configuration that reached its full length."""
+
+    at_seconds: float
+    """Device-seconds that the search had spent by then."""
+    place: int
+    """In the table."""
+
+
+class Trace(NamedTuple):
+    """What a search had trained to its end, and when."""
+
+    ended: tuple[Ended, ...]
+    own_end_seconds: float
+    """When it had nothing left to do, or its budget was spent."""
+
+
+class ReplaySearch(ListedSearch):
+    """A search over recorded configurations alone, whose methods need not be ours."""
+
+    pool: Pool | None = None
+    table: Table
+
+    def _next_new(self) -> Trial | None:
+        if self.pool is None or any(trial.state == "waiting" for trial in self.store.trials):
+            return super()._next_new()
+        known = self._known()
+        unused = {index for key, index in self.table.index_of.items() if key not in known}
+        if not unused:
+            return None
+        wanted = suggest_spec(
+            self.space, self._history(), objectives=self.config.objectives, known=known,
+            max_steps=self.config.rungs[-1], seed=self.config.seed, number=len(self.store.trials),
+        )  # fmt: skip
+        answers = None if wanted is None else self.space.params(wanted)
+        index = min(unused) if answers is None else self.pool.find_nearest(answers, unused)
+        return self.store.add(self.table.curves[index].spec, "sampler", self.space)
+
+    def _is_feasible(self, trial: Trial) -> bool:
+        trial.cost = self._cost(trial.spec).cost
+        assert trial.cost is not None
+        return True
+
+    def _plan_confirmations(self) -> list[tuple[Trial, int]]:
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class OurSearch:
+    """The product's search on one worker. `racing` is what suits the table where it is not given."""
+
+    source: Source = "given"
+    racing: RacingRule | None = None
+
+    def play(self, table: Table, seed: int, share: float | None = None) -> Trace:
+        """`share` of the time that training everything takes is the budget; None bounds the search by trials alone."""
+        specs = [curve.spec for curve in table.curves]
+        random.Random(seed).shuffle(specs)
+        recorded = table.recording.curves
+        budget = f"{len(specs)}trials"
+        if share is not None:
+            budget += f",{share * table.total_seconds / recorded.device_rate / 60:.6f}min"
+        config = replace(
+            recorded.config, name="replay", budget=budget, workers=1, seed=seed, confirm_share=0.0, confirm_seeds=0,
+            included=tuple(specs) if self.source == "given" else (),
+        )  # fmt: skip
+        backend = ReplayBackend(table.recording)
+        store = MemoryStore(backend, config)
+        store.save_baseline(Trial(number=-1, spec=specs[0], source="baseline", state="complete"))
+        executor = InlineExecutor(
+            None, 1, backend=backend, costs=ReplayCostModel(table.recording), device_rate=recorded.device_rate
+        )
+        search = ReplaySearch(store, executor, _find_space(table, self.source), racing=self.racing or find_rule(table))
+        search.arriving = specs
+        search.table = table
+        search.pool = make_pool(table) if self.source == "suggested" else None
+        search.drive()
+        return read_trace(store.trials, table)
+
+
+def find_rule(table: Table) -> RacingRule:
+    """What suits the recording: pairs of per-example losses where there are any."""
+    return LearnedRacing() if table.recording.losses is None else PairedRacing()
+
+
+def _find_space(table: Table, source: Source) -> SearchSpace:
+    config = table.recording.curves.config
+    if source == "suggested":
+        space = restore_space(config)
+        # A recipe that was not recorded cannot be played.
+        return replace(space, recipes=tuple(spec for spec in space.recipes if spec.key() in table.index_of))
+    return SearchSpace(name="listed", device_kind=config.device_kind, methods={}, recipes=())
+
+
+def read_trace(trials: Sequence[Trial], table: Table) -> Trace:
+    rate = table.recording.curves.device_rate
+    ended = sorted(
+        Ended(trial.segments[-1].end_seconds * rate, table.index_of[trial.spec.key()])
+        for trial in trials
+        if trial.state == "complete"
+    )
+    return Trace(tuple(ended), sum(trial.device_seconds for trial in trials))
