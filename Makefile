@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-all check format clean docs
+.PHONY: install demo test test-all gpu check format clean docs
 
 install: $(STAMP)
 
@@ -23,6 +23,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m ''
+
+# Estimated against measured memory, where there is a CUDA GPU; needs no network and writes benchmarks/results/vram-*.md.
+gpu: $(STAMP)
+	HF_HUB_OFFLINE=1 PYTHONPATH=. $(BIN)/python benchmarks/vram.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -6,6 +6,8 @@ own checks it with `benchmarks/vram.py`.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 import re
 import subprocess
@@ -19,7 +21,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from autopeft.backends.hf.live_bytes import CPU_WORKSPACES, round_up_bytes, workspace_of_8bit_matmul
+from autopeft.backends.hf.live_bytes import cpu_workspaces, round_up_bytes, workspace_of_8bit_matmul
 
 _IN_FLOAT32 = frozenset({
     "__pow__", "__rpow__", "__rtruediv__", "__rdiv__", "acos", "asin", "binary_cross_entropy_with_logits",
@@ -92,12 +94,16 @@ def _workspace_of_8bit_quantization(input: torch.Tensor, *_: object) -> int:
     return round_up_bytes(2 * input.numel()) + round_up_bytes(input.numel())
 
 
-CUDA_WORKSPACES: dict[Any, Callable[..., int]] = {
-    **CPU_WORKSPACES,
-    torch.ops.bitsandbytes.int8_scaled_mm.default: workspace_of_8bit_matmul,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _workspace_of_attention_backward,
-    torch.ops.bitsandbytes.int8_vectorwise_quant.default: _workspace_of_8bit_quantization,
-}
+@functools.cache
+def cuda_workspaces() -> dict[Any, Callable[..., int]]:
+    """By operator, in place of a CPU's."""
+    workspaces = dict(cpu_workspaces())
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    workspaces[attention] = _workspace_of_attention_backward
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        workspaces[torch.ops.bitsandbytes.int8_scaled_mm.default] = workspace_of_8bit_matmul
+        workspaces[torch.ops.bitsandbytes.int8_vectorwise_quant.default] = _workspace_of_8bit_quantization
+    return workspaces
 
 
 # --- what the libraries keep

@@ -5,17 +5,19 @@ PyTorch's own `torch.distributed._tools.MemTracker` fails on frozen parameters.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from math import prod
 from typing import Any, Literal, NamedTuple
 
-# bitsandbytes' operators must be registered before their names below mean anything.
-import bitsandbytes  # noqa: F401
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from autopeft.backends.hf.allocator import Block, CachingAllocator
 
 ALLOCATION_UNIT_BYTES = 512
 """The CUDA caching allocator hands out multiples of this (c10/core/AllocatorConfig.h, kMinBlockSize)."""
@@ -46,10 +48,11 @@ _INDEX: dict[Part, int] = {"base": 0, "adapter": 1, "gradients": 2, "optimizer":
 class _Entry:
     """A live storage; a class of its own because its part may change."""
 
-    __slots__ = ("index", "num_bytes", "reference")
+    __slots__ = ("block", "index", "num_bytes", "reference")
 
-    def __init__(self, num_bytes: int, index: int) -> None:
+    def __init__(self, num_bytes: int, index: int, block: Block) -> None:
         self.num_bytes = num_bytes
+        self.block = block
         self.index = index
         self.reference: weakref.ref[Any] | None = None
 
@@ -67,11 +70,12 @@ class LiveBytes(TorchDispatchMode):
         self.live_bytes = 0
         self.peaks: dict[Hashable, Held] = {}
         """By moment; what was live when the most was."""
-        self._workspaces = CPU_WORKSPACES if workspaces is None else workspaces
+        self._workspaces = cpu_workspaces() if workspaces is None else workspaces
         self._held = [0, 0, 0, 0, 0]
         self._moment: Hashable = None
         self._moment_bytes = 0
         self._entries: dict[int, _Entry] = {}
+        self._allocator = CachingAllocator()
 
     @property
     def peak(self) -> Held:
@@ -80,6 +84,11 @@ class LiveBytes(TorchDispatchMode):
     @property
     def peak_bytes(self) -> int:
         return self.peak.total
+
+    @property
+    def wasted_bytes(self) -> int:
+        """What a caching allocator would have reserved by now beyond the peak: rounding and gaps between blocks."""
+        return max(0, self._allocator.reserved_bytes - self.peak_bytes)
 
     def mark(self, moment: Hashable) -> None:
         """From now on, what is live counts into `moment`; again into the same peak where it is named a second time."""
@@ -97,12 +106,14 @@ class LiveBytes(TorchDispatchMode):
         address = storage._cdata
         if address in self._entries:
             return
-        entry = _Entry(round_up_bytes(storage.nbytes()), _INDEX[part])
+        num_bytes = round_up_bytes(storage.nbytes())
+        entry = _Entry(num_bytes, _INDEX[part], self._allocator.allocate(num_bytes))
 
         def forget(_: object) -> None:
             del self._entries[address]
             self.live_bytes -= entry.num_bytes
             self._held[entry.index] -= entry.num_bytes
+            self._allocator.free(entry.block)
 
         # PyTorch keeps one Python object a storage for as long as any tensor uses it, so this fires at its true end.
         entry.reference = weakref.ref(storage, forget)
@@ -139,6 +150,7 @@ class LiveBytes(TorchDispatchMode):
                     self.add(leaf)
         if func in self._workspaces:
             workspace_bytes = self._workspaces[func](*args)
+            self._allocator.free(self._allocator.allocate(workspace_bytes))
             if self.live_bytes + workspace_bytes > self._moment_bytes:
                 self._note(workspace_bytes)
         return result
@@ -182,11 +194,19 @@ def _workspace_of_mixed_8bit_matmul_on_cpu(input: torch.Tensor, *operands: torch
     return _workspace_of_8bit_matmul_on_cpu(*operands)
 
 
-CPU_WORKSPACES: dict[Any, Callable[..., int]] = {
-    torch.ops.bitsandbytes.gemm_4bit.default: _workspace_of_4bit_matmul,
-    torch.ops.bitsandbytes.int8_scaled_mm.default: _workspace_of_8bit_matmul_on_cpu,
-    torch.ops.bitsandbytes.int8_mixed_scaled_mm.default: _workspace_of_mixed_8bit_matmul_on_cpu,
-}
+@functools.cache
+def cpu_workspaces() -> dict[Any, Callable[..., int]]:
+    """By operator; empty without bitsandbytes, whose operators they are."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return {}
+    # It registers its operators, whose names mean nothing before.
+    import bitsandbytes  # noqa: F401
+
+    return {
+        torch.ops.bitsandbytes.gemm_4bit.default: _workspace_of_4bit_matmul,
+        torch.ops.bitsandbytes.int8_scaled_mm.default: _workspace_of_8bit_matmul_on_cpu,
+        torch.ops.bitsandbytes.int8_mixed_scaled_mm.default: _workspace_of_mixed_8bit_matmul_on_cpu,
+    }
 
 
 def list_tensors(model: nn.Module) -> Iterator[torch.Tensor]:

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from autopeft.backends.hf.cuda_rules import CUDA_WORKSPACES, GpuRules, OnGpu
+from autopeft.backends.hf.cuda_rules import GpuRules, OnGpu, cuda_workspaces
 from autopeft.backends.hf.data import Batch
-from autopeft.backends.hf.live_bytes import CPU_WORKSPACES, Held, LiveBytes, Part, list_tensors
+from autopeft.backends.hf.live_bytes import Held, LiveBytes, Part, cpu_workspaces, list_tensors
 from autopeft.backends.hf.steps import bind_after_step, build_optimizer, score_batch, train_step
 from autopeft.methods import find_method
 from autopeft.records import TrialSpec
@@ -68,9 +68,11 @@ class Rehearsal:
     ) -> None:
         """`parts` says by their storages what tensors are for; by default what trains is the adapter."""
         self.model = model
+        self.wasted_bytes = 0
+        """What the caching allocator reserves for a step beyond its peak."""
         self._runner = OnGpu(model) if on_gpu else model
         self._on_gpu = on_gpu
-        self._workspaces = CUDA_WORKSPACES if on_gpu else CPU_WORKSPACES
+        self._workspaces = cuda_workspaces() if on_gpu else cpu_workspaces()
         self._parts = parts
         self._optimizer = build_optimizer(model, spec)
         self._after_step = bind_after_step(model, spec, 1)
@@ -95,7 +97,7 @@ class Rehearsal:
         return self.paged_bytes + sum(tensor.nbytes for tensor in self._states)
 
     def train(self, batch: Batch, *, micro_batches: int = 1) -> Peaks:
-        """The peaks of one step of the training loop."""
+        """The peaks of one step of the training loop; afterwards `wasted_bytes` is known."""
         live = self._count(batch)
         with self._rules(), _marks(self.model, self._optimizer, live), live:
             train_step(
@@ -107,6 +109,7 @@ class Rehearsal:
                 after_step=self._after_step,
                 micro_batches=micro_batches,
             )
+        self.wasted_bytes = live.wasted_bytes
         return live.peaks
 
     def score(self, batch: Batch) -> Peaks:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
-import bitsandbytes
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -43,6 +42,9 @@ def build_optimizer(model: nn.Module, spec: TrialSpec) -> torch.optim.Optimizer:
     if spec.optimizer == "adamw":
         # Fused, as in transformers' Trainer: no temporaries on GPUs, and a third of a full fine-tuning step on CPUs.
         return torch.optim.AdamW(groups, **arguments, fused=True)
+    # Only here: without it everything but 4 and 8 bits works.
+    import bitsandbytes
+
     paged = spec.optimizer == "paged_adamw_8bit"
     optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, **arguments, is_paged=paged)
     return optimizer

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-import bitsandbytes
 import torch
 from peft.tuners.adamss import layer as adamss_layer
 from peft.tuners.unilora.model import UniLoraModel
 from peft.utils.integrations import dequantize_bnb_weight
 from torch.overrides import TorchFunctionMode
-
-# The package's own attribute of that name is None.
-_HIRA_BNB = importlib.import_module("peft.tuners.hira.bnb")
 
 
 @contextlib.contextmanager
@@ -42,10 +39,12 @@ def stepping_without_values(model: torch.nn.Module) -> Iterator[None]:
             module.scatter_index = {
                 name: torch.empty(index.shape, dtype=index.dtype) for name, index in module.scatter_index.items()
             }
-    with (
-        _Decided(),
-        mock.patch.object(_HIRA_BNB, "dequantize_bnb_weight", _dequantize),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_Decided())
+        if importlib.util.find_spec("bitsandbytes") is not None:
+            # The package's own attribute of that name is None.
+            hira_bnb = importlib.import_module("peft.tuners.hira.bnb")
+            stack.enter_context(mock.patch.object(hira_bnb, "dequantize_bnb_weight", _dequantize))
         yield
 
 
@@ -82,6 +81,8 @@ def _assign_scales(self: Any, adapter_name: str) -> None:
 
 def _dequantize(weight: torch.nn.Parameter, state: Any) -> torch.Tensor:
     """peft tells packed weights by the name of their class, which a fake parameter does not have."""
+    import bitsandbytes
+
     packed = isinstance(state, bitsandbytes.functional.QuantState)
     dequantized: torch.Tensor = (
         bitsandbytes.functional.dequantize_4bit(weight.data, state) if packed else dequantize_bnb_weight(weight, state)
