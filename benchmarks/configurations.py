@@ -73,6 +73,7 @@ def limit_rows(data_dir: Path, task: str, num_validation: int, folder: Path, *, 
     (folder / task).mkdir(parents=True, exist_ok=True)
     rows = random.Random(seed).sample(lines, count)
     (folder / task / "train.jsonl").write_text("".join(rows), encoding="utf-8")
-    test = data_dir / task / "validation.jsonl"
-    (folder / task / "validation.jsonl").write_bytes(test.read_bytes())
+    for other in ("validation.jsonl", "test.jsonl"):
+        if (data_dir / task / other).exists():
+            (folder / task / other).write_bytes((data_dir / task / other).read_bytes())
     return folder

@@ -1,6 +1,7 @@
 """What racing saves and what it costs: the same configurations, trained to the end and raced.
 
     python benchmarks/racing.py record            # trains them all unpruned, once; goes on after a stop
+    python benchmarks/racing.py record --task trec --configurations 40 --record trec.npz
     python benchmarks/racing.py replay            # races the recorded curves on a simulated clock, in seconds
     python benchmarks/racing.py real              # races them for real, to see that the replay tells the truth
 
@@ -70,7 +71,9 @@ def _parse_arguments() -> argparse.Namespace:
         command.add_argument("--data-dir", type=Path, default=os.environ.get("AUTOPEFT_DATA_DIR"))
         command.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "autopeft-racing",
                              metavar="DIR", help="studies under way")  # fmt: skip
+    record.add_argument("--task", default="sst2")
     record.add_argument("--configurations", type=int, default=24, metavar="N")
+    record.add_argument("--part", type=int, default=24, metavar="N", help="configurations between two writings of FILE")
     record.add_argument("--steps", type=int, default=320)
     record.add_argument("--seed", type=int, default=0)
     replay.add_argument("--z", type=float, nargs="*", default=[], help="PairedRacing settings beside the shipped one")
@@ -84,7 +87,7 @@ def _parse_arguments() -> argparse.Namespace:
         command.add_argument("--out", metavar="NAME", help="write results/NAME.json and results/NAME.md")
     arguments = parser.parse_args()
     if arguments.command != "replay" and arguments.data_dir is None:
-        parser.error("name the folder that holds sst2/train.jsonl with --data-dir or AUTOPEFT_DATA_DIR")
+        parser.error("name the folder that holds TASK/train.jsonl with --data-dir or AUTOPEFT_DATA_DIR")
     return arguments
 
 
@@ -92,16 +95,18 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 def run_record(arguments: argparse.Namespace) -> None:
-    """Trains what the record lacks. The study in --work is the state: a stopped recording goes on where it was."""
-    plan = _make_plan(arguments, arguments.steps, arguments.seed)
+    """Trains what the record lacks, part by part. The study in --work is the state of the part under way: a stopped
+    recording goes on where it was."""
+    plan = _make_plan(arguments, arguments.task, arguments.steps, arguments.seed)
     recording = read_recording(arguments.record) if arguments.record.exists() else None
     done = {curve.spec.key() for curve in recording.curves.curves} if recording else set()
     wanted = draw_specs(plan.space, arguments.configurations, max_steps=arguments.steps, seed=arguments.seed)
     missing = [spec for spec in wanted if spec.key() not in done]
     print(f"{len(wanted) - len(missing)} of {len(wanted)} configurations are in {arguments.record}.", file=sys.stderr)
-    if missing:
-        name = f"record-{digest_json([spec.key() for spec in missing])}"
-        new = _record_study(plan, missing, arguments.work, name)
+    for start in range(0, len(missing), arguments.part):
+        part = missing[start : start + arguments.part]
+        name = f"record-{arguments.task}-{digest_json([spec.key() for spec in part])}"
+        new = _record_study(plan, part, arguments.work, name)
         recording = join_recordings(recording, new) if recording else new
         write_recording(recording, arguments.record)
         delete_study(arguments.work, name)
@@ -133,11 +138,9 @@ def _run_study(
     return record, store, executor
 
 
-def _make_plan(arguments: argparse.Namespace, steps: int, seed: int) -> Plan:
-    data_dir = limit_rows(
-        arguments.data_dir.resolve(), "sst2", arguments.validation, arguments.work / "data", seed=seed
-    )
-    return plan_listed(Asked("sst2", str(data_dir), steps, seed))
+def _make_plan(arguments: argparse.Namespace, task: str, steps: int, seed: int) -> Plan:
+    data_dir = limit_rows(arguments.data_dir.resolve(), task, arguments.validation, arguments.work / "data", seed=seed)
+    return plan_listed(Asked(task, str(data_dir), steps, seed))
 
 
 def _progress_printer() -> Callable[[Status], None]:
@@ -305,7 +308,7 @@ def run_real(arguments: argparse.Namespace) -> None:
     recording = read_recording(arguments.record)
     config = recording.curves.config
     specs = [curve.spec for curve in recording.curves.curves]
-    plan = _make_plan(arguments, config.rungs[-1], config.seed)
+    plan = _make_plan(arguments, config.task_name, config.rungs[-1], config.seed)
     if make_provenance(plan).task_digest != recording.curves.provenance.task_digest:
         sys.exit(f"The data differ from those of {arguments.record}: give the --validation it was recorded with.")
     # A study of its own each time: one that was interrupted would have been timed on two machines' moods.
