@@ -2,8 +2,8 @@
 
 Breadth before depth: as in asynchronous successive halving (arXiv:1810.05934) one in `ETA` of the trials at a rung may
 go on while new ones can still be started. Which one is decided by what it is expected to add to the front per second of
-training that it still needs, so cheap trials are promoted beside accurate ones, and neither twice. When nothing new can
-be started, everything that racing left alive goes on in that order.
+training that it still needs, so cheap trials are promoted beside accurate ones, and neither twice; in every third turn
+quality alone counts. When nothing new can be started, everything that racing left alive goes on in that order.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from autopeft.search.gain import GrowthModel, expected_improvement
 from autopeft.search.store import Trial
 
 ETA = 2
+_QUALITY_EVERY = 3
 
 
 class StartNew(NamedTuple):
@@ -125,7 +126,8 @@ def _order_revivals(situation: Situation, speed: Speed) -> list[Trial]:
 
 
 def order_by_worth(trials: Sequence[Trial], situation: Situation, speed: Speed) -> list[Trial]:
-    """By expected growth of the front's hypervolume per second still needed (per step without a clock in the budget).
+    """By expected growth of the front's hypervolume per second still needed (per step without a clock in the budget);
+    of the best quality, where it is quality's turn.
 
     The front is that of the complete trials and, as they are forecast, of the running ones.
     """
@@ -137,11 +139,12 @@ def order_by_worth(trials: Sequence[Trial], situation: Situation, speed: Speed) 
     points = [_forecast_point(trial, growth, situation)[0] for trial in had]
     rows = [_forecast_point(trial, growth, situation) for trial in trials]
     candidates = np.array([row for row, _ in rows])
+    seen = 1 if _is_turn_of_quality(situation.trials) else candidates.shape[1]
     gains = expected_improvement(
         candidates[:, 0],
         np.array([deviation for _, deviation in rows]),
-        candidates[:, 1:],
-        np.array(points, dtype=float).reshape(len(points), candidates.shape[1]),
+        candidates[:, 1:seen],
+        np.array(points, dtype=float).reshape(len(points), candidates.shape[1])[:, :seen],
     )
 
     def worth(index: int) -> tuple[float, int, float]:
@@ -152,6 +155,17 @@ def order_by_worth(trials: Sequence[Trial], situation: Situation, speed: Speed) 
         return -float(gains[index]) / needed, -trial.step, trial.rungs[-1].loss
 
     return [trials[index] for index in sorted(range(len(trials)), key=worth)]
+
+
+def _is_turn_of_quality(trials: Sequence[Trial]) -> bool:
+    """Whether the next promotion goes by quality whatever it costs, as every `_QUALITY_EVERY`th does.
+
+    The hypervolume gives nothing to what costs as much as its reference, full fine-tuning foremost, and little to what
+    costs nearly that much: without turns of its own the accurate end of the front would be found last or never.
+    benchmarks/README.md has what they change.
+    """
+    promotions = sum(len(trial.rungs) - 1 + (trial.state == "running") for trial in trials if trial.rungs)
+    return promotions % _QUALITY_EVERY == _QUALITY_EVERY - 1
 
 
 def _forecast_point(trial: Trial, growth: GrowthModel, situation: Situation) -> tuple[list[float], float]:

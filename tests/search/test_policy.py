@@ -155,11 +155,19 @@ def test_what_needs_less_to_its_end_goes_first_at_the_same_promise(make_trial: C
     assert order_paused(make_situation(trials), Speed())[0].number == 1
 
 
+def test_every_third_promotion_goes_by_quality_whatever_it_costs(make_trial: Callable[..., Trial]) -> None:
+    # As dear as the reference, so it adds nothing to the hypervolume.
+    dearest, cheap = make_trial(0, [0.9], vram=1000), make_trial(1, [0.7], vram=100)
+    gone_on = [make_trial(2 + i, [0.5, 0.5], vram=300) for i in range(4)]
+    chosen = [order_paused(make_situation([dearest, cheap, *gone_on[:n]]), Speed())[0].number for n in range(3)]
+    assert chosen == [1, 1, 0]
+
+
 def test_what_a_running_trial_will_bring_is_not_sought_twice(make_trial: Callable[..., Trial]) -> None:
     # The best forecast costs as much as what runs already; the cheap one adds more beside it.
     trials = [make_trial(0, [0.95], vram=300), make_trial(1, [0.5], vram=100)]
     assert order_paused(make_situation(trials), Speed())[0].number == 0
-    running = make_trial(2, [0.95, 0.95], state="running", vram=300)
+    running = make_trial(2, [0.95], state="running", vram=300)
     assert order_paused(make_situation([*trials, running]), Speed())[0].number == 1
 
 
