@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autopeft.records import RungScore
-from autopeft.search.front import Points
+from autopeft.search.front import Points, find_nondominated
 from autopeft.search.store import Trial
 
 _QUANTILES = np.array([-1.645, -1.036, -0.674, -0.385, -0.126, 0.126, 0.385, 0.674, 1.036, 1.645])
@@ -134,11 +134,12 @@ def expected_improvement(
     already; all are scaled as by `scale_point`: to be made small, 1 at the reference.
     """
     inside = points[(points < 1).all(axis=1)]
-    best, widths = _best_by_cell(inside, costs)
-    # (Q, N, cells): where the candidate's quality, at each quantile, is better than what the cell has.
+    best, widths = _best_by_cell(inside[find_nondominated(inside)], costs)
+    # Few values are best anywhere, and many cells share each: the expectation is taken once a value.
+    levels, cells = np.unique(best, return_inverse=True)
     values = means + np.multiply.outer(_QUANTILES, deviations)
-    gains = np.maximum(best.reshape(1, 1, -1) - values[:, :, None], 0.0).mean(axis=0)
-    improvement: npt.NDArray[np.float64] = (gains * widths).sum(axis=1)
+    gains = np.array([np.maximum(level - values, 0.0).mean(axis=0) for level in levels])
+    improvement: npt.NDArray[np.float64] = (gains.T[:, cells] * widths).sum(axis=1)
     return improvement
 
 

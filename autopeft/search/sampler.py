@@ -13,17 +13,21 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from autopeft.methods import refuse_spec
 from autopeft.methods.base import Dimension
 from autopeft.records import Scalar, TrialSpec
+from autopeft.search.front import find_nondominated
 from autopeft.spaces.space import SearchSpace
 
 _STARTUP_TRIALS = 10
 """TPE answers at random below this many observations (its default)."""
 _ATTEMPTS = 50
+_MOST_OBSERVATIONS = 300
+"""TPE models its best 25 and all the rest; more of the rest only make it slower (0.85 s a question at 2,000)."""
 
 
 class Observation(NamedTuple):
@@ -57,7 +61,7 @@ def suggest_spec(
             seed=int(np.random.SeedSequence([seed, number]).generate_state(1)[0]),
         )  # fmt: skip
         study = optuna.create_study(directions=directions, sampler=sampler)
-        study.add_trials([_freeze(space, observation, len(objectives)) for observation in history])
+        study.add_trials([_freeze(space, observation, len(objectives)) for observation in thin_history(history)])
         for _ in range(_ATTEMPTS):
             trial = study.ask()
             spec = space.suggest(trial, max_steps=max_steps, seed=seed)
@@ -68,6 +72,41 @@ def suggest_spec(
             trial.set_constraint("excess", 0.0)
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     return None
+
+
+def thin_history(history: Sequence[Observation]) -> list[Observation]:
+    """At most `_MOST_OBSERVATIONS`, in their order: what TPE would take for the best, and an even choice of the rest.
+
+    The best are the complete ones, layer by layer of what dominates what, and then those that lack least.
+    """
+    if len(history) <= _MOST_OBSERVATIONS:
+        return list(history)
+    most = _MOST_OBSERVATIONS // 2
+    best = _find_layers([i for i, seen in enumerate(history) if seen.missing <= 0], history, most)
+    incomplete = [i for i, seen in enumerate(history) if seen.missing > 0]
+    best += sorted(incomplete, key=lambda i: history[i].missing)[: most - len(best)]
+    rest = sorted(set(range(len(history))) - set(best))
+    count = _MOST_OBSERVATIONS - len(best)
+    chosen = {*best, *(rest[i * len(rest) // count] for i in range(count))}
+    return [history[i] for i in sorted(chosen)]
+
+
+def _find_layers(numbers: Sequence[int], history: Sequence[Observation], most: int) -> list[int]:
+    """Layer by layer until there are `most`."""
+    left = np.array([i for i in numbers if history[i].values is not None], dtype=int)
+    # Quality comes first and is to be made large.
+    points = np.array([history[i].values for i in left], dtype=float).reshape(len(left), -1) * _signs(history)
+    found: list[int] = []
+    while len(left) and len(found) < most:
+        layer = find_nondominated(points)
+        found += [int(i) for i in left[layer]]
+        left, points = left[~layer], points[~layer]
+    return found[:most]
+
+
+def _signs(history: Sequence[Observation]) -> npt.NDArray[np.float64]:
+    width = max((len(seen.values) for seen in history if seen.values is not None), default=1)
+    return np.array([-1.0] + [1.0] * (width - 1))
 
 
 def optuna_directions(objectives: Sequence[str]) -> list[optuna.study.StudyDirection]:

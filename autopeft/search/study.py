@@ -28,6 +28,7 @@ from autopeft.records import (
     Failed,
     Refused,
     RungScore,
+    Scalar,
     Segment,
     Stopped,
     StudyRecord,
@@ -110,6 +111,7 @@ class Search:
         self._confirm_queue: list[tuple[Trial, int]] = []
         self._costs: dict[str, CostReply] = {}
         self._keys: list[str] = []
+        self._params: dict[int, dict[str, Scalar] | None] = {}
         self._losses: dict[str, npt.NDArray[np.float64] | None] = {}
 
     # --- the whole study
@@ -307,7 +309,9 @@ class Search:
     def _history(self) -> list[Observation]:
         history = []
         for trial in self.store.trials:
-            params = self.space.params(trial.spec)
+            if trial.number not in self._params:
+                self._params[trial.number] = self.space.params(trial.spec)
+            params = self._params[trial.number]
             if params is None or trial.state == "waiting":
                 continue
             values = None

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from autopeft.methods import refuse_spec
 from autopeft.records import TrialSpec
-from autopeft.search.sampler import Observation, suggest_spec
+from autopeft.search.sampler import Observation, suggest_spec, thin_history
 from autopeft.spaces.load import find_space, parse_space
 from autopeft.spaces.space import SearchSpace
 
@@ -106,3 +106,24 @@ def test_suggestions_move_towards_what_scored_well(space: SearchSpace) -> None:
         methods.append(spec.method)
     # One in six by chance.
     assert methods.count("ia3") >= 8
+
+
+OBSERVATIONS = st.lists(
+    st.tuples(st.integers(1, 20), st.integers(1, 20), st.sampled_from([0.0, 0.0, 0.5, 0.75])), max_size=900
+).map(lambda rows: [Observation({"method": str(i)}, (q / 20, float(c)), m) for i, (q, c, m) in enumerate(rows)])
+
+
+@given(OBSERVATIONS)
+@settings(max_examples=20)
+def test_a_long_history_is_thinned_in_its_order_and_a_short_one_is_left(history: list[Observation]) -> None:
+    thinned = thin_history(history)
+    assert len(thinned) == min(len(history), 300)
+    places = [int(str(seen.params["method"])) for seen in thinned]
+    assert places == sorted(set(places))
+
+
+def test_thinning_keeps_the_front_of_what_is_complete() -> None:
+    dominated = [Observation({"method": str(i)}, (0.5, 10.0), 0.0) for i in range(1000)]
+    front = [Observation({"method": f"front {i}"}, (0.6 + i / 100, 1.0 + i), 0.0) for i in range(9)]
+    thinned = thin_history([*dominated[:500], *front, *dominated[500:]])
+    assert all(seen in thinned for seen in front)
