@@ -7,6 +7,7 @@ reaches the budget's end; where it would have ended by itself is kept.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -225,3 +226,7 @@ PEERS: dict[str, Peer] = {
     "MO-ASHA": mo_asha,
     "Syne Tune MOASHA": syne_tune_moasha,
 }
+
+
+def is_installed(name: str) -> bool:
+    return not name.startswith("Syne Tune") or importlib.util.find_spec("syne_tune") is not None

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from machine import describe_machine
-from peers import PEERS, play
+from peers import PEERS, is_installed, play
 from searchers import OurSearch, Source, Trace
 from svg import draw_lines
 from tables import Table, read_metamathqa, read_table
@@ -71,11 +71,17 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, default=os.environ.get("AUTOPEFT_DATA_DIR"))
     parser.add_argument("--objectives", default=None, help="of a study; quality,vram for metamathqa")
     parser.add_argument("--seeds", type=int, default=20, metavar="K")
-    parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=None, help="all that are installed")
     parser.add_argument("--halves", action="store_true", help="choose settings on random halves of the table")
     parser.add_argument("--out", metavar="NAME", help="write results/NAME.json and results/NAME.md")
     parser.add_argument("--docs", metavar="NAME", help="fill the place NAME in docs/search.md, and its figure")
     arguments = parser.parse_args()
+    missing = [name for name in PEERS if not is_installed(name)]
+    if arguments.peers is None:
+        arguments.peers = [name for name in PEERS if name not in missing]
+        print("".join(f"Left out, for it is not installed: {name}.\n" for name in missing), end="", file=sys.stderr)
+    elif set(arguments.peers) & set(missing):
+        parser.error(f"not installed: {', '.join(missing)}. Say pip install syne-tune, or name other --peers")
     if arguments.table == "metamathqa" and arguments.data_dir is None:
         parser.error("name the folder that holds peft_metamathqa with --data-dir or AUTOPEFT_DATA_DIR")
     if arguments.halves and arguments.table != "metamathqa":
