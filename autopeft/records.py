@@ -26,6 +26,8 @@ Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 VramSource = Literal["estimated", "measured"]
 FailureReason = Literal["out_of_memory", "diverged", "worker_died", "error"]
 TrialSource = Literal["recipe", "included", "sampler", "baseline"]
+TaskKind = Literal["classification", "generation"]
+"""A class for a text, by a head on the model; or text after a prompt, by the model itself."""
 TrialState = Literal["waiting", "running", "paused", "stopped", "complete", "failed", "refused"]
 
 R = TypeVar("R")
@@ -175,6 +177,8 @@ class RungScore:
     scores_file: str
     """Per-example losses and predictions, relative to the study's folder."""
     scores_digest: str
+    quality_sd: float | None = _optional()
+    """Over the examples, where the quality is the mean of their scores and those are more than right and wrong."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,6 +232,8 @@ class Confirmation:
     device_seconds: float
     scores_file: str
     scores_digest: str
+    test_quality_sd: float | None = _optional()
+    """As in `RungScore`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,12 +316,14 @@ class StudyConfig:
     until: str | None
     price_per_device_hour: float | None
     majority_quality: float
-    """Search-validation quality of always answering with the most frequent training label."""
+    """Search-validation quality without learning: of always answering with the most frequent training label; for a
+    generation task of the untrained base, 0 until that was scored."""
     majority_test_quality: float
     scorer: str
     backend: str = "hf"
     max_params: int | None = _optional()
     """The most trainable parameters that a configuration may have, the head left out."""
+    task_kind: TaskKind = dataclasses.field(default="classification", metadata={"leave_out_default": True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -370,7 +378,7 @@ class StudyRecord:
     provenance: Provenance
     trials: tuple[TrialRecord, ...]
     baseline: TrialRecord | None
-    """A trained head on the frozen base."""
+    """A trained head on the frozen base; for a generation task, which has no head, the base as it is."""
     ledger: LedgerRecord
     segments: tuple[Segment, ...]
     front: tuple[FrontMember, ...]

@@ -10,7 +10,8 @@ from typing import Any
 from autopeft.methods import refuse_spec
 from autopeft.records import TrialSpec
 from autopeft.spaces.space import SearchSpace
-from autopeft.tasks.data import VALIDATION_MOST, VALIDATION_SHARE
+from autopeft.tasks.data import VALIDATION_SHARE
+from autopeft.tasks.spec import VALIDATION_MOST
 
 PLAIN_PEFT = ("lora", "prefix_tuning", "prompt_tuning", "ia3", "full")
 """Methods that a user of transformers and peft has without writing an adapter."""

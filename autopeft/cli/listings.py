@@ -71,7 +71,8 @@ def list_tasks(args: argparse.Namespace) -> int:
 
     for name, path in list_tasks().items():
         task = parse_task(path.read_text(encoding="utf-8"), name)
-        print(f"{name:<10} {task.title}: {len(task.labels)} labels, scored by {task.scorer}")
+        kind = f"{task.num_labels} labels" if task.num_labels is not None else "generation"
+        print(f"{name:<11} {task.title}: {kind}, scored by {task.scorer}")
     return 0
 
 

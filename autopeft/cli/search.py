@@ -73,7 +73,7 @@ def print_plan(plan: Plan) -> None:
     config = plan.config
     lines = {
         "study": config.name,
-        "task": f"{plan.task.title}, scored by {config.scorer}" + _describe_splits(plan),
+        "task": f"{plan.task.title}{_describe_kind(plan)}, scored by {config.scorer}" + _describe_splits(plan),
         "base model": config.model,
         "devices": plan.device_title,
         "budget": f"{config.budget}" + (f", until {config.until}" if config.until else "")
@@ -89,10 +89,16 @@ def print_plan(plan: Plan) -> None:
         print(f"{key:<12} {value}")
 
 
+def _describe_kind(plan: Plan) -> str:
+    if plan.task.kind == "classification":
+        return ""
+    return " (text after a prompt)" if plan.task.prompt else " (plain text)"
+
+
 def _describe_splits(plan: Plan) -> str:
     if plan.splits is None:
         return ", rows not on this machine"
-    train, validation, test, _ = plan.splits
+    train, validation, test = plan.splits.train, plan.splits.validation, plan.splits.test
     return f", {len(train)} train / {len(validation)} search-validation / {len(test)} test rows"
 
 

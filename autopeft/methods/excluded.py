@@ -4,7 +4,10 @@ other."""
 from __future__ import annotations
 
 EXCLUDED: dict[str, str] = {
-    "CPT": "peft builds it for next-word prediction alone (its configuration accepts only the task CAUSAL_LM)",
+    "CPT": (
+        "it trains the embeddings of examples written into the prompt, with what each of their tokens is for; the user "
+        "gives them for one model and task, and no search can know them"
+    ),
     "FROD": "saved and loaded by peft 0.21.2, it gives other logits than it was trained to",
     "MULTITASK_PROMPT_TUNING": "it shares one prompt between several tasks, and a study has one",
     "POLY": "it routes between adapters by the number of the task, and a study has one task",

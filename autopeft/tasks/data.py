@@ -7,24 +7,35 @@ import hashlib
 import json
 import logging
 import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from autopeft.errors import DataError, TaskError
+from autopeft.errors import DataError, TaskError, suggest_nearest
 from autopeft.tasks.demo import generate_demo
-from autopeft.tasks.spec import TaskSpec
+from autopeft.tasks.spec import TaskSpec, list_fields
 
 VALIDATION_SHARE = 0.1
-VALIDATION_MOST = 1000
 TEST_SHARE_OF_OWN = 0.15
 
 
 class Example(NamedTuple):
     text: str
+    """The text to classify, or the prompt."""
     text_pair: str | None
     label: int
+    """Class index; 0 in a generation task."""
+    completion: str | None = None
+    """What is to be written; None in a classification task."""
+
+
+class _Rows(NamedTuple):
+    train: list[Example]
+    test: list[Example] | None
+    """None where a part of `train` is to be set aside."""
+    notes: Sequence[str] = ()
 
 
 class Splits(NamedTuple):
@@ -35,25 +46,35 @@ class Splits(NamedTuple):
     test: list[Example]
     digest: str
     """Of all rows in their order, split seed included: equal digests mean the same splits."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know of where the splits come from."""
 
 
 def load_splits(task: TaskSpec, data_dir: str | None, *, seed: int) -> Splits:
     """Reads, checks and divides a task's rows.
 
-    Training rows are divided into train and search-validation (10%, at most 1,000, stratified); the data set's own
-    labelled split is the test. `data_dir` is searched before the hub. Raises DataError or TaskError.
+    Training rows are divided into train and search-validation (10%, at most `max_validation`): by class, or for
+    generation by prompt, so that no prompt is in both. The data set's own labelled split is the test. `data_dir` is
+    searched before the hub. Raises DataError or TaskError.
     """
-    train, test = _load_rows(task, data_dir)
-    _check_classes(task, train)
+    train, test, notes = _load_rows(task, data_dir)
+    _check_train(task, train)
+    divide = split_stratified if task.kind == "classification" else split_by_prompt
     if test is None:
-        train, test = split_stratified(train, share=TEST_SHARE_OF_OWN, most=len(train), seed=seed + 1)
-    train, validation = split_stratified(train, share=VALIDATION_SHARE, most=VALIDATION_MOST, seed=seed)
+        most = len(train) if task.kind == "classification" else task.max_validation
+        train, test = divide(train, share=TEST_SHARE_OF_OWN, most=most, seed=seed + 1)
+    train, validation = divide(train, share=VALIDATION_SHARE, most=task.max_validation, seed=seed)
     digest = hashlib.sha256()
     for split in (train, validation, test):
         for example in split:
-            digest.update(json.dumps(example).encode())
+            digest.update(json.dumps(_identify(example)).encode())
         digest.update(b"\n")
-    return Splits(train=train, validation=validation, test=test, digest=digest.hexdigest()[:16])
+    return Splits(train=train, validation=validation, test=test, digest=digest.hexdigest()[:16], notes=tuple(notes))
+
+
+def _identify(example: Example) -> tuple[object, ...]:
+    # Without the completion where there is none: digests of studies from before there were any stay theirs.
+    return tuple(example) if example.completion is not None else tuple(example)[:3]
 
 
 def majority_predictions(train: Sequence[Example], num_examples: int) -> list[int]:
@@ -84,36 +105,69 @@ def split_stratified(
     return [examples[i] for i in order if i not in part], [examples[i] for i in order if i in part]
 
 
-def _load_rows(task: TaskSpec, data_dir: str | None) -> tuple[list[Example], list[Example] | None]:
+def split_by_prompt(
+    examples: Sequence[Example], *, share: float, most: int, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """(rest, part): `part` takes about `share` of the rows, at most `most` and at least one.
+
+    Rows with the same prompt stay together: where a prompt has several right completions, those in `part` would
+    otherwise have been learned. Both come shuffled.
+    """
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)
+    groups: dict[object, list[int]] = defaultdict(list)
+    for index in order:
+        groups[examples[index].text or index].append(index)
+    wanted = max(1, min(int(len(examples) * share), most))
+    part: list[int] = []
+    for group in groups.values():
+        if len(part) + len(group) <= wanted:
+            part += group
+    whole = part or min(groups.values(), key=len)
+    # Where every prompt has more rows than are wanted: some rows of one, and the others in neither.
+    taken, kept = set(whole), set(whole[:wanted])
+    return [examples[i] for i in order if i not in taken], [examples[i] for i in order if i in kept]
+
+
+def _load_rows(task: TaskSpec, data_dir: str | None) -> _Rows:
     if task.embedded:
         demo = generate_demo()
-        return (
+        return _Rows(
             [Example(row["text"], None, row["label"]) for row in demo.train],
             [Example(row["text"], None, row["label"]) for row in demo.test],
         )
     if task.files is not None:
         train = read_rows(task, Path(task.files.train))
-        return train, read_rows(task, Path(task.files.test)) if task.files.test else None
+        return _Rows(train, read_rows(task, Path(task.files.test)) if task.files.test else None)
     folder = Path(data_dir) / task.name if data_dir else None
     if folder is not None and folder.is_dir():
         return _load_folder(task, folder)
     return _load_hub(task, folder)
 
 
-def _load_folder(task: TaskSpec, folder: Path) -> tuple[list[Example], list[Example]]:
-    train = folder / "train.jsonl"
+def _load_folder(task: TaskSpec, folder: Path) -> _Rows:
+    train, validation, test = (folder / f"{split}.jsonl" for split in ("train", "validation", "test"))
     if not train.is_file():
+        if validation.is_file() and test.is_file():
+            note = f"The data folder of task '{task.name}' has no train.jsonl, so its validation.jsonl is learned from."
+            return _Rows(read_rows(task, validation), read_rows(task, test), [note])
         raise DataError(f"The data folder of task '{task.name}' must hold train.jsonl, but '{folder}' does not.")
-    for name in ("test.jsonl", "validation.jsonl"):
-        if (folder / name).is_file():
-            return read_rows(task, train), read_rows(task, folder / name)
+    for path in (test, validation):
+        if path.is_file():
+            return _Rows(read_rows(task, train), read_rows(task, path))
+    if task.kind == "generation":
+        note = (
+            f"The data folder of task '{task.name}' has no test.jsonl, so {TEST_SHARE_OF_OWN:.0%} of the training "
+            f"rows, at most {task.max_validation:,}, are set aside for the test."
+        )
+        return _Rows(read_rows(task, train), None, [note])
     raise DataError(
         f"The data folder of task '{task.name}' must hold test.jsonl or validation.jsonl with labels, for the final "
         f"score, but '{folder}' has neither."
     )
 
 
-def _load_hub(task: TaskSpec, folder: Path | None) -> tuple[list[Example], list[Example]]:
+def _load_hub(task: TaskSpec, folder: Path | None) -> _Rows:
     looked = f"There is no folder '{folder}'" if folder else "No --data-dir was given"
     remedy = (
         f"put train.jsonl and validation.jsonl into DIR/{task.name}/ and give --data-dir DIR (or set "
@@ -129,13 +183,14 @@ def _load_hub(task: TaskSpec, folder: Path | None) -> tuple[list[Example], list[
         # The hub's client prints a line for each of its retries; what came of them is said once, below.
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         train = datasets.load_dataset(task.hub.path, task.hub.config, split=task.hub.train)
-        test = datasets.load_dataset(task.hub.path, task.hub.config, split=task.hub.test)
+        test = datasets.load_dataset(task.hub.path, task.hub.config, split=task.hub.test) if task.hub.test else None
     except Exception as exc:  # the hub's client raises a dozen unrelated types when there is no network
         raise DataError(
             f"The rows of task '{task.name}' are not on this machine. {looked}, and the hub, where they are "
             f"'{task.hub.path}', cannot be reached ({type(exc).__name__}). Connect once; or {remedy}"
         ) from exc
-    return _check_rows(task, train, f"{task.hub.path} train"), _check_rows(task, test, f"{task.hub.path} test")
+    test_rows = None if test is None else _check_rows(task, test, f"{task.hub.path} test")
+    return _Rows(_check_rows(task, train, f"{task.hub.path} train"), test_rows)
 
 
 def read_rows(task: TaskSpec, path: Path) -> list[Example]:
@@ -191,6 +246,8 @@ def _check_rows(task: TaskSpec, rows: Iterable[Any], where: str) -> list[Example
 
 
 def _check_row(task: TaskSpec, row: Any, where: str) -> Example:
+    if task.kind == "generation":
+        return _check_generation_row(task, row, where)
     if not isinstance(row, dict):
         raise DataError(f"{where}: a row must be an object with '{task.text}' and '{task.label}', but is {row!r:.80}.")
     texts: list[str | None] = []
@@ -210,6 +267,42 @@ def _check_row(task: TaskSpec, row: Any, where: str) -> Example:
     return Example(text, text_pair, _check_label(task, row, where))
 
 
+def _check_generation_row(task: TaskSpec, row: Any, where: str) -> Example:
+    if not isinstance(row, dict):
+        columns = " and ".join(f"'{name}'" for name in list_fields(task.prompt + task.completion, where))
+        raise DataError(f"{where}: a row must be an object with {columns}, but is {row!r:.80}.")
+    missing = [column for column in task.prompt_without if row.get(column) in (None, "")]
+    name = f"prompt_without.{missing[0]}" if missing else "prompt"
+    prompt = _fill(task.prompt_without[missing[0]] if missing else task.prompt, row, f"{where}: {name} of the task")
+    completion = _fill(task.completion, row, f"{where}: completion of the task")
+    if not completion.strip():
+        raise DataError(
+            f"{where}: a row must have text to write, but its completion '{task.completion}' comes out empty. Remove "
+            "the row, or name another column in completion:."
+        )
+    if task.answer is not None and re.search(task.answer, completion) is None:
+        raise DataError(
+            f"{where}: a completion must hold an answer for exact_match, but nothing in {completion!r:.80} fits "
+            f"answer: {task.answer}"
+        )
+    return Example(prompt, None, 0, completion)
+
+
+def _fill(template: str, row: dict[str, Any], where: str) -> str:
+    """The template with the row's values for its columns."""
+    values = {}
+    for column in list_fields(template, where):
+        value = row.get(column)
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            if column in row:
+                raise DataError(
+                    f"{where} takes text or a number from the column '{column}', but it holds {value!r:.80}."
+                )
+            raise DataError(f"{where} names the column '{column}', which the row lacks. {suggest_nearest(column, row)}")
+        values[column] = str(value)
+    return template.format_map(values)
+
+
 def _check_label(task: TaskSpec, row: dict[str, Any], where: str) -> int:
     value = row.get(task.label)
     if isinstance(value, str):
@@ -226,9 +319,9 @@ def _check_label(task: TaskSpec, row: dict[str, Any], where: str) -> int:
     )
 
 
-def _check_classes(task: TaskSpec, train: Sequence[Example]) -> None:
+def _check_train(task: TaskSpec, train: Sequence[Example]) -> None:
     seen = {example.label for example in train}
-    if len(seen) < 2:
+    if task.kind == "classification" and len(seen) < 2:
         only = task.labels[next(iter(seen))]
         raise DataError(
             f"A classifier needs at least two classes to learn from, but every training row of task '{task.name}' is "
@@ -236,3 +329,8 @@ def _check_classes(task: TaskSpec, train: Sequence[Example]) -> None:
         )
     if len(train) < 20:
         raise TaskError(f"A task needs at least 20 training rows to be split, but '{task.name}' has {len(train)}.")
+    if task.kind == "generation" and task.prompt and len({example.text for example in train}) < 2:
+        raise DataError(
+            f"Rows are divided by their prompts, so that none is both learned and scored, but all training rows of "
+            f"task '{task.name}' have the same. Write prompt: \"\" where it says nothing, or put a column into it."
+        )

@@ -9,8 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from autopeft.errors import TaskError, suggest_nearest
+from autopeft.records import TaskKind
 
 Labels = npt.NDArray[np.integer[Any]]
+Numbers = npt.NDArray[Any]
 
 
 def _accuracy(labels: Labels, predictions: Labels) -> float:
@@ -55,15 +57,36 @@ SCORERS: dict[str, Callable[[Labels, Labels], float]] = {
 """By name; larger is better. `hub:NAME` takes any metric of the `evaluate` package instead."""
 
 
-def check_scorer(name: str) -> None:
-    if name not in SCORERS and not name.startswith("hub:"):
+GENERATION_SCORERS: dict[str, str] = {
+    "token_accuracy": "share of a completion's tokens that the model would write next, given those before",
+    "exact_match": "whether what the model writes by itself, always the likeliest token, is the completion or answer",
+}
+"""By name, with what an example's score is, in [0, 1]; the quality is the mean over examples."""
+
+DEFAULT_SCORERS: dict[TaskKind, str] = {"classification": "accuracy", "generation": "token_accuracy"}
+
+
+def check_scorer(name: str, kind: TaskKind = "classification") -> None:
+    """Raises TaskError for a scorer that does not exist, or not for this kind of task."""
+    if kind == "generation":
+        if name not in GENERATION_SCORERS:
+            of_other = f" '{name}' scores classes." if name in SCORERS or name.startswith("hub:") else ""
+            raise TaskError(
+                f"There is no scorer '{name}' for generation.{of_other} {suggest_nearest(name, GENERATION_SCORERS)}"
+            )
+    elif name in GENERATION_SCORERS:
+        raise TaskError(f"The scorer '{name}' is for tasks of kind: generation. {suggest_nearest(name, SCORERS)}")
+    elif name not in SCORERS and not name.startswith("hub:"):
         raise TaskError(
             f"There is no scorer '{name}'. {suggest_nearest(name, SCORERS)} A metric of the hub is written hub:NAME."
         )
 
 
-def score_predictions(scorer: str, labels: Sequence[int] | Labels, predictions: Sequence[int] | Labels) -> float:
-    """Quality of predictions, both (N,) class indices; larger is better."""
+def score_predictions(scorer: str, labels: Sequence[int] | Labels, predictions: Sequence[float] | Numbers) -> float:
+    """Quality of predictions, larger is better. Labels (N,) and predictions (N,) are class indices; for a scorer of
+    generation predictions are the examples' scores, and labels say nothing."""
+    if scorer in GENERATION_SCORERS:
+        return float(np.mean(predictions))
     check_scorer(scorer)
     function = SCORERS[scorer] if scorer in SCORERS else _hub_metric(scorer.removeprefix("hub:"))
     return function(np.asarray(labels), np.asarray(predictions))

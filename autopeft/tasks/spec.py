@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import re
+import string
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from autopeft.errors import RecordError, TaskError, suggest_nearest
-from autopeft.records import from_record
+from autopeft.records import TaskKind, from_record
 
+VALIDATION_MOST = 1000
 BUILTIN = Path(__file__).parent / "builtin"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubSource:
-    """A data set on the Hugging Face hub."""
+    """A data set on the Hugging Face hub. Splits are named as `datasets` takes them: `train`, `train[:20000]`."""
 
     path: str
     config: str | None = None
     train: str = "train"
-    test: str
-    """The labelled split kept for the end; many GLUE tests have no labels, so this is often `validation`."""
+    test: str | None = None
+    """The labelled split kept for the end; many GLUE tests have no labels, so this is often `validation`. None: a part
+    of the training rows is set aside."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,30 +36,50 @@ class FileSource:
 
     train: str
     test: str | None = None
-    """None: a stratified 15% of the training rows is set aside."""
+    """None: 15% of the training rows are set aside, by class where there are classes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskSpec:
-    """A sequence classification task."""
+    """What rows mean and how answers are scored: a class for a text, or text after a prompt."""
 
     name: str
     title: str
-    text: str
-    """Column of the text."""
+    kind: TaskKind = "classification"
+    text: str = ""
+    """Column of the text to classify."""
     text_pair: str | None = None
     """Column of the second text, for pairs."""
     label: str = "label"
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] = ()
     """Names in the order of their index. Rows may hold the index or the name."""
+    prompt: str = ""
+    """Generation: what the model reads, with columns in braces: `"{question}\\n"`. Empty for plain text."""
+    prompt_without: dict[str, str] = field(default_factory=dict)
+    """Prompts for rows in which the column named is empty or missing; the first that applies stands for `prompt`."""
+    completion: str = ""
+    """Generation: what the model must write, with columns in braces: `"{answer}"`. Its tokens alone are learned."""
+    max_new_tokens: int = 128
+    """Generation, scorer `exact_match`: tokens to write at most."""
+    answer: str | None = None
+    """Generation, scorer `exact_match`: a regular expression whose one group is the answer inside of what is written,
+    such as `"#### *(.+)"`; None compares everything."""
     scorer: str = "accuracy"
+    """By default `accuracy`, and `token_accuracy` for generation."""
     max_length: int = 128
-    """Tokens; longer inputs are cut off."""
+    """Tokens; longer texts are cut off at their end, prompts before a completion at their beginning."""
+    max_validation: int = VALIDATION_MOST
+    """Rows of the search-validation split at most. Every trial is scored on all of them at every rung."""
     hub: HubSource | None = None
     """Where rows come from when neither `files` nor a data folder has them."""
     files: FileSource | None = None
     embedded: bool = False
     """Made by `autopeft.tasks.demo`."""
+
+    @property
+    def num_labels(self) -> int | None:
+        """Classes of the head; None for generation, which has no head."""
+        return len(self.labels) if self.kind == "classification" else None
 
 
 def list_tasks() -> dict[str, Path]:
@@ -94,7 +118,7 @@ def _anchor_files(path: Path) -> str:
 
 def parse_task(text: str, where: str) -> TaskSpec:
     """YAML -> TaskSpec. Raises TaskError for an unknown key, a missing one or a value of the wrong type."""
-    from autopeft.tasks.scorers import check_scorer
+    from autopeft.tasks.scorers import DEFAULT_SCORERS, check_scorer
 
     try:
         data: Any = yaml.safe_load(text)
@@ -102,13 +126,107 @@ def parse_task(text: str, where: str) -> TaskSpec:
         raise TaskError(f"The task file '{where}' must be YAML, but is not: {exc}.") from exc
     if not isinstance(data, Mapping):
         raise TaskError(f"The task file '{where}' must hold keys and values such as name: and labels:, but does not.")
+    default = DEFAULT_SCORERS["generation" if data.get("kind") == "generation" else "classification"]
     try:
-        task = from_record(TaskSpec, dict(data), f"task file '{where}'")
+        task = from_record(TaskSpec, {"scorer": default, **data}, f"task file '{where}'")
     except RecordError as exc:
         raise TaskError(str(exc)) from exc
+    _refuse_ignored(task, data, where)
+    if task.kind == "classification":
+        _check_classification(task, where)
+    else:
+        _check_generation(task, where)
+    for name in ("max_length", "max_new_tokens", "max_validation"):
+        if getattr(task, name) < 1:
+            raise TaskError(f"The task file '{where}' must have a {name} of at least 1, but has {getattr(task, name)}.")
+    check_scorer(task.scorer, task.kind)
+    return task
+
+
+_OF_CLASSIFICATION = ("text", "text_pair", "label", "labels", "embedded")
+_OF_GENERATION = ("prompt", "prompt_without", "completion", "max_new_tokens", "answer")
+
+
+def _refuse_ignored(task: TaskSpec, data: Mapping[str, Any], where: str) -> None:
+    """Keys that the task's kind would not look at."""
+    own, other = _OF_CLASSIFICATION, _OF_GENERATION
+    hint = "Write kind: generation for a task whose answers are text."
+    if task.kind == "generation":
+        own, other = other, own
+        hint = "Say what is read in prompt: and what is to be written in completion:, or leave kind: generation away."
+    ignored = [key for key in other if key in data]
+    if ignored:
+        raise TaskError(
+            f"The task file '{where}' describes a {task.kind} task, in which {' and '.join(ignored)} would be ignored. "
+            f"{hint}"
+        )
+    if task.scorer != "exact_match":
+        unread = [key for key in ("max_new_tokens", "answer") if key in data]
+        if unread:
+            raise TaskError(
+                f"The task file '{where}' sets {' and '.join(unread)}, which only the scorer exact_match reads, but is "
+                f"scored by {task.scorer}. Add scorer: exact_match, or leave them away."
+            )
+
+
+def _check_classification(task: TaskSpec, where: str) -> None:
+    if not task.text:
+        raise TaskError(
+            f"The task file '{where}' lacks the field 'text' of a classification task: the column to classify, as in "
+            "text: sentence. A task whose answers are text is written kind: generation."
+        )
     if len(task.labels) < 2:
         raise TaskError(f"A classification task has at least two labels, but '{where}' names {len(task.labels)}.")
     if len(set(task.labels)) < len(task.labels):
         raise TaskError(f"The labels of task '{where}' must differ, but some are named twice.")
-    check_scorer(task.scorer)
-    return task
+
+
+def _check_generation(task: TaskSpec, where: str) -> None:
+    if not list_fields(task.completion, f"completion in '{where}'"):
+        raise TaskError(
+            f'A generation task must say which columns the model is to write, as in completion: "{{answer}}", but the '
+            f"completion of '{where}' is {task.completion!r}."
+        )
+    in_prompt = list_fields(task.prompt, f"prompt in '{where}'")
+    for column, prompt in task.prompt_without.items():
+        if column not in in_prompt:
+            raise TaskError(
+                f"prompt_without in '{where}' is for rows that lack a column of the prompt, but prompt: has no "
+                f"'{column}'. {suggest_nearest(column, in_prompt)}"
+            )
+        if column in list_fields(prompt, f"prompt_without in '{where}'"):
+            raise TaskError(
+                f"prompt_without.{column} in '{where}' is for rows in which '{column}' is empty, but has it in braces."
+            )
+    if task.answer is not None:
+        try:
+            groups = re.compile(task.answer).groups
+        except re.error as exc:
+            raise TaskError(f"answer in '{where}' must be a regular expression, but is not: {exc}.") from exc
+        if groups != 1:
+            raise TaskError(
+                f"answer in '{where}' must have one group, which is the answer, but has {groups}. Write (?:...) for "
+                "brackets that only group."
+            )
+
+
+def list_fields(template: str, where: str) -> tuple[str, ...]:
+    """The columns that a prompt or completion names in braces, each once. Raises TaskError for anything else there."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as exc:
+        raise TaskError(
+            f"{where} must have columns in braces, as in {{question}}, and braces of the text itself twice, but: {exc}."
+        ) from exc
+    names = []
+    for _, name, layout, conversion in parts:
+        if name is None:
+            continue
+        if not name or layout or conversion or not all(part.isidentifier() for part in name.split("-")):
+            raise TaskError(
+                f"{where} must have plain column names in braces, as in {{question}}, but has "
+                f"'{{{name}{'!' + conversion if conversion else ''}{':' + layout if layout else ''}}}'. "
+                "Write braces of the text itself twice: {{ and }}."
+            )
+        names.append(name)
+    return tuple(dict.fromkeys(names))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import peft
@@ -49,6 +50,5 @@ def test_what_is_left_out_is_a_type_of_peft_and_has_a_reason() -> None:
     assert all(reason and not reason.endswith(".") for reason in EXCLUDED.values())
 
 
-def test_peft_still_builds_cpt_for_next_words_alone() -> None:
-    with pytest.raises(ValueError, match="only supports task_type = CAUSAL_LM"):
-        peft.CPTConfig(task_type=peft.TaskType.SEQ_CLS)
+def test_peft_still_asks_for_the_tokens_of_cpts_prompt() -> None:
+    assert {"cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask"} <= {f.name for f in dataclasses.fields(peft.CPTConfig)}
