@@ -24,7 +24,8 @@ import torch
 import transformers
 from torch import nn
 
-from autopeft.backends.hf.cost import running_on_fakes
+from autopeft.backends.hf.base_model import build_meta_model
+from autopeft.backends.hf.cost import make_batch, running_on_fakes
 from autopeft.backends.hf.cuda_rules import Gpu, cublas_workspace_bytes
 from autopeft.backends.hf.depth import Growth, is_shortened, leave_out_layers, plan_depths, read_signatures
 from autopeft.backends.hf.fake_base import make_fake
@@ -123,7 +124,7 @@ def make_config(run: Mapping[str, str], num_layers: int) -> Any:
 def build(run: Mapping[str, str], config: Any) -> nn.Module:
     """The run's model on the meta device: base in bfloat16, adapters in float32; full fine-tuning in bfloat16."""
     with shapes_without_values(), building_without_values(), torch.device("meta"), torch.random.fork_rng(devices=[]):
-        model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model: Any = build_meta_model(config, torch.bfloat16)
         if run["peft_type"] == "full-finetuning":
             return model.train()  # type: ignore[no-any-return]
         model.requires_grad_(False)
@@ -165,8 +166,7 @@ def estimate(run: Mapping[str, str]) -> Estimated:
         peaks = []
         for model in models:
             make_fake(model)
-            ids_BT = torch.ones(BATCH_SIZE, TOKENS, dtype=torch.int64)
-            batch = {"input_ids": ids_BT, "attention_mask": ids_BT.clone(), "labels": ids_BT.clone()}
+            batch = make_batch(config, BATCH_SIZE, TOKENS, for_language_model=True)
             rehearsal = Rehearsal(model, vehicle(), on_gpu=True)
             peaks.append(rehearsal.train(batch))
         held = find_peak(peaks[0] if growth is None else growth.peaks(*peaks))

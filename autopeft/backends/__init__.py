@@ -36,7 +36,7 @@ def load_cost_model(setup: WorkerSetup) -> CostModel:
     data: Any = TaskData(task, model=setup.model, data_dir=setup.data_dir, split_seed=setup.split_seed)
     return HfCostModel(
         setup.model,
-        num_labels=len(task.labels),
+        num_labels=task.num_labels,
         device_kind="cuda" if setup.device.startswith("cuda") else "cpu",
         longest_tokens=data.longest_tokens,
         scoring_tokens=max(data.validation.lengths()),

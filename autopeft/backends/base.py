@@ -39,7 +39,7 @@ class WorkerSetup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stretch:
-    """Train one trial from a step to a step, then score it."""
+    """Train one trial from a step to a step, then score it. To step 0: score the base as it is."""
 
     job: int
     """Unique within a driver's life; events carry it back."""
@@ -54,7 +54,7 @@ class Stretch:
     save: bool = False
     """Whether to write a checkpoint at the end."""
     score_test: bool = False
-    """Only ever true for confirmations, at full length."""
+    """Only ever true for confirmations, at full length, and for the untrained base."""
     score_batch_size: int | None = None
     """Examples at a time in evaluation, so that it needs no more memory than training; None leaves it to the worker."""
 
@@ -104,6 +104,8 @@ class Score:
     quality: float
     loss: float
     num_examples: int
+    quality_sd: float | None = None
+    """As in `RungScore`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

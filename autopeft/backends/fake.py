@@ -18,6 +18,7 @@ import numpy.typing as npt
 from autopeft.backends.base import Ended, Event, Finished, Ready, Score, Stretch, WorkerSetup
 from autopeft.methods import METHODS, check_spec
 from autopeft.records import Cost, TrialSpec
+from autopeft.tasks.spec import parse_task
 
 _NUM_EXAMPLES = 300
 _HIDDEN = 64
@@ -29,7 +30,9 @@ class FakeBackend:
 
     def __init__(self, setup: WorkerSetup) -> None:
         self.setup = setup
-        self.labels = np.array([i % 2 for i in range(_NUM_EXAMPLES)])
+        # Of a generation task predictions are the examples' scores, so that the right one is always 1.
+        is_generation = bool(setup.task) and parse_task(setup.task, "task").kind == "generation"
+        self.labels = np.array([1 if is_generation else i % 2 for i in range(_NUM_EXAMPLES)])
 
     def ready(self) -> Ready:
         return Ready(device_name="simulated", packages={}, model_digest="fake", num_parameters=1_000_000)

@@ -48,7 +48,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--optimizer", help="adamw, adamw_8bit or paged_adamw_8bit (default: the method's)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="layers run again in the backward pass")
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches whose gradients are summed")
-    parser.add_argument("--num-labels", type=int, default=2, help="classes of the head (default: 2)")
+    parser.add_argument("--num-labels", type=int, help="classes of the head (default: 2)")
+    parser.add_argument(
+        "--task-kind",
+        choices=("classification", "generation"),
+        default="classification",
+        help="generation: a language model and its loss, instead of a head with classes (default: classification)",
+    )
     parser.add_argument("--device", default="cuda", help="modelled: cuda, cpu, or a GPU such as a100 (default: cuda)")
     parser.add_argument("--space", help="recipes and drawn configurations of a search space, shipped or a file")
     parser.add_argument("--count", type=int, default=20, help="with --space: how many (default: 20)")
@@ -89,10 +95,14 @@ def _check(args: argparse.Namespace) -> None:
 
     if args.study and (args.model or args.space):
         raise SpecError("--study has its own model and configurations, so --model and --space cannot go with it.")
+    if args.study and args.task_kind != "classification":
+        raise SpecError("--study has its own task, so --task-kind cannot go with it.")
+    if args.task_kind == "generation" and args.num_labels is not None:
+        raise SpecError("A generation task has no head, so --num-labels cannot go with --task-kind generation.")
     if not args.study and not args.model:
         raise SpecError("autopeft estimate needs --model, such as a folder or a config.json, or --study.")
     for name in ("batch_size", "seq_len", "accumulate", "num_labels", "count"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise SpecError(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(args, name)}.")
 
 
@@ -109,7 +119,7 @@ def _read_arguments(args: argparse.Namespace) -> tuple[HfCostModel, Sequence[Tri
     chosen = Gpu(*gpu) if gpu is not None else find_gpu() or MODELLED_GPU
     costs = HfCostModel(
         args.model,
-        num_labels=args.num_labels,
+        num_labels=None if args.task_kind == "generation" else args.num_labels or 2,
         device_kind="cuda" if device_kind == "cuda" else "cpu",
         longest_tokens=args.seq_len,
         gpu=chosen,
@@ -254,11 +264,12 @@ def _print_one(row: _Row, settings: StepSettings, costs: HfCostModel, most: int 
     print(f"{title_method(spec.method)}{', ' + own if own else ''}, {spec.bits} bits, {spec.optimizer}")
     print(f"{size}; modelled for {estimate.device}\n")
     print(f"{'base parameters':<32}{format_count(estimate.base_parameters):>10}")
-    head = f"and {format_count(estimate.head_parameters)} in the head"
-    print(f"{'trainable parameters':<32}{estimate.trainable_parameters:>10,}  {head}\n")
+    is_classifier = costs.num_labels is not None
+    head = f"  and {format_count(estimate.head_parameters)} in the head" if is_classifier else ""
+    print(f"{'trainable parameters':<32}{estimate.trainable_parameters:>10,}{head}\n")
     parts = {
         "base weights": estimate.base_bytes,
-        "adapter and head": estimate.adapter_bytes,
+        "adapter and head" if is_classifier else "adapter": estimate.adapter_bytes,
         "gradients": estimate.gradient_bytes,
         "optimizer": estimate.optimizer_bytes,
         "activations at the peak": estimate.activation_bytes,

@@ -24,7 +24,7 @@ def export_to_peft(record: StudyRecord, trial: TrialRecord, model: str, out: Pat
     from autopeft.tasks.spec import parse_task
 
     task = parse_task(record.config.task, record.config.task_name)
-    base = describe_base(model, num_labels=len(task.labels), bits=trial.spec.bits)
+    base = describe_base(model, num_labels=task.num_labels, bits=trial.spec.bits)
     config = make_peft_config(method.peft(trial.spec, build_context(base, trial.spec)))
     config.base_model_name_or_path = record.config.model
     try:

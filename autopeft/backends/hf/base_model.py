@@ -18,9 +18,15 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 
 from autopeft.errors import ModelError
+from autopeft.methods.base import ModelKind
 from autopeft.records import Bits
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -29,14 +35,16 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """A frozen base with its task head, and what methods need to know of it."""
+    """A frozen base, a classifier with its head or a language model, and what methods need to know of it."""
 
     model: nn.Module
     bits: Bits
     head: tuple[str, ...]
-    """Top-level modules outside the encoder or decoder that hold parameters."""
+    """Top-level modules outside the encoder or decoder that hold parameters; none of a language model's is new."""
     linear_names: tuple[str, ...]
-    """Linear layers outside the head, in the model's order."""
+    """Linear layers inside the encoder or decoder, in the model's order."""
+    output_names: tuple[str, ...] = ()
+    """A language model's layers from hidden states to logits: targets only where they are named."""
 
 
 def resolve_model(name: str) -> str:
@@ -68,18 +76,55 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_config(name: str, num_labels: int) -> Any:
-    """The model's configuration for a classifier of `num_labels`; raises ModelError where it cannot be had."""
+def load_config(name: str, num_labels: int | None) -> Any:
+    """The model's configuration, for a classifier of `num_labels` or, where that is None, for a language model.
+
+    Raises ModelError where the model cannot be had, or cannot write.
+    """
+    sizes = {} if num_labels is None else {"num_labels": num_labels}
     try:
-        config = transformers.AutoConfig.from_pretrained(resolve_model(name), num_labels=num_labels)
+        config = transformers.AutoConfig.from_pretrained(resolve_model(name), **sizes)
     except (OSError, ValueError) as exc:
         raise _unreachable(name) from exc
+    if num_labels is None:
+        _check_writes(name, config)
+        config.problem_type = None
+        # Keys and values are kept for writing alone; in training they would hold memory to no end.
+        config.use_cache = False
+        return config
     # Decoders have no padding token of their own, and a classifier finds each sequence's last token by it.
     if config.pad_token_id is None:
         config.pad_token_id = config.eos_token_id
     # Otherwise each forward pass guesses it from the labels, which DeBERTa does by reading their values.
     config.problem_type = "single_label_classification"
     return config
+
+
+def is_language_model(model: Any) -> bool:
+    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def find_kind(config: Any) -> ModelKind:
+    """Encoders are what transformers trains on masked words or on images."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "encoder-decoder"
+    encoders = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES}
+    return "encoder" if config.model_type in encoders else "decoder"
+
+
+def _check_writes(name: str, config: Any) -> None:
+    kind = find_kind(config)
+    if kind == "decoder" and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return
+    why = {
+        "encoder": "reads text and cannot write any",
+        "encoder-decoder": "reads with one half and writes with the other, which autopeft trains as a classifier only",
+        "decoder": "is none that transformers has as a language model",
+    }[kind]
+    raise ModelError(
+        f"A generation task needs a decoder, such as Llama, Qwen or GPT-2, but '{name}' ({config.model_type}) {why}. "
+        "Name a decoder with --model, or give a classification task."
+    )
 
 
 def _unreachable(name: str) -> ModelError:
@@ -109,7 +154,7 @@ def find_head(model: nn.Module) -> tuple[str, ...]:
 
 
 def find_linear_names(model: nn.Module, head: Sequence[str]) -> tuple[str, ...]:
-    """Names of linear layers outside the head, quantized ones and GPT-2's Conv1D included."""
+    """Names of linear layers outside of `head`, quantized ones and GPT-2's Conv1D included."""
     return tuple(
         name
         for name, module in model.named_modules()
@@ -118,16 +163,33 @@ def find_linear_names(model: nn.Module, head: Sequence[str]) -> tuple[str, ...]:
 
 
 def build_meta_model(config: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """The classifier without weights."""
+    """The classifier or language model without weights."""
     with torch.device("meta"):
-        return transformers.AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+        return _auto_class(config).from_config(config, dtype=dtype)
 
 
-def describe_base(name: str, *, num_labels: int, bits: Bits) -> BaseModel:
-    """The base without weights: enough to resolve target modules and write configurations."""
-    model = build_meta_model(load_config(name, num_labels))
-    head = find_head(model)
-    return BaseModel(model=model, bits=bits, head=head, linear_names=find_linear_names(model, head))
+def _auto_class(config: Any) -> Any:
+    """By what `load_config` wrote into it."""
+    if config.problem_type is None:
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModelForSequenceClassification
+
+
+def make_base(model: Any, bits: Bits) -> BaseModel:
+    """A loaded model with what methods need to know of it."""
+    beside = find_head(model)
+    names = find_linear_names(model, beside)
+    if is_language_model(model):
+        return BaseModel(model=model, bits=bits, head=(), linear_names=names, output_names=beside)
+    return BaseModel(model=model, bits=bits, head=beside, linear_names=names)
+
+
+def describe_base(name: str, *, num_labels: int | None, bits: Bits) -> BaseModel:
+    """The base without weights: enough to resolve target modules and write configurations.
+
+    `num_labels` is None for a language model.
+    """
+    return make_base(build_meta_model(load_config(name, num_labels)), bits)
 
 
 def compute_dtype(device: str) -> torch.dtype:
@@ -135,8 +197,11 @@ def compute_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if device.startswith("cuda") else torch.float32
 
 
-def load_base(name: str, *, num_labels: int, bits: Bits, device: str) -> BaseModel:
-    """Loads and quantizes the base and freezes it. Raises ModelError where the model cannot be had."""
+def load_base(name: str, *, num_labels: int | None, bits: Bits, device: str) -> BaseModel:
+    """Loads and quantizes the base and freezes it; a language model where `num_labels` is None.
+
+    Raises ModelError where the model cannot be had.
+    """
     config = load_config(name, num_labels)
     head = find_head(build_meta_model(config))
     arguments: dict[str, Any] = {"config": config, "dtype": compute_dtype(device)}
@@ -147,7 +212,7 @@ def load_base(name: str, *, num_labels: int, bits: Bits, device: str) -> BaseMod
         # The new head's weights are drawn here, though each trial draws its own: keep the base itself reproducible.
         torch.manual_seed(0)
         try:
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(resolve_model(name), **arguments)
+            model = _auto_class(config).from_pretrained(resolve_model(name), **arguments)
         except (OSError, ValueError) as exc:
             raise _unreachable(name) from exc
     model.requires_grad_(False)
@@ -156,13 +221,17 @@ def load_base(name: str, *, num_labels: int, bits: Bits, device: str) -> BaseMod
         # through that form, which would change the resident base under all later trials (0.50.2, Linear4bit.forward).
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return BaseModel(model=model, bits=bits, head=head, linear_names=find_linear_names(model, head))
+    if is_language_model(model):
+        # What its authors set for chatting (sampling, penalties) is not what is compared.
+        model.generation_config = transformers.GenerationConfig()
+    return make_base(model, bits)
 
 
 def quantization_config(bits: Bits, head: Sequence[str], dtype: torch.dtype) -> Any:
     """bitsandbytes: NF4 with double quantization (QLoRA, arXiv:2305.14314) or int8 (arXiv:2208.07339).
 
-    The head is skipped: it has no weights yet, and quantizing it fails at the first forward.
+    The head is skipped: it has no weights yet, and quantizing it fails at the first forward. So is a language model's
+    output layer, as transformers does by itself.
     """
     if bits == 4:
         return transformers.BitsAndBytesConfig(

@@ -9,17 +9,13 @@ from typing import Any, NamedTuple
 import peft
 import torch
 from torch import nn
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 from transformers.pytorch_utils import Conv1D
 
-from autopeft.backends.hf.base_model import BaseModel, draw_head, lend_model
+from autopeft.backends.hf.base_model import BaseModel, draw_head, find_kind, is_language_model, lend_model
 from autopeft.backends.hf.peft_stand_ins import install_block_diagonal
 from autopeft.errors import SpecError
 from autopeft.methods import find_method
-from autopeft.methods.base import BuildContext, ModelKind, PeftCall
+from autopeft.methods.base import BuildContext, PeftCall
 from autopeft.methods.targets import choose_layers, find_roles, resolve_targets, shorten_targets
 from autopeft.records import TrialSpec
 
@@ -35,6 +31,10 @@ def build_context(base: BaseModel, spec: TrialSpec) -> BuildContext:
     method = find_method(spec.method)
     modules = {n: m for n, m in base.model.named_modules() if n and n.split(".")[0] not in base.head}
     linears: Sequence[str] = base.linear_names
+    if (spec.target_modules or "").startswith("names:"):
+        # Groups and patterns mean layers of the decoder; its output layer has to be asked for.
+        linears = (*linears, *base.output_names)
+    sizes = {name: _read_size(modules[name]) for name in linears}
     norms = [name for name, module in modules.items() if _is_norm(module)]
     targets: tuple[str, ...] = ()
     if method.target_modules and spec.target_modules is not None:
@@ -48,18 +48,10 @@ def build_context(base: BaseModel, spec: TrialSpec) -> BuildContext:
         roles=find_roles(linears),
         head=base.head,
         kind=find_kind(base.model.config),
-        sizes={name: _read_size(modules[name]) for name in base.linear_names},
+        sizes=sizes,
         norms=tuple(norms),
         transposed=any(isinstance(modules[name], Conv1D) for name in base.linear_names),
     )
-
-
-def find_kind(config: Any) -> ModelKind:
-    """Encoders are what transformers trains on masked words or on images."""
-    if getattr(config, "is_encoder_decoder", False):
-        return "encoder-decoder"
-    encoders = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES}
-    return "encoder" if config.model_type in encoders else "decoder"
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -107,7 +99,7 @@ def own_what_trains(model: nn.Module, base: BaseModel) -> None:
 
 def put_on_peft(model: Any, call: PeftCall) -> Any:
     install_block_diagonal()
-    config = make_peft_config(call)
+    config = make_peft_config(call, language_model=is_language_model(model))
     with warnings.catch_warnings():
         # peft warns of settings that are ours on purpose (PiSSA's changed base weights, absent adapters).
         warnings.simplefilter("ignore")
@@ -117,8 +109,9 @@ def put_on_peft(model: Any, call: PeftCall) -> Any:
             raise SpecError(f"peft cannot put {call.class_name} on this model: {exc}") from exc
 
 
-def make_peft_config(call: PeftCall) -> Any:
-    return getattr(peft, call.class_name)(task_type=peft.TaskType.SEQ_CLS, **call.arguments)
+def make_peft_config(call: PeftCall, *, language_model: bool = False) -> Any:
+    task_type = peft.TaskType.CAUSAL_LM if language_model else peft.TaskType.SEQ_CLS
+    return getattr(peft, call.class_name)(task_type=task_type, **call.arguments)
 
 
 def count_trainable(model: nn.Module, head: Sequence[str]) -> ParameterCount:

@@ -65,13 +65,14 @@ class HfCostModel:
         self,
         model: str,
         *,
-        num_labels: int,
+        num_labels: int | None,
         device_kind: Literal["cpu", "cuda"],
         longest_tokens: int,
         scoring_tokens: int | None = None,
         gpu: Gpu = MODELLED_GPU,
     ) -> None:
-        """`longest_tokens` is the longest sequence to train on, `scoring_tokens` to score (by default the same).
+        """`num_labels` is None for a language model. `longest_tokens` is the longest sequence to train on,
+        `scoring_tokens` to score (by default the same).
 
         Raises ModelError where the model cannot be had.
         """
@@ -79,6 +80,7 @@ class HfCostModel:
         self.gpu = gpu
         self.longest_tokens = self._pad(longest_tokens)
         self.scoring_tokens = self._pad(longest_tokens if scoring_tokens is None else scoring_tokens)
+        self.num_labels = num_labels
         self._model = model
         self._config = load_config(model, num_labels)
         self._bases: dict[tuple[Bits, int], BaseModel] = {}
@@ -124,13 +126,17 @@ class HfCostModel:
 
             # With more micro-batches than two no more is held: the second is there with the first one's gradients.
             micro_batches = min(settings.micro_batches, 2)
-            batch = self._batch(spec.batch_size * micro_batches, self.longest_tokens)
-            training = peak_of([r.train(batch, micro_batches=micro_batches) for r in rehearsals])
+            training = None
+            if rehearsals[0].trains:
+                batch = self._batch(spec.batch_size * micro_batches, self.longest_tokens)
+                training = peak_of([r.train(batch, micro_batches=micro_batches) for r in rehearsals])
             for scoring_size in scoring_sizes(spec.batch_size):
                 batch = self._batch(scoring_size, self.scoring_tokens)
                 scoring = peak_of([r.score(batch) for r in rehearsals])
-                if scoring.total <= training.total:
+                if training is None or scoring.total <= training.total:
                     break
+            # An untrained base needs what scoring it needs.
+            training = training or scoring
             # Gaps come from the largest temporaries, not from the number of layers: 0.9 to 1.1 GiB of a 3B Llama's 20
             # at 4 layers as at 28, whatever the method (the runs of benchmarks/vram_published.py).
             wasted_bytes = rehearsals[-1].wasted_bytes
@@ -250,19 +256,26 @@ class HfCostModel:
         return -(-tokens // 8) * 8 if self.device_kind == "cuda" else tokens
 
     def _batch(self, batch_size: int, tokens: int) -> Batch:
-        names = ["input_ids", "attention_mask"]
-        # Where there is a choice of segments, the tokenizer says which one each token is in.
-        if (getattr(self._config, "type_vocab_size", None) or 0) > 1:
-            names.append("token_type_ids")
-        batch = {name: torch.ones(batch_size, tokens, dtype=torch.int64) for name in names}
-        batch["labels"] = torch.zeros(batch_size, dtype=torch.int64)
-        return batch
+        return make_batch(self._config, batch_size, tokens, for_language_model=self.num_labels is None)
 
 
 class _Shallow(NamedTuple):
     models: tuple[_Built, _Built]
     """The shallower first."""
     growth: Growth
+
+
+def make_batch(config: Any, batch_size: int, tokens: int, *, for_language_model: bool) -> Batch:
+    """A batch of the shape that `TaskData.collate` gives, whose values mean nothing."""
+    names = ["input_ids", "attention_mask"]
+    # Where there is a choice of segments, the tokenizer says which one each token is in.
+    if not for_language_model and (getattr(config, "type_vocab_size", None) or 0) > 1:
+        names.append("token_type_ids")
+    batch = {name: torch.ones(batch_size, tokens, dtype=torch.int64) for name in names}
+    # Logits of a prompt's tokens take as much memory as those that count.
+    shape = (batch_size, tokens) if for_language_model else (batch_size,)
+    batch["labels"] = torch.zeros(shape, dtype=torch.int64)
+    return batch
 
 
 def scoring_sizes(batch_size: int) -> list[int]:

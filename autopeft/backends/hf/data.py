@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from autopeft.backends.hf.base_model import load_tokenizer
+from autopeft.backends.hf.base_model import load_config, load_tokenizer
+from autopeft.backends.hf.language import IGNORED, pad_right, tokenize_completions
+from autopeft.errors import TaskError
 from autopeft.tasks.data import Example, Splits, load_splits
 from autopeft.tasks.spec import TaskSpec
 
@@ -22,7 +24,17 @@ class TokenizedSplit(NamedTuple):
     """Ids stay lists until a batch is padded: rows differ in length."""
 
     features: list[dict[str, list[int]]]
+    """Of a generation task with `labels`, one for each token; see `language`."""
     labels: list[int]
+    """Class indices; zeros for a generation task."""
+    completions: list[str]
+    """Of a generation task, as text; else empty."""
+
+    def prompt_ids(self, index: int) -> list[int]:
+        """Of a generation task: the tokens before the first that counts."""
+        feature = self.features[index]
+        num_read = next((i for i, label in enumerate(feature["labels"]) if label != IGNORED), 0)
+        return feature["input_ids"][:num_read]
 
     def lengths(self) -> list[int]:
         return [len(feature["input_ids"]) for feature in self.features]
@@ -34,6 +46,9 @@ class TaskData:
     def __init__(self, task: TaskSpec, *, model: str, data_dir: str | None, split_seed: int) -> None:
         self.task = task
         self.tokenizer = load_tokenizer(model)
+        self._most_positions: int | None = None
+        if task.kind == "generation":
+            self._most_positions = getattr(load_config(model, None), "max_position_embeddings", None)
         self.splits: Splits = load_splits(task, data_dir, seed=split_seed)
         self.train = self._tokenize(self.splits.train)
         self.validation = self._tokenize(self.splits.validation)
@@ -52,17 +67,39 @@ class TaskData:
         return max(self.train.lengths())
 
     def _tokenize(self, examples: Sequence[Example]) -> TokenizedSplit:
+        labels = [example.label for example in examples]
+        if self.task.kind == "generation":
+            features = tokenize_completions(self.tokenizer, examples, max_length=self.task.max_length)
+            self._check_positions(features)
+            return TokenizedSplit(features, labels, [example.completion or "" for example in examples])
         texts = [example.text for example in examples]
         pairs = [example.text_pair or "" for example in examples] if self.task.text_pair else None
         encoded = self.tokenizer(texts, pairs, truncation=True, max_length=self.task.max_length)
         features = [dict(zip(encoded.keys(), values, strict=True)) for values in zip(*encoded.values(), strict=True)]
-        return TokenizedSplit(features, [example.label for example in examples])
+        return TokenizedSplit(features, labels, [])
+
+    def _check_positions(self, features: Sequence[dict[str, list[int]]]) -> None:
+        """Raises TaskError where a text, or what may be written after a prompt, is longer than the model can be."""
+        longest = max(len(feature["input_ids"]) for feature in features)
+        new_tokens = self.task.max_new_tokens if self.task.scorer == "exact_match" else 0
+        read = max(feature["labels"].count(IGNORED) for feature in features)
+        needed = max(longest, read + new_tokens)
+        if self._most_positions is not None and needed > self._most_positions:
+            raise TaskError(
+                f"A text and what is written after it must fit into the model, which takes {self._most_positions:,} "
+                f"tokens, but the task '{self.task.name}' has up to {needed:,}. Lower its max_length"
+                f"{' or max_new_tokens' if new_tokens else ''}."
+            )
 
     def collate(self, split: TokenizedSplit, indices: Sequence[int], device: str) -> Batch:
-        """One padded batch: `input_ids`, `attention_mask` and so on (B, T), `labels` (B,)."""
-        features: dict[str, Any] = {key: [split.features[i][key] for i in indices] for key in split.features[0]}
+        """One padded batch: `input_ids`, `attention_mask` and so on (B, T), `labels` (B,), or (B, T) for generation."""
         # Multiples of 8 feed tensor cores; on CPU the padding would only cost time.
         multiple = 8 if device.startswith("cuda") else None
+        if self.task.kind == "generation":
+            rows = [split.features[i] for i in indices]
+            batch = pad_right(rows, self.tokenizer.pad_token_id, multiple)
+            return {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
+        features: dict[str, Any] = {key: [split.features[i][key] for i in indices] for key in split.features[0]}
         batch = self.tokenizer.pad(features, padding=True, pad_to_multiple_of=multiple, return_tensors="pt")
         batch["labels"] = torch.tensor([split.labels[i] for i in indices])
         return {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}

@@ -19,7 +19,7 @@ from autopeft.backends.hf.base_model import (
     build_meta_model,
     compute_dtype,
     find_head,
-    find_linear_names,
+    make_base,
     quantization_config,
 )
 from autopeft.records import Bits
@@ -28,8 +28,8 @@ from autopeft.records import Bits
 def build_meta_base(config: Any, *, bits: Bits, device_kind: str) -> BaseModel:
     """What `load_base` gives, on the meta device: adapters can be put on it, but it cannot run."""
     model = build_meta_model(config, compute_dtype(device_kind))
-    head = find_head(model)
     if bits < 16:
+        head = find_head(model)
         quantization = quantization_config(bits, head, compute_dtype(device_kind))
         # Only here: without bitsandbytes everything but 4 and 8 bits works.
         from autopeft.backends.hf.fake_quantized import quantize_fake
@@ -41,7 +41,7 @@ def build_meta_base(config: Any, *, bits: Bits, device_kind: str) -> BaseModel:
         model.is_quantized = True
         setattr(model, f"is_loaded_in_{bits}bit", True)
     model.requires_grad_(False)
-    return BaseModel(model=model, bits=bits, head=head, linear_names=find_linear_names(model, head))
+    return make_base(model, bits)
 
 
 def make_fake(model: Any) -> dict[int, torch.Tensor]:

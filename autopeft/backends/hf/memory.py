@@ -74,13 +74,21 @@ class Rehearsal:
         self._on_gpu = on_gpu
         self._workspaces = cuda_workspaces() if on_gpu else cpu_workspaces()
         self._parts = parts
-        self._optimizer = build_optimizer(model, spec)
+        self._optimizer = None
         self._after_step = bind_after_step(model, spec, 1)
-        _allocate_state(self._optimizer, self._after_step)
-        states = _list_state(model, spec, self._optimizer)
+        states: list[torch.Tensor] = []
+        if any(parameter.requires_grad for parameter in model.parameters()):
+            self._optimizer = build_optimizer(model, spec)
+            _allocate_state(self._optimizer, self._after_step)
+            states = _list_state(model, spec, self._optimizer)
         self._paged = _list_paged(spec, states)
         paged = {id(tensor) for tensor in self._paged}
         self._states = [tensor for tensor in states if id(tensor) not in paged]
+
+    @property
+    def trains(self) -> bool:
+        """False for an untrained base, which can be scored alone."""
+        return self._optimizer is not None
 
     @property
     def paged_bytes(self) -> int:
@@ -98,6 +106,7 @@ class Rehearsal:
 
     def train(self, batch: Batch, *, micro_batches: int = 1) -> Peaks:
         """The peaks of one step of the training loop; afterwards `wasted_bytes` is known."""
+        assert self._optimizer is not None
         live = self._count(batch)
         with self._rules(), _marks(self.model, self._optimizer, live), live:
             train_step(
@@ -168,7 +177,7 @@ def _list_state(model: nn.Module, spec: TrialSpec, optimizer: torch.optim.Optimi
 
 
 @contextlib.contextmanager
-def _marks(model: nn.Module, optimizer: torch.optim.Optimizer, live: LiveBytes) -> Iterator[None]:
+def _marks(model: nn.Module, optimizer: torch.optim.Optimizer | None, live: LiveBytes) -> Iterator[None]:
     """Hooks that tell `live` of each layer's begin, forward and backward, of finished gradients and of the update."""
     handles: list[Any] = []
     backward = False
@@ -217,7 +226,8 @@ def _marks(model: nn.Module, optimizer: torch.optim.Optimizer, live: LiveBytes) 
     for parameter in model.parameters():
         if parameter.requires_grad:
             handles.append(parameter.register_post_accumulate_grad_hook(take_gradient))
-    handles.append(optimizer.register_step_pre_hook(begin_update))
+    if optimizer is not None:
+        handles.append(optimizer.register_step_pre_hook(begin_update))
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ from torch import nn
 
 from autopeft.backends.hf.build import trainable_parameters
 from autopeft.backends.hf.data import Batch
+from autopeft.backends.hf.language import count_counted, score_completions
 from autopeft.methods import find_method
 from autopeft.records import TrialSpec
 
@@ -29,7 +30,9 @@ class SplitScores(NamedTuple):
     """Per example, in the split's order."""
 
     losses: npt.NDArray[np.float32]
-    predictions: npt.NDArray[np.int64]
+    """Cross-entropy in nats; of a completion the mean over its tokens."""
+    predictions: npt.NDArray[Any]
+    """Class indices; for generation the examples' scores, in [0, 1]."""
 
 
 def build_optimizer(model: nn.Module, spec: TrialSpec) -> torch.optim.Optimizer:
@@ -87,22 +90,26 @@ def train_step(
     """Forward, backward, clip, update. Returns the loss (detached, scalar), not yet read from the device.
 
     `after_step` is called while the gradients of the step are still there. With `micro_batches` above 1 the batch is
-    taken in as many equal parts, whose gradients are accumulated.
+    taken in as many equal parts, whose gradients are accumulated. The loss of a language model is the mean over all
+    tokens of the batch that count, however it is divided: long completions weigh more than short ones.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_scale"]
     losses = []
-    for part in split_batch(batch, micro_batches):
+    parts = split_batch(batch, micro_batches)
+    for part, weight in zip(parts, _weigh(parts), strict=True):
         with autocast(device):
             loss: torch.Tensor = model(**part).loss
-        (loss if micro_batches == 1 else loss / micro_batches).backward()
+        if micro_batches > 1:
+            loss = loss * weight
+        loss.backward()
         losses.append(loss.detach())
     nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], MAX_GRAD_NORM)
     optimizer.step()
     if after_step is not None:
         after_step()
     optimizer.zero_grad(set_to_none=True)
-    return losses[0] if micro_batches == 1 else torch.stack(losses).mean()
+    return losses[0] if micro_batches == 1 else torch.stack(losses).sum()
 
 
 def split_batch(batch: Batch, count: int) -> list[Batch]:
@@ -113,6 +120,14 @@ def split_batch(batch: Batch, count: int) -> list[Batch]:
     return [{name: parts[i] for name, parts in chunks.items()} for i in range(count)]
 
 
+def _weigh(parts: Sequence[Batch]) -> list[torch.Tensor | float]:
+    """Each part's share of what the loss is a mean over: examples, or tokens."""
+    if len(parts) == 1 or parts[0]["labels"].dim() == 1:
+        return [1 / len(parts)] * len(parts)
+    counts = torch.stack([count_counted(part["labels"]) for part in parts])
+    return list(counts / counts.sum())
+
+
 def checkpoint_activations(model: Any) -> None:
     """From now on each layer keeps its input alone and runs forward again in its backward pass (arXiv:1604.06174)."""
     # peft hands unknown attributes on to the model inside; without re-entrance frozen inputs need no gradient.
@@ -121,26 +136,33 @@ def checkpoint_activations(model: Any) -> None:
 
 @torch.no_grad()
 def score_batch(model: nn.Module, batch: Batch, *, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(losses in nats, predicted classes) of a batch's rows, still on the device."""
-    labels_B = batch.pop("labels")
+    """Of a batch's rows, still on the device: losses in nats, and predicted classes or shares of tokens."""
+    labels = batch.pop("labels")
     with autocast(device):
-        logits_BC = model(**batch).logits.float()
-    return nn.functional.cross_entropy(logits_BC, labels_B, reduction="none"), logits_BC.argmax(-1)
+        logits = model(**batch).logits
+    if labels.dim() > 1:
+        return score_completions(logits, labels)
+    logits_BC = logits.float()
+    return nn.functional.cross_entropy(logits_BC, labels, reduction="none"), logits_BC.argmax(-1)
 
 
 def score_batches(
     model: nn.Module, batches: Sequence[list[int]], collate: Callable[[list[int]], Batch], *, device: str
 ) -> SplitScores:
-    """Cross-entropy in nats and predicted class of every example. Leaves the model in training mode."""
+    """Loss and prediction of every example, see `score_batch`. Leaves the model in training mode."""
     model.eval()
-    num_examples = sum(len(batch) for batch in batches)
-    losses = np.zeros(num_examples, dtype=np.float32)
-    predictions = np.zeros(num_examples, dtype=np.int64)
-    for indices in batches:
-        losses_B, predictions_B = score_batch(model, collate(indices), device=device)
-        losses[indices] = losses_B.cpu().numpy()
-        predictions[indices] = predictions_B.cpu().numpy()
+    found = [score_batch(model, collate(indices), device=device) for indices in batches]
     model.train()
+    order = np.concatenate([np.asarray(indices) for indices in batches])
+    losses, predictions = (_put_back(order, tensors) for tensors in zip(*found, strict=True))
     if not np.isfinite(losses).all():
         raise Diverged("the loss on the validation split is not finite")
     return SplitScores(losses, predictions)
+
+
+def _put_back(order: npt.NDArray[np.int64], by_batch: Sequence[torch.Tensor]) -> npt.NDArray[Any]:
+    """One value an example, in the split's order."""
+    scattered = torch.cat(list(by_batch)).cpu().numpy()
+    values = np.empty_like(scattered)
+    values[order] = scattered
+    return values

@@ -12,6 +12,7 @@ import gc
 import hashlib
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,24 +20,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from autopeft.backends.base import Ended, Event, Finished, Progress, Ready, Score, Stretch, WorkerSetup
+from autopeft.backends.base import Ended, Event, Finished, Progress, Ready, Stretch, WorkerSetup
 from autopeft.backends.hf.base_model import BaseModel, digest_file, load_base, resolve_model
 from autopeft.backends.hf.build import build_trial_model, trainable_parameters
-from autopeft.backends.hf.data import TaskData, TokenizedSplit, longest_batch, plan_batches, scoring_batches
+from autopeft.backends.hf.data import TaskData, TokenizedSplit, longest_batch, plan_batches
 from autopeft.backends.hf.kernels import install_onednn_products, prefers_onednn
+from autopeft.backends.hf.scoring import pack_scores, score_split, summarize
 from autopeft.backends.hf.steps import (
     Diverged,
     SplitScores,
     bind_after_step,
     build_optimizer,
     learning_rate_at,
-    score_batches,
     train_step,
 )
 from autopeft.methods import find_method
 from autopeft.methods.targets import GROUPS, explain_targets
 from autopeft.records import Bits, TrialSpec
-from autopeft.tasks.scorers import score_predictions
 from autopeft.tasks.spec import parse_task
 
 _PROBE_STEPS = 3
@@ -113,9 +113,11 @@ class HfBackend:
     def run(self, stretch: Stretch, emit: Callable[[Event], None]) -> Finished | Ended:
         vram: Vram | None = None
         try:
+            if stretch.to_step == 0:
+                return self._score_untrained(stretch)
             live, vram = self._resume_or_build(stretch)
             train_seconds = self._train(live, stretch, emit)
-            return self._finish(live, stretch, vram, train_seconds)
+            return self._finish(live.model, stretch, vram, train_seconds, live)
         except Diverged as exc:
             self._drop_live()
             return Ended(job=stretch.job, reason="diverged", detail=str(exc))
@@ -140,7 +142,7 @@ class HfBackend:
                 self._bases.clear()
                 release_memory()
             self._bases[bits] = load_base(
-                self.setup.model, num_labels=len(self.task.labels), bits=bits, device=self.setup.device
+                self.setup.model, num_labels=self.task.num_labels, bits=bits, device=self.setup.device
             )
         base = self._bases[bits]
         if bits >= 16:
@@ -241,26 +243,44 @@ class HfBackend:
 
     # --- score, checkpoint
 
-    def _finish(self, live: LiveTrial, stretch: Stretch, vram: Vram | None, train_seconds: float) -> Finished:
-        validation = self._score(live, self.data.validation, stretch.score_batch_size)
-        arrays: dict[str, Any] = _pack_scores("validation", validation)
+    def _score_untrained(self, stretch: Stretch) -> Finished:
+        """The base as it is; on CUDA with the peak of scoring it."""
+        self._drop_live()
+        model = build_trial_model(self._base(stretch.spec.bits), stretch.spec)
+        on_gpu = self.setup.device.startswith("cuda")
+        if on_gpu:
+            release_memory()
+            torch.cuda.reset_peak_memory_stats()
+        finished = self._finish(model, stretch, None, 0.0, None)
+        if not on_gpu:
+            return finished
+        vram = Vram(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+        return replace(finished, peak_vram_bytes=vram.peak_bytes, reserved_vram_bytes=vram.reserved_bytes)
+
+    def _finish(
+        self, model: Any, stretch: Stretch, vram: Vram | None, train_seconds: float, live: LiveTrial | None
+    ) -> Finished:
+        """`live` is None where nothing was trained, and so nothing can go on."""
+        validation = self._score(model, self.data.validation, stretch)
+        arrays: dict[str, Any] = pack_scores("validation", validation)
         test = None
         if stretch.score_test:
-            test_scores = self._score(live, self.data.test, stretch.score_batch_size)
-            arrays |= _pack_scores("test", test_scores)
-            test = self._summarize(test_scores, self.data.test)
+            test_scores = self._score(model, self.data.test, stretch)
+            arrays |= pack_scores("test", test_scores)
+            test = summarize(self.task, self.data.test, test_scores)
         name = f"scores/trial-{stretch.trial:05d}-{stretch.purpose}-seed{stretch.spec.seed}-step{stretch.to_step}.npz"
         digest = write_whole(Path(self.setup.study_dir) / name, lambda path: np.savez_compressed(path, **arrays))
         checkpoint = checkpoint_digest = None
-        if stretch.save:
+        if stretch.save and live is not None:
             # The step is in the name, so a crash while writing leaves the earlier checkpoint usable.
             checkpoint = f"checkpoints/trial-{stretch.trial:05d}-step{stretch.to_step}.pt"
             path = Path(self.setup.study_dir) / checkpoint
             checkpoint_digest = write_whole(path, lambda p: torch.save(live.state(), p))
-        self._live_of = (stretch.trial, f"{stretch.spec.key()}-{stretch.spec.seed}", stretch.to_step)
+        if live is not None:
+            self._live_of = (stretch.trial, f"{stretch.spec.key()}-{stretch.spec.seed}", stretch.to_step)
         return Finished(
             job=stretch.job,
-            validation=self._summarize(validation, self.data.validation),
+            validation=summarize(self.task, self.data.validation, validation),
             test=test,
             scores_file=name,
             scores_digest=digest,
@@ -271,23 +291,10 @@ class HfBackend:
             reserved_vram_bytes=vram.reserved_bytes if vram else None,
         )
 
-    def _score(self, live: LiveTrial, split: TokenizedSplit, batch_size: int | None) -> SplitScores:
+    def _score(self, model: Any, split: TokenizedSplit, stretch: Stretch) -> SplitScores:
         # Without activations kept for a backward pass, twice the training batch mostly needs less memory.
-        batches = scoring_batches(split.lengths(), batch_size or 2 * live.spec.batch_size)
-        device = self.setup.device
-        return score_batches(live.model, batches, lambda i: self.data.collate(split, i, device), device=device)
-
-    def _summarize(self, scores: SplitScores, split: TokenizedSplit) -> Score:
-        quality = score_predictions(self.task.scorer, split.labels, scores.predictions)
-        return Score(quality=quality, loss=float(scores.losses.mean()), num_examples=len(split.labels))
-
-
-def _pack_scores(split: str, scores: SplitScores) -> dict[str, Any]:
-    # float16 holds losses to three digits, far below their noise, in half the space.
-    return {
-        f"{split}_losses": np.minimum(scores.losses, 65504).astype(np.float16),
-        f"{split}_predictions": scores.predictions.astype(np.int16),
-    }
+        batch_size = stretch.score_batch_size or 2 * stretch.spec.batch_size
+        return score_split(model, self.data, split, batch_size=batch_size, device=self.setup.device)
 
 
 def write_whole(path: Path, write: Callable[[Any], object]) -> str:
