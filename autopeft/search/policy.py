@@ -66,6 +66,9 @@ class Speed:
         self._scoring: list[float] = []
 
     def learn(self, spec: TrialSpec, score: RungScore, num_steps: int, threads: float) -> None:
+        if num_steps == 0:
+            # The untrained base was scored, which says nothing of a pace.
+            return
         self._per_step.setdefault(spec.method, []).append(score.train_seconds / num_steps)
         self._medians[spec.method] = statistics.median(self._per_step[spec.method])
         self._scoring.append(max(0.0, score.device_seconds / threads - score.train_seconds))

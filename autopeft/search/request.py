@@ -11,7 +11,7 @@ import yaml
 
 from autopeft.errors import SpecError, suggest_nearest
 from autopeft.methods import find_method
-from autopeft.records import Scalar, TrialSpec
+from autopeft.records import Scalar, TaskKind, TrialSpec
 from autopeft.spaces.load import check_value, default_dimensions
 from autopeft.spaces.space import check_feasible, make_spec
 
@@ -90,7 +90,9 @@ def _parse_scalar(text: str) -> Scalar:
     return value if isinstance(value, bool | int | float) else text
 
 
-def read_included(path: Path, *, device_kind: str, max_steps: int, seed: int) -> TrialSpec:
+def read_included(
+    path: Path, *, device_kind: str, max_steps: int, seed: int, task_kind: TaskKind = "classification"
+) -> TrialSpec:
     """A configuration of the user's own: `method:` and any of its settings; the rest as in the method's recipe."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -103,7 +105,7 @@ def read_included(path: Path, *, device_kind: str, max_steps: int, seed: int) ->
     method = find_method(str(data.pop("method")))
     if not method.searched:
         raise SpecError(f"{path}: '{method.name}' is the baseline, which every study trains. Name a method to race.")
-    dimensions = default_dimensions(method, device_kind)
+    dimensions = default_dimensions(method, device_kind, task_kind)
     values: dict[str, Scalar] = {name: dimension.default for name, dimension in dimensions.items()}
     values |= method.recipe.settings
     for key, value in data.items():

@@ -39,7 +39,7 @@ from autopeft.search.account import Account
 from autopeft.search.front import cost_vector
 from autopeft.search.limits import Limits
 from autopeft.search.policy import Promote, Situation, Speed, StartNew, choose_next, next_rung
-from autopeft.search.racing import Contender, LossCurve, PairedRacing, RacingRule, Verdict, beats_majority
+from autopeft.search.racing import Contender, LossCurve, PairedRacing, RacingRule, Verdict, beats_majority, paired_z
 from autopeft.search.results import analyze, build_record, plan_confirmations
 from autopeft.search.sampler import Observation, suggest_spec
 from autopeft.search.store import StudyStore, Trial
@@ -52,6 +52,7 @@ _MOST_REFUSED = 50
 """Suggestions refused in a row before the space is taken to hold nothing more that fits."""
 _MOST_IDLE_DEATHS = 3
 _WAIT_SECONDS = 0.5
+_BEST_REFERENCE = 0.999
 
 Phase = Literal["search", "confirm", "done"]
 
@@ -152,7 +153,7 @@ class Search:
             for score in trial.rungs:
                 self.speed.learn(trial.spec, score, score.step - before, self.executor.device_rate)
                 before = score.step
-        if not self.store.reference:
+        if not self.store.reference and not self._awaits_base():
             self._fix_reference()
         if all(trial.source != "sampler" for trial in self.store.trials):
             for spec in self.config.included:
@@ -182,14 +183,16 @@ class Search:
             )
 
     def _fix_reference(self) -> None:
-        """The worst that counts in the hypervolume: the majority class at the cost of full fine-tuning."""
+        """The worst that counts in the hypervolume: the majority class, or for a generation task the untrained base, at
+        the cost of full fine-tuning."""
         recipe = METHODS["full"].recipe
         full = replace(
             self._template(), method="full", settings=dict(recipe.settings), target_modules=None,
             bits=16 if self.config.device_kind == "cuda" else 32,
         )  # fmt: skip
         cost = self._cost(full).cost
-        reference = {"quality": self.config.majority_quality}
+        # Nothing can be above 1; a base that is there already would leave no room to scale qualities to.
+        reference = {"quality": min(self.config.majority_quality, _BEST_REFERENCE)}
         if cost is not None:
             costs = {"vram": float(cost.peak_vram_bytes), "params": float(cost.trainable_parameters)}
             reference |= {name: costs[name] for name in self.config.objectives if name != "quality"}
@@ -255,6 +258,9 @@ class Search:
             return self._next_confirmation()
         if self.store.baseline is None or self.store.baseline.state == "waiting":
             return self._next_baseline()
+        if self._awaits_base():
+            # Nothing can be compared before it is known what there is to beat.
+            return None
         while True:
             choice = choose_next(self._situation(), self.speed)
             if isinstance(choice, Promote):
@@ -360,12 +366,14 @@ class Search:
             checkpoint=trial.checkpoint if from_step else None,
             checkpoint_digest=trial.checkpoint_digest if from_step else None,
             save=purpose == "search" and to_step < spec.max_steps,
-            score_test=purpose == "confirm",
+            # The untrained base's test score is known as early as its others, and chooses nothing either.
+            score_test=purpose == "confirm" or (purpose == "baseline" and self._is_generation),
             score_batch_size=trial.cost.scoring_batch_size if trial.cost is not None else None,
         )
 
     def _next_baseline(self) -> tuple[Trial, Stretch]:
-        """A trained head on the frozen base, once, at full length: what the adapters must beat."""
+        """A trained head on the frozen base, once, at full length: what the adapters must beat. A language model has no
+        head, so for a generation task it is the base as it is."""
         recipe = METHODS["head"].recipe
         spec = replace(
             self._template(), method="head", settings=dict(recipe.settings), target_modules=None,
@@ -376,7 +384,8 @@ class Search:
             baseline.cost = self._cost(spec).cost
             self.store.save_baseline(baseline)
         assert self.store.baseline is not None
-        return self.store.baseline, self._make_stretch(self.store.baseline, spec, "baseline", 0, spec.max_steps)
+        to_step = 0 if self._is_generation else spec.max_steps
+        return self.store.baseline, self._make_stretch(self.store.baseline, spec, "baseline", 0, to_step)
 
     def _assign(self, worker: int, trial: Trial, stretch: Stretch) -> None:
         if stretch.purpose != "confirm":
@@ -439,6 +448,7 @@ class Search:
                     loss=finished.validation.loss,
                     test_quality=finished.test.quality,
                     test_loss=finished.test.loss,
+                    test_quality_sd=finished.test.quality_sd,
                     num_test_examples=finished.test.num_examples,
                     device_seconds=seconds,
                     scores_file=finished.scores_file,
@@ -451,6 +461,7 @@ class Search:
             rung=len(trial.rungs) if stretch.purpose == "search" else len(self.config.rungs) - 1,
             step=stretch.to_step,
             quality=finished.validation.quality,
+            quality_sd=finished.validation.quality_sd,
             loss=finished.validation.loss,
             num_examples=finished.validation.num_examples,
             device_seconds=seconds,
@@ -464,7 +475,11 @@ class Search:
         if finished.peak_vram_bytes is not None and trial.cost is not None:
             trial.cost = measured_cost(trial.cost, finished.peak_vram_bytes, finished.reserved_vram_bytes)
         trial.checkpoint, trial.checkpoint_digest = finished.checkpoint, finished.checkpoint_digest
-        if stretch.to_step >= trial.spec.max_steps:
+        if stretch.purpose == "baseline" and self._is_generation:
+            # Before the baseline is written as complete: a driver killed in between scores it again.
+            assert finished.test is not None
+            self._set_floor(finished.validation.quality, finished.test.quality)
+        if stretch.to_step >= trial.spec.max_steps or stretch.purpose == "baseline":
             trial.state, trial.outcome = "complete", Completed()
         else:
             trial.state = "paused"
@@ -492,6 +507,16 @@ class Search:
         trial.state, trial.outcome = "failed", Failed(reason=ended.reason, detail=ended.detail)
         self.store.save(trial)
         self.store.drop_checkpoints(trial)
+        if running.stretch.purpose == "baseline" and self._is_generation:
+            note = f"The untrained base could not be scored ({ended.reason}), so trials are compared with 0 instead."
+            self.store.save_study(notes=[*self.store.notes, note])
+            self._set_floor(0.0, 0.0)
+
+    def _set_floor(self, quality: float, test_quality: float) -> None:
+        """What trials of a generation task must beat, known once the untrained base was scored."""
+        self.config = replace(self.config, majority_quality=quality, majority_test_quality=test_quality)
+        self.store.save_config(self.config)
+        self._fix_reference()
 
     def _bury(self, event: WorkerEvent) -> None:
         """A worker died: its unfinished stretch is lost, its trial goes back to its checkpoint, a new worker starts."""
@@ -567,9 +592,12 @@ class Search:
             self.store.save(trial)
 
     def _verdict(self, contender: Contender, rivals: Sequence[Contender]) -> Verdict | None:
-        return self.racing.judge(
-            contender, rivals, progress=self._progress(contender.step), majority_quality=self.config.majority_quality
-        )
+        floor = self.config.majority_quality
+        if self._is_generation:
+            # The untrained base was scored on the same examples, so that beating it can be told by pairs.
+            rivals = [rival for rival in rivals if self._beats_base(rival.losses)]
+            floor = -math.inf
+        return self.racing.judge(contender, rivals, progress=self._progress(contender.step), majority_quality=floor)
 
     def _scored_at(self, step: int) -> list[Trial]:
         return [trial for trial in self.store.trials if any(score.step == step for score in trial.rungs)]
@@ -582,8 +610,6 @@ class Search:
 
     def _contender(self, trial: Trial, step: int) -> Contender:
         score = next(score for score in trial.rungs if score.step == step)
-        if score.scores_file not in self._losses:
-            self._losses[score.scores_file] = self.store.read_losses(score.scores_file)
         assert trial.cost is not None
         return Contender(
             number=trial.number,
@@ -592,7 +618,7 @@ class Search:
             quality=score.quality,
             num_examples=score.num_examples,
             loss=score.loss,
-            losses=self._losses[score.scores_file],
+            losses=self._read_losses(score.scores_file),
         )
 
     # --- confirm
@@ -635,9 +661,10 @@ class Search:
         elif len(complete) < 3:
             notes.append(f"The budget was small: only {len(complete)} trials reached their full length.")
         if complete and not any(self._beats_majority(trial) for trial in complete):
+            floor = "the untrained base" if self._is_generation else "always answering the most frequent label"
             notes.append(
-                "No trial clearly beats always answering the most frequent label, so the picks mean nothing yet. Give "
-                "trials more steps (--max-steps), or a stronger --model."
+                f"No trial clearly beats {floor}, so the picks mean nothing yet. Give trials more steps (--max-steps), "
+                "or a stronger --model."
             )
         if complete and not any(trial.confirmations for trial in complete) and self.config.confirm_seeds:
             notes.append(
@@ -656,7 +683,31 @@ class Search:
 
     def _beats_majority(self, trial: Trial) -> bool:
         last = trial.rungs[-1]
+        if self._is_generation:
+            return self._beats_base(self._read_losses(last.scores_file))
         return beats_majority(last.quality, self.config.majority_quality, last.num_examples)
+
+    def _beats_base(self, losses: npt.NDArray[np.float64] | None) -> bool:
+        """Whether by more than two standard errors of the paired differences in loss."""
+        baseline = self.store.baseline
+        if losses is None or baseline is None or not baseline.rungs:
+            return True
+        base_losses = self._read_losses(baseline.rungs[-1].scores_file)
+        return base_losses is None or paired_z(base_losses, losses) > 2
+
+    def _read_losses(self, scores_file: str) -> npt.NDArray[np.float64] | None:
+        if scores_file not in self._losses:
+            self._losses[scores_file] = self.store.read_losses(scores_file)
+        return self._losses[scores_file]
+
+    @property
+    def _is_generation(self) -> bool:
+        return self.config.task_kind == "generation"
+
+    def _awaits_base(self) -> bool:
+        """Whether a generation task's untrained base has yet to be scored."""
+        baseline = self.store.baseline
+        return self._is_generation and (baseline is None or baseline.state in ("waiting", "running"))
 
     def _trial(self, number: int) -> Trial:
         return self.store.trials[number]

@@ -14,7 +14,7 @@ import yaml
 from autopeft.errors import SpaceError, SpecError, suggest_nearest
 from autopeft.methods import METHODS, find_method, refuse_spec
 from autopeft.methods.base import Dimension, ModelKind
-from autopeft.records import Scalar, TrialSpec
+from autopeft.records import Scalar, TaskKind, TrialSpec
 from autopeft.spaces.dimensions import check_method_value, check_value, default_dimensions, narrow, resolve_bits
 from autopeft.spaces.space import SHARED, MethodSpace, SearchSpace, is_open, make_spec
 
@@ -65,8 +65,9 @@ def parse_space(
     methods: Sequence[str] | None = None,
     fixed: Mapping[str, Scalar] | None = None,
     model_kind: ModelKind | None = None,
+    task_kind: TaskKind = "classification",
 ) -> SearchSpace:
-    """A space's YAML, resolved for a device and, where it is known, the kind of model.
+    """A space's YAML, resolved for a device, the kind of task and, where it is known, the kind of model.
 
     `methods` keeps only those named; `fixed` takes `bits` (for every method that has it) or `lora.rank` (for one).
     What cannot be trained here goes to `left_out`. Raises SpaceError for unknown keys, methods or dimensions, where
@@ -74,8 +75,10 @@ def parse_space(
     """
     data = _parse_yaml(text, name)
     fixed = fixed or {}
+    if task_kind == "generation":
+        model_kind = "decoder"
     spaces = {
-        method: _parse_method(method, entry or {}, data.get("shared") or {}, name, device_kind)
+        method: _parse_method(method, entry or {}, data.get("shared") or {}, name, device_kind, task_kind)
         for method, entry in data["methods"].items()
     }
     if methods is not None:
@@ -137,10 +140,10 @@ def _parse_yaml(text: str, name: str) -> dict[str, Any]:
 
 
 def _parse_method(
-    name: str, entry: Mapping[str, Any], shared: Mapping[str, Any], space: str, device_kind: str
+    name: str, entry: Mapping[str, Any], shared: Mapping[str, Any], space: str, device_kind: str, task_kind: TaskKind
 ) -> MethodSpace:
     method = METHODS[name]
-    dimensions = default_dimensions(method, device_kind)
+    dimensions = default_dimensions(method, device_kind, task_kind)
     for key in shared:
         if key not in SHARED:
             raise SpaceError(
@@ -250,7 +253,8 @@ def _refuse_all(space: MethodSpace, device_kind: str, max_steps: int, seed: int)
 def _fit_recipe(space: MethodSpace, device_kind: str, max_steps: int, seed: int) -> TrialSpec | None:
     """The method's recipe with what the space fixes, moved into its ranges; None where the machine refuses it."""
     recipe = METHODS[space.method].recipe
-    wanted: dict[str, Scalar] = dict(recipe.settings) | {"learning_rate": recipe.learning_rate}
+    # Its learning rate is the dimension's default.
+    wanted: dict[str, Scalar] = dict(recipe.settings)
     if recipe.target_modules is not None:
         wanted["target_modules"] = recipe.target_modules
     values = dict(space.fixed)
