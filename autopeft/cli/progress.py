@@ -103,5 +103,6 @@ def _render(config: StudyConfig, status: Status):  # type: ignore[no-untyped-def
         grid.add_row("best", Text(f"{quality}  trial {best.number}: {describe_spec(best.spec)}"))
     for worker, (number, purpose, step, to_step) in sorted(status.running.items()):
         name = "baseline" if purpose == "baseline" else f"trial {number}" + (" again" if purpose == "confirm" else "")
-        grid.add_row(f"worker {worker}", f"{name}, step {step} of {to_step}")
+        doing = f"{name}, step {step} of {to_step}" if to_step else "scoring the untrained base"
+        grid.add_row(f"worker {worker}", doing)
     return Group(Text(f"{config.name}: {status.phase}", style="bold"), grid)

@@ -128,10 +128,16 @@ def print_summary(record: StudyRecord) -> None:
     from autopeft.report.words import describe_spec, format_bytes, format_count, format_quality
 
     scorer = record.config.scorer
-    print(f"\nmajority class {format_quality(record.config.majority_quality, scorer)}", end="")
-    if record.baseline is not None and record.baseline.quality is not None:
-        print(f", head on the frozen base {format_quality(record.baseline.quality, scorer)}", end="")
-    print()
+    floor = format_quality(record.config.majority_quality, scorer)
+    baseline = None if record.baseline is None else record.baseline.quality
+    if record.config.task_kind == "generation":
+        test = format_quality(record.config.majority_test_quality, scorer)
+        print(
+            f"\nuntrained base {floor}, test {test}" if baseline is not None else "\nthe untrained base was not scored"
+        )
+    else:
+        head = f", head on the frozen base {format_quality(baseline, scorer)}" if baseline is not None else ""
+        print(f"\nmajority class {floor}{head}")
     for note in record.notes:
         print(f"note: {note}")
     for pick in record.picks:

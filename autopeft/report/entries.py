@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from autopeft.records import Cost, StudyRecord, TrialRecord, TrialSpec, digest_json
 
-EntryKind = Literal["trial", "head", "majority"]
+EntryKind = Literal["trial", "head", "majority", "base"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One training of a configuration, or one study's majority class, whose trial and seed are None."""
+    """One training of a configuration; or one study's majority class or untrained base, whose trial and seed are
+    None."""
 
     study_uid: str
     study: str
@@ -40,7 +41,7 @@ class Entry:
     key: str
     kind: EntryKind
     spec: TrialSpec | None
-    """With the seed of its first run; None for the majority class."""
+    """With the seed of its first run; None for what was not trained, the majority class and the untrained base."""
     scorer: str
     task_digest: str
     model_digest: str
@@ -48,14 +49,14 @@ class Entry:
 
 
 def list_entries(study: StudyRecord) -> list[Entry]:
-    """What a study adds: its complete trials, the trained head where it is complete, and the majority class."""
-    entries = [_majority_entry(study)] if math.isfinite(study.config.majority_quality) else []
+    """What a study adds: its complete trials, the trained head where it is complete, and what no learning gives."""
+    entries = [_floor_entry(study)] if _has_floor(study) else []
     entries += [
         _trial_entry(study, trial, "trial")
         for trial in study.trials
         if _is_full_length(trial) and trial.source != "baseline"
     ]
-    if study.baseline is not None and _is_full_length(study.baseline):
+    if study.baseline is not None and _is_full_length(study.baseline) and study.config.task_kind != "generation":
         entries.append(_trial_entry(study, study.baseline, "head"))
     return entries
 
@@ -104,10 +105,21 @@ def _trial_entry(study: StudyRecord, trial: TrialRecord, kind: EntryKind) -> Ent
     return _entry(study, kind, trial.spec, (searched, *confirmed))
 
 
-def _majority_entry(study: StudyRecord) -> Entry:
+def _has_floor(study: StudyRecord) -> bool:
+    if study.config.task_kind == "generation":
+        return study.baseline is not None and _is_full_length(study.baseline)
+    return math.isfinite(study.config.majority_quality)
+
+
+def _floor_entry(study: StudyRecord) -> Entry:
     config = study.config
     run = _run(study, quality=config.majority_quality, num_examples=study.provenance.num_validation)
-    return _entry(study, "majority", None, (replace(run, test_quality=config.majority_test_quality),))
+    run = replace(run, test_quality=config.majority_test_quality)
+    if config.task_kind == "classification":
+        return _entry(study, "majority", None, (run,))
+    assert study.baseline is not None
+    run = replace(run, cost=study.baseline.cost, device_seconds=study.baseline.device_seconds)
+    return _entry(study, "base", None, (run,))
 
 
 def _entry(study: StudyRecord, kind: EntryKind, spec: TrialSpec | None, runs: tuple[Run, ...]) -> Entry:

@@ -11,7 +11,7 @@ from autopeft.report.charts import CLEAR, Figure, axis, compact, layout, quality
 from autopeft.report.hover import escape
 from autopeft.report.palette import Mark
 from autopeft.report.scores import all_trials
-from autopeft.report.words import describe_spec, format_quality, format_seconds, title_method
+from autopeft.report.words import describe_floor, describe_spec, format_quality, format_seconds, title_method
 
 Curve = Literal["quality", "loss"]
 
@@ -34,9 +34,12 @@ def curves_figure(study: StudyRecord, curve: Curve, marks: dict[str, Mark]) -> F
             traces.append(_crosses(ended, curve, mark))
     shapes, labels = [], []
     if curve == "quality" and math.isfinite(study.config.majority_quality):
-        shape, label = reference_line(study.config.majority_quality, "always the most frequent label", above=False)
+        shape, label = reference_line(
+            study.config.majority_quality, describe_floor(study.config.task_kind), above=False
+        )
         shapes, labels = [shape], [label]
-    y = quality_axis(study.config.scorer) if curve == "quality" else axis("Search-validation loss, nats per example")
+    unit = "token" if study.config.task_kind == "generation" else "example"
+    y = quality_axis(study.config.scorer) if curve == "quality" else axis(f"Search-validation loss, nats per {unit}")
     return {"data": traces, "layout": layout(_step_axis(study), y, height=420, shapes=shapes, annotations=labels)}
 
 

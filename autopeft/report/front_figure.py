@@ -11,7 +11,7 @@ from autopeft.report.charts import Figure, axis, compact, layout, quality_axis, 
 from autopeft.report.hover import hover_text
 from autopeft.report.palette import Mark
 from autopeft.report.scores import Score, all_trials, undominated, validation_score, vram_title
-from autopeft.report.words import format_quality
+from autopeft.report.words import describe_floor, format_quality
 
 CostAxis = Literal["vram", "params"]
 Standing = Literal["front", "complete", "unfinished"]
@@ -141,11 +141,11 @@ def _rings(points: Sequence[Point]) -> list[dict[str, Any]]:
 
 
 def _references(study: StudyRecord) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Lines at the majority class and at the trained head; the higher one is labelled above its line."""
-    scorer, majority = study.config.scorer, study.config.majority_quality
-    lines = [(majority, f"always the most frequent label {format_quality(majority, scorer)}")]
+    """Lines at what no learning gives and at the trained head; the higher one is labelled above its line."""
+    scorer, kind, floor = study.config.scorer, study.config.task_kind, study.config.majority_quality
+    lines = [(floor, f"{describe_floor(kind)} {format_quality(floor, scorer)}")]
     head = None if study.baseline is None else study.baseline.quality
-    if head is not None:
+    if head is not None and kind == "classification":
         lines.append((head, f"trained head alone {format_quality(head, scorer)}"))
     lines = [(y, text) for y, text in lines if math.isfinite(y)]
     top = max((y for y, _ in lines), default=0.0)
@@ -185,7 +185,8 @@ def _cost_axis(study: StudyRecord, cost: CostAxis, points: Sequence[Point]) -> d
     aside = "" if cost in study.config.objectives else " (not an objective of this study)"
     if cost == "vram":
         return axis(f"{vram_title([p.trial for p in points])}, GiB{aside}")
-    return axis(f"Trainable parameters, head apart{aside}", type="log", tickformat="~s", dtick=_decades(points))
+    apart = ", head apart" if study.config.task_kind == "classification" else ""
+    return axis(f"Trainable parameters{apart}{aside}", type="log", tickformat="~s", dtick=_decades(points))
 
 
 def _decades(points: Sequence[Point]) -> int | str:

@@ -34,9 +34,8 @@ def hover_text(study: StudyRecord, trial: TrialRecord) -> str:
     if (test := held_out_score(trial, scorer)) is not None:
         lines.append(f"test {test.text(scorer)} ({test.basis()})")
     if (cost := trial.cost) is not None:
-        lines.append(
-            f"{format_count(cost.trainable_parameters)} parameters + {format_count(cost.head_parameters)} head"
-        )
+        head = f" + {format_count(cost.head_parameters)} head" if study.config.task_kind == "classification" else ""
+        lines.append(f"{format_count(cost.trainable_parameters)} parameters{head}")
         lines.append(f"peak VRAM {format_vram(cost)}")
     return "<br>".join([*lines, escape(describe_standing(study, trial))])
 

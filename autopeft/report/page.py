@@ -21,11 +21,12 @@ from autopeft.report.files import write_atomically
 from autopeft.report.front_figure import cost_value, front_figure
 from autopeft.report.memory import describe_memory
 from autopeft.report.palette import Mark, mark_methods
-from autopeft.report.rows import list_columns, list_rows, list_states
+from autopeft.report.rows import has_head, list_columns, list_rows, list_states
 from autopeft.report.scores import all_trials, vram_title
 from autopeft.report.spending import list_spending
 from autopeft.report.verdict import count_states, write_verdict
 from autopeft.report.words import format_quality, title_method, title_objective, title_scorer
+from autopeft.tasks.scorers import GENERATION_SCORERS
 
 _FOLDER = Path(__file__).parent
 
@@ -75,6 +76,8 @@ def build_page(study: StudyRecord, *, exportable: Exportable = refuse_peft_expor
         marks=marks.values(),
         objectives=" and ".join(filter(None, [", ".join(titles[:-1]), *titles[-1:]])),
         scorer=title_scorer(study.config.scorer),
+        scorer_meaning=GENERATION_SCORERS.get(study.config.scorer, ""),
+        has_head=has_head(study),
         vram_title=vram_title(trials),
         quality=lambda value: format_quality(value, study.config.scorer),
         origins=_list_origins(study),

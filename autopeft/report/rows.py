@@ -59,13 +59,18 @@ def list_columns(study: StudyRecord) -> list[Column]:
         ),
         Column("±", "number", "Standard deviation over seeds; with one seed the standard error over the examples"),
         Column("Test", "number", f"{title_scorer(study.config.scorer)} on held-out data, mean over confirmed seeds"),
-        Column("Params", "number", "Trainable parameters, exact, task head apart"),
-        Column("Head", "number", "Trainable parameters of the task head"),
+        Column("Params", "number", f"Trainable parameters, exact{', task head apart' if has_head(study) else ''}"),
+        *([Column("Head", "number", "Trainable parameters of the task head")] if has_head(study) else []),
         Column(vram_title(all_trials(study)), "number"),
         Column("Steps", "number", "Optimizer steps reached, of the full length"),
         Column("Device time", "number", "All stretches, confirmations included"),
         Column("On front", "number", "Share of bootstrap resamples in which it is on the front"),
     ]
+
+
+def has_head(study: StudyRecord) -> bool:
+    """Whether models have a task head, which trains beside every adapter."""
+    return study.config.task_kind == "classification"
 
 
 def list_rows(study: StudyRecord, marks: dict[str, Mark]) -> list[Row]:
@@ -76,7 +81,7 @@ def list_rows(study: StudyRecord, marks: dict[str, Mark]) -> list[Row]:
             [
                 *_what(trial, marks[trial.spec.method]),
                 *_scores(study, trial),
-                *_costs(trial, mixed),
+                *_costs(trial, mixed, has_head(study)),
                 *_effort(trial, confidence),
             ],
             trial.state,
@@ -135,13 +140,13 @@ def _score_cell(score: Score | None, scorer: str) -> Cell:
     return Cell(format_quality(score.mean, scorer), score.mean, seeds)
 
 
-def _costs(trial: TrialRecord, mixed: bool) -> list[Cell]:
+def _costs(trial: TrialRecord, mixed: bool, with_head: bool) -> list[Cell]:
     cost = trial.cost
     if cost is None:
-        return [EMPTY, EMPTY, EMPTY]
+        return [EMPTY] * (3 if with_head else 2)
     return [
         Cell(format_count(cost.trainable_parameters), cost.trainable_parameters),
-        Cell(format_count(cost.head_parameters), cost.head_parameters),
+        *([Cell(format_count(cost.head_parameters), cost.head_parameters)] if with_head else []),
         Cell(format_bytes(cost.peak_vram_bytes), cost.peak_vram_bytes, cost.vram_source if mixed else ""),
     ]
 

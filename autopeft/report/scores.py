@@ -34,7 +34,8 @@ def validation_score(trial: TrialRecord, scorer: str) -> Score | None:
     if not trial.rungs:
         return None
     last = trial.rungs[-1]
-    return summarize([last.quality, *(c.quality for c in trial.confirmations)], last.num_examples, scorer)
+    values = [last.quality, *(c.quality for c in trial.confirmations)]
+    return summarize(values, last.num_examples, scorer, last.quality_sd)
 
 
 def held_out_score(trial: TrialRecord, scorer: str) -> Score | None:
@@ -42,32 +43,42 @@ def held_out_score(trial: TrialRecord, scorer: str) -> Score | None:
     if not trial.confirmations:
         return None
     examples = min(c.num_test_examples for c in trial.confirmations)
-    return summarize([c.test_quality for c in trial.confirmations], examples, scorer)
+    values = [c.test_quality for c in trial.confirmations]
+    return summarize(values, examples, scorer, trial.confirmations[0].test_quality_sd)
 
 
-def summarize(values: Sequence[float], num_examples: int, scorer: str) -> Score:
+def summarize(values: Sequence[float], num_examples: int, scorer: str, example_sd: float | None = None) -> Score:
+    """`example_sd` is the spread over examples, where it was recorded."""
     mean = statistics.fmean(values)
     if len(values) > 1:
         return Score(mean, statistics.stdev(values), len(values))
-    return Score(mean, standard_error(mean, num_examples, scorer), 1)
+    return Score(mean, standard_error(mean, num_examples, scorer, example_sd), 1)
 
 
-def standard_error(quality: float, num_examples: int, scorer: str) -> float | None:
+def standard_error(quality: float, num_examples: int, scorer: str, example_sd: float | None = None) -> float | None:
     """Of one run's quality, from the finite number of examples.
 
-    Binomial for shares: sqrt(q (1 - q) / n), an approximation for F1. For correlations (1 - r^2) / sqrt(n - 1), the
-    large-sample value for Pearson's r, of which Matthews' coefficient is the binary case.
+    Where their scores' spread is known, that over sqrt(n). Binomial for shares: sqrt(q (1 - q) / n), an approximation
+    for F1. For correlations (1 - r^2) / sqrt(n - 1), the large-sample value for Pearson's r, of which Matthews'
+    coefficient is the binary case.
     """
     if num_examples < 2 or not math.isfinite(quality):
         return None
+    if example_sd is not None:
+        return example_sd / math.sqrt(num_examples)
     if is_fraction(scorer):
         return math.sqrt(max(quality * (1 - quality), 0.0) / num_examples)
     return max(1 - quality**2, 0.0) / math.sqrt(num_examples - 1) if abs(quality) <= 1 else None
 
 
 def all_trials(study: StudyRecord) -> list[TrialRecord]:
-    """Trials by number, the trained-head baseline first where it is not one of them."""
+    """Trials by number, the trained-head baseline first where it is not one of them.
+
+    The untrained base of a generation task is no trial: it is a line to compare with.
+    """
     trials = sorted(study.trials, key=lambda trial: trial.number)
+    if study.config.task_kind == "generation":
+        return trials
     if study.baseline is not None and all(trial.number != study.baseline.number for trial in trials):
         return [study.baseline, *trials]
     return trials

@@ -45,8 +45,11 @@ def list_spending(study: StudyRecord) -> Spending:
     }
     total = sum(seconds.values())
     price = study.config.price_per_device_hour
+    meanings = dict(_MEANINGS)
+    if study.config.task_kind == "generation":
+        meanings["baseline"] = "scoring the untrained base"
     return Spending(
-        [_expense(name, _MEANINGS[name], spent, total, price) for name, spent in seconds.items()],
+        [_expense(name, meanings[name], spent, total, price) for name, spent in seconds.items()],
         _expense("total", "", total, total, price),
         format_seconds(ledger.wall_seconds),
         _compare(study, total),

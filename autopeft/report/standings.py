@@ -11,7 +11,11 @@ from autopeft.report.entries import Entry
 from autopeft.report.scores import undominated
 from autopeft.report.words import title_method
 
-_BASELINES = {"head": "baseline: trained head", "majority": "baseline: most frequent label"}
+_BASELINES = {
+    "head": "baseline: trained head",
+    "majority": "baseline: most frequent label",
+    "base": "baseline: untrained base",
+}
 
 
 class Standing(NamedTuple):
@@ -102,7 +106,7 @@ def _choose_cost(entry: Entry) -> Cost | None:
 def _rank_group(group: Sequence[Standing]) -> list[Standing]:
     ordered = sorted(group, key=lambda standing: (-standing.quality, standing.entry.key))
     rivals = [standing for standing in ordered if standing.entry.kind == "trial"]
-    # The trained-head baseline is ranked nowhere, but what it dominates is on no front.
+    # The trained head or untrained base is ranked nowhere, but what it dominates is on no front.
     priced = [(standing, standing.cost) for standing in ordered if standing.cost is not None]
     points = [(-standing.quality, cost.peak_vram_bytes, cost.trainable_parameters) for standing, cost in priced]
     kept = undominated(points)

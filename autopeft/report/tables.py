@@ -86,10 +86,10 @@ def _csv_row(standing: Standing) -> list[object]:
         None if spec is None else spec.max_steps,
         standing.quality,
         standing.quality_sd,
-        None if entry.kind == "majority" else standing.num_seeds,
+        None if spec is None else standing.num_seeds,
         standing.test_quality,
         standing.test_quality_sd,
-        None if entry.kind == "majority" else standing.num_test_seeds,
+        None if spec is None else standing.num_test_seeds,
         None if cost is None else cost.trainable_parameters,
         None if cost is None else cost.head_parameters,
         None if cost is None else cost.peak_vram_bytes,
@@ -130,7 +130,6 @@ def _markdown_table(group: Sequence[Standing]) -> list[str]:
 
 def _markdown_row(standing: Standing, *, mixed: bool) -> list[str]:
     entry, spec, cost = standing.entry, standing.entry.spec, standing.cost
-    majority = entry.kind == "majority"
     cells = [
         NOTHING if standing.rank is None else str(standing.rank),
         standing.title,
@@ -138,14 +137,17 @@ def _markdown_row(standing: Standing, *, mixed: bool) -> list[str]:
         str(spec.bits) if spec else NOTHING,
         format_learning_rate(spec.learning_rate) if spec else NOTHING,
         f"{spec.max_steps:,}" if spec else NOTHING,
-        _score(standing.quality, standing.quality_sd, None if majority else standing.num_seeds, entry.scorer),
+        _score(standing.quality, standing.quality_sd, None if spec is None else standing.num_seeds, entry.scorer),
         _score(
-            standing.test_quality, standing.test_quality_sd, None if majority else standing.num_test_seeds, entry.scorer
+            standing.test_quality,
+            standing.test_quality_sd,
+            None if spec is None else standing.num_test_seeds,
+            entry.scorer,
         ),
         format_count(cost.trainable_parameters) if cost else NOTHING,
         format_count(cost.head_parameters) if cost else NOTHING,
         f"{format_bytes(cost.peak_vram_bytes)}{f' ({cost.vram_source})' if mixed else ''}" if cost else NOTHING,
-        NOTHING if majority else format_seconds(standing.device_seconds),
+        NOTHING if entry.kind == "majority" else format_seconds(standing.device_seconds),
         "yes" if standing.on_front else "",
         ", ".join(standing.studies),
         standing.date,

@@ -75,7 +75,12 @@ def _say_smallest(study: StudyRecord, best: TrialRecord) -> str:
 
 def _say_baselines(study: StudyRecord) -> str:
     scorer = study.config.scorer
-    majority = f"always answering the most frequent label gives {format_quality(study.config.majority_quality, scorer)}"
+    floor = format_quality(study.config.majority_quality, scorer)
+    if study.config.task_kind == "generation":
+        test = format_quality(study.config.majority_test_quality, scorer)
+        scored = study.baseline is not None and study.baseline.quality is not None
+        return f"The untrained base gives {floor}, and {test} on the test data." if scored else ""
+    majority = f"always answering the most frequent label gives {floor}"
     if study.baseline is None or study.baseline.quality is None:
         return f"For comparison, {majority}."
     return f"A trained head alone gives {format_quality(study.baseline.quality, scorer)}; {majority}."
@@ -85,14 +90,14 @@ def _say_doubt(study: StudyRecord, best: TrialRecord) -> str:
     """Says so where the best is not clearly above a baseline; unpaired, so rather too careful."""
     scorer = study.config.scorer
     quality, examples = best.quality or 0.0, best.rungs[-1].num_examples
-    error = standard_error(quality, examples, scorer) or 0.0
+    error = standard_error(quality, examples, scorer, best.rungs[-1].quality_sd) or 0.0
     if quality - study.config.majority_quality < _CLEAR * error:
         return (
             "Nothing is clearly better than that: the budget was too small for this task, "
             "or none of these configurations suits it."
         )
     head = None if study.baseline is None else study.baseline.quality
-    if head is None:
+    if head is None or study.config.task_kind == "generation":
         return ""
     noise = math.hypot(error, standard_error(head, examples, scorer) or 0.0)
     if quality - head < _CLEAR * noise:

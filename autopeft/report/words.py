@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from autopeft.methods import METHODS
-from autopeft.records import Cost, Scalar, TrialSpec
+from autopeft.records import Cost, Scalar, TaskKind, TrialSpec
 
 NOTHING = "\u2013"
 """An en dash: what stands for a measurement that was not made."""
@@ -32,6 +32,11 @@ def title_method(name: str, titles: Mapping[str, str] | None = None) -> str:
 
 def title_objective(name: str) -> str:
     return {"vram": "peak VRAM", "params": "trainable parameters"}.get(name, name.replace("_", " "))
+
+
+def describe_floor(kind: TaskKind) -> str:
+    """What stands beside the quality that no learning gives: what trials have to beat."""
+    return "the untrained base" if kind == "generation" else "always the most frequent label"
 
 
 def title_scorer(scorer: str) -> str:
