@@ -16,8 +16,8 @@ import autopeft
 
 PACKAGE = Path(autopeft.__file__).parent
 LAYERS = (
-    "errors", "records", "budget", "methods", "tasks", "spaces", "backends", "executors", "search", "report", "export",
-    "production", "cli",
+    "errors", "records", "budget", "methods", "tasks", "spaces", "backends", "executors", "search", "report",
+    "production", "export", "cli",
 )  # fmt: skip
 """Lowest first, as design.md lists them."""
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors"}

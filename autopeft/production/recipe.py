@@ -1,0 +1,532 @@
+"""What production training needs to know of a chosen trial: one file, `training.yaml`, for every trainer.
+
+A trial is short and sees a part of the data. Its recipe keeps what its score depends on and stretches the rest:
+
+- the effective batch stays the trial's, so that its learning rate stays right;
+- there are as many steps as the epochs over the full data need, but no fewer than the trial took;
+- warm-up keeps its share of them, and the schedule is laid out over the new length.
+
+No path of a machine is in it. Where the model and the rows lie here is in `local.json` beside it, which is never
+published.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from autopeft.errors import RecordError, SpecError, suggest_nearest
+from autopeft.methods import check_spec, fill_settings
+from autopeft.records import (
+    Cost,
+    Optimizer,
+    Provenance,
+    StudyRecord,
+    TrialRecord,
+    TrialSpec,
+    digest_json,
+    from_record,
+    to_record,
+)
+
+RECIPE_VERSION = 1
+"""Raised when older code would misread `training.yaml`."""
+RECIPE_FILE = "training.yaml"
+RESULT_FILE = "result.json"
+LOCAL_FILE = "local.json"
+DEFAULT_EPOCHS = 3.0
+MAX_GRAD_NORM = 1.0
+"""What trials clip gradients to (`backends/hf/steps.py`)."""
+
+Schedule = Literal["linear", "cosine", "constant", "cosine_with_restarts"]
+Precision = Literal["float32", "bfloat16"]
+SavedAs = Literal["peft", "transformers", "autopeft"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What the study measured for this configuration at its full length."""
+
+    scorer: str
+    validation_quality: float | None
+    """On the search-validation split, mean over seeds; None where it reached no rung."""
+    validation_sd: float | None
+    """Between seeds; None with one seed."""
+    num_seeds: int
+    num_validation: int
+    test_quality: float | None
+    """On the test split, mean over the confirmed seeds; None where it was not confirmed."""
+    test_sd: float | None
+    """Between seeds; None with fewer than two."""
+    num_confirmed: int
+    num_test: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Everything that decides what production training does, and where it comes from."""
+
+    model: str
+    """Base model: a hub id, `minilm`, or `local:` and a folder's name."""
+    model_digest: str
+    """Of the base's weights as the study had them; `` where it did not know them."""
+    task_name: str
+    task: str
+    """The task file's text. Its own data files are named without their folder."""
+    split_seed: int
+    """With the task's rows it decides train, search-validation and test."""
+    device_kind: Literal["cpu", "cuda"]
+    """Where the trial was trained."""
+    spec: TrialSpec
+    """The trial's own, unchanged."""
+    trial_num_train: int
+    """Training rows that the trial drew its batches from."""
+    num_train: int
+    """Training rows that the steps below are laid out for."""
+
+    steps: int
+    """Optimizer steps."""
+    epochs: float
+    """How often the steps see each row."""
+    warmup_steps: int
+    schedule: Schedule
+    num_cycles: int
+    """Cosines in the schedule `cosine_with_restarts`; 1 in every other."""
+    effective_batch: int
+    """Rows of an optimizer step, over all processes and micro-batches."""
+    micro_batch: int
+    """Rows of one forward pass, on one process."""
+    gradient_accumulation: int
+    """Forward passes of an optimizer step, on one process: effective over micro batch."""
+    learning_rate: float
+    """At its highest."""
+    weight_decay: float
+    max_grad_norm: float
+    optimizer: Optimizer
+    precision: Precision
+    """`bfloat16`: autocast, while what trains is kept in float32."""
+    checkpoint_activations: bool
+    seed: int
+
+    prediction: Prediction
+    cost: Cost | None
+    study: str
+    study_uid: str
+    trial: int
+    pick: str
+    """As it was asked for: best, knee, smallest, a number, or conditions."""
+    provenance: Provenance
+    schema_version: int = RECIPE_VERSION
+
+    def training_spec(self) -> TrialSpec:
+        """The configuration as methods and builders read it, with the production length in place of the trial's.
+
+        Its schedule is for `learning_rate_at` alone, which knows restarts too.
+        """
+        return dataclasses.replace(
+            self.spec,
+            learning_rate=self.learning_rate,
+            batch_size=self.effective_batch,
+            max_steps=self.steps,
+            weight_decay=self.weight_decay,
+            optimizer=self.optimizer,
+            seed=self.seed,
+        )
+
+    def key(self) -> str:
+        """Identity of the weights that it leads to on one machine: checkpoints of another key are not to be resumed."""
+        fields = to_record(self)
+        for name in ("prediction", "cost", "study", "study_uid", "trial", "pick", "provenance", "schema_version"):
+            del fields[name]
+        return digest_json(fields)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """Whether the finished training scores as the study predicted (two-sided z test, arXiv:2411.00640, section 4.1)."""
+
+    split: Literal["test", "validation"]
+    """Where both were measured: the search-validation split if the study never confirmed the trial."""
+    difference: float
+    """The training's quality less the study's."""
+    standard_error: float
+    """Of the difference: both standard errors, added in squares."""
+    z: float
+    agrees: bool
+    """|z| is at most 1.96."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingResult:
+    """What a finished training folder says of itself: `result.json`."""
+
+    task_name: str
+    model: str
+    scorer: str
+    steps: int
+    """Optimizer steps done."""
+    best_step: int
+    """The step whose weights were kept."""
+    stopped_early: bool
+    num_train: int
+    num_validation: int
+    num_test: int
+    validation_quality: float | None
+    """Of the kept weights; None where the split was trained on."""
+    validation_loss: float | None
+    test_quality: float
+    test_standard_error: float
+    """From the test examples alone; another seed would differ by more."""
+    test_loss: float
+    prediction: Prediction
+    agreement: Agreement | None
+    """None where the study measured nothing to compare with."""
+    train_seconds: float
+    """Wall seconds of all sessions, evaluations and checkpoints included."""
+    peak_bytes: int | None
+    """Allocated on the fullest GPU; None on CPU."""
+    trainable_parameters: int
+    head_parameters: int
+    saved_as: SavedAs
+    """What loads `adapter/`: plain peft, plain transformers (all weights), or autopeft (`backends/hf/saved.py`)."""
+    adapter_bytes: int
+    """Of the weight files in `adapter/`."""
+    processes: int
+    device: str
+    scores_file: str
+    """Per-example `test_losses` and `test_predictions` in the split's order, and `validation_` alike; in the folder."""
+    scores_digest: str
+    data_digest: str
+    """Of all rows and their split; the study's is `provenance.task_digest`."""
+    model_digest: str
+    weights_digests: dict[str, str]
+    """SHA-256 of the weight files in `adapter/`, by name."""
+    autopeft: str
+    packages: dict[str, str]
+    finished_at: str
+    """UTC, ISO 8601."""
+    schema_version: int = RECIPE_VERSION
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalPlaces:
+    """Where things lie on this machine; `local.json`, never published and never in a record."""
+
+    model: str | None = None
+    """What transformers loads: a folder, a hub id or `minilm`."""
+    data_dir: str | None = None
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The task's own data files: names in the recipe's task -> paths."""
+
+
+# --- from a trial
+
+
+def make_recipe(
+    record: StudyRecord,
+    trial: TrialRecord,
+    *,
+    pick: str,
+    num_train: int,
+    epochs: float | None = None,
+    steps: int | None = None,
+    model: str | None = None,
+) -> Recipe:
+    """The recipe of a study's trial for `num_train` rows.
+
+    `steps=trial.spec.max_steps` is the trial itself. `model` is the base as this machine names it, which tells a
+    folder from a hub id; None takes the study's word. Raises SpecError for a length that cannot be.
+    """
+    spec, config = fill_settings(trial.spec), record.config
+    recipe = Recipe(
+        model=name_model(model or config.model),
+        model_digest=record.provenance.model_digest,
+        task_name=config.task_name,
+        task=make_task_portable(config.task),
+        split_seed=config.seed,
+        device_kind=config.device_kind,
+        spec=spec,
+        trial_num_train=record.provenance.num_train,
+        num_train=num_train,
+        steps=spec.max_steps,
+        epochs=1.0,
+        warmup_steps=0,
+        schedule=spec.schedule,
+        num_cycles=1,
+        effective_batch=spec.batch_size,
+        micro_batch=spec.batch_size,
+        gradient_accumulation=1,
+        learning_rate=spec.learning_rate,
+        weight_decay=spec.weight_decay,
+        max_grad_norm=MAX_GRAD_NORM,
+        optimizer=spec.optimizer,
+        precision="bfloat16" if config.device_kind == "cuda" else "float32",
+        checkpoint_activations=False,
+        seed=spec.seed,
+        prediction=_predict(record, trial),
+        cost=trial.cost,
+        study=config.name,
+        study_uid=record.uid,
+        trial=trial.number,
+        pick=pick,
+        provenance=record.provenance,
+    )
+    return lay_out(recipe, num_train=num_train, epochs=epochs, steps=steps)
+
+
+def lay_out(recipe: Recipe, *, num_train: int, epochs: float | None = None, steps: int | None = None) -> Recipe:
+    """The recipe with its length for `num_train` rows; warm-up keeps its share, the batch stays.
+
+    Steps or epochs that are given are taken as they are. Without either it is three epochs, but no fewer steps than the
+    trial took: what was chosen was chosen at that length. Raises SpecError where they cannot be.
+    """
+    if steps is not None and epochs is not None:
+        raise SpecError(f"A training's length is given in steps or in epochs, but was given as {steps} and {epochs:g}.")
+    if num_train < 1:
+        raise SpecError(f"Training needs at least one row, but there are {num_train}.")
+    if steps is None:
+        if epochs is not None and not (epochs > 0 and math.isfinite(epochs)):
+            raise SpecError(f"epochs must be above zero, but is {epochs:g}.")
+        fewest = 1 if epochs is not None else recipe.spec.max_steps
+        steps = max(fewest, math.ceil((epochs or DEFAULT_EPOCHS) * num_train / recipe.effective_batch))
+    if steps < 1:
+        raise SpecError(f"steps must be at least 1, but is {steps}.")
+    return dataclasses.replace(
+        recipe,
+        num_train=num_train,
+        steps=steps,
+        epochs=round(steps * recipe.effective_batch / num_train, 4),
+        warmup_steps=math.ceil(recipe.spec.warmup_ratio * steps),
+    )
+
+
+def with_batch(recipe: Recipe, *, effective: int | None = None, micro: int | None = None) -> Recipe:
+    """The recipe with another effective or micro batch. Lay it out again: the steps of an epoch change.
+
+    A new effective batch changes the gradient's noise. Adam keeps its course when the learning rate moves with the
+    square root of the batch (arXiv:2205.10287), which is what is done here. Raises SpecError where they do not divide.
+    """
+    if effective is not None:
+        if effective < 1:
+            raise SpecError(f"The effective batch must be at least 1, but is {effective}.")
+        scale = math.sqrt(effective / recipe.effective_batch)
+        micro = micro or min(recipe.micro_batch, effective)
+        if effective % micro and recipe.micro_batch == recipe.effective_batch:
+            # Nobody asked for micro-batches: the largest that was known to fit and divides.
+            micro = max(size for size in range(1, micro + 1) if effective % size == 0)
+        recipe = dataclasses.replace(
+            recipe, effective_batch=effective, learning_rate=recipe.learning_rate * scale, micro_batch=micro
+        )
+    if micro is not None:
+        if micro < 1 or recipe.effective_batch % micro:
+            raise SpecError(
+                f"The effective batch is made of equal micro-batches, but {recipe.effective_batch} is no multiple of "
+                f"{micro}. Choose a divisor of it."
+            )
+        accumulation = recipe.effective_batch // micro
+        recipe = dataclasses.replace(recipe, micro_batch=micro, gradient_accumulation=accumulation)
+    return recipe
+
+
+def learning_rate_at(step: int, recipe: Recipe) -> float:
+    """Of the step that leads from `step` to `step + 1`: linear warm-up, then the schedule down to zero.
+
+    The same as a trial's, and cosine with hard restarts beside it (arXiv:1608.03983 with equal periods).
+    """
+    if step < recipe.warmup_steps:
+        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
+    if recipe.schedule == "constant":
+        return recipe.learning_rate
+    progress = (step - recipe.warmup_steps) / max(recipe.steps - recipe.warmup_steps, 1)
+    if recipe.schedule == "linear":
+        return recipe.learning_rate * (1 - progress)
+    if recipe.schedule == "cosine_with_restarts":
+        progress = (progress * recipe.num_cycles) % 1.0
+    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def name_model(model: str) -> str:
+    """A model's name for records: a folder becomes `local:` and its last part; hub ids and `minilm` stay."""
+    return f"local:{Path(model).resolve().name}" if Path(model).is_dir() else model
+
+
+def make_task_portable(text: str) -> str:
+    """A task file's text whose own data files are named without their folders."""
+    data = _read_task(text)
+    names = _name_files(data)
+    if not names:
+        return text
+    files = {key: names.get(key, value) for key, value in data["files"].items()}
+    return yaml.safe_dump(data | {"files": files}, sort_keys=False, allow_unicode=True)
+
+
+def find_task_files(text: str) -> dict[str, str]:
+    """The data files of a task file's text: names in the portable text -> names in this one."""
+    data = _read_task(text)
+    return {name: data["files"][key] for key, name in _name_files(data).items()}
+
+
+def _read_task(text: str) -> dict[str, Any]:
+    data = yaml.safe_load(text)
+    return data if isinstance(data, dict) else {}
+
+
+def _name_files(data: dict[str, Any]) -> dict[str, str]:
+    """`train` and `test` -> the last parts of their paths, told apart where they are alike."""
+    files = data.get("files")
+    paths = {key: Path(path) for key, path in files.items() if isinstance(path, str)} if isinstance(files, dict) else {}
+    names = [path.name for path in paths.values()]
+    return {key: path.name if names.count(path.name) == 1 else f"{key}-{path.name}" for key, path in paths.items()}
+
+
+def _predict(record: StudyRecord, trial: TrialRecord) -> Prediction:
+    qualities = [score.quality for score in trial.rungs[-1:]] + [c.quality for c in trial.confirmations]
+    tests = [confirmation.test_quality for confirmation in trial.confirmations]
+    return Prediction(
+        scorer=record.config.scorer,
+        validation_quality=trial.quality,
+        validation_sd=_spread(qualities),
+        num_seeds=len(qualities),
+        num_validation=record.provenance.num_validation,
+        test_quality=trial.test_quality,
+        test_sd=_spread(tests),
+        num_confirmed=len(tests),
+        num_test=record.provenance.num_test,
+    )
+
+
+def _spread(values: list[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+# --- files
+
+_HEAD = (
+    "# How to train the chosen configuration on all data. Read by autopeft train; other trainers' files say the same."
+)
+_SECTIONS = {
+    "model": "What is trained, on what.",
+    "steps": "How. The batch is the trial's, so its learning rate holds; the length is scaled to num_train rows.",
+    "prediction": "What the study measured for it, and where it comes from.",
+}
+"""Comments of the file, by the field that they stand above."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes the task file's text as a block, to be read and edited as it is."""
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def write_recipe(recipe: Recipe, folder: Path) -> Path:
+    """`training.yaml` in the folder, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = to_record(recipe)
+    record = {"schema_version": record.pop("schema_version"), **record}
+    lines = [_HEAD]
+    for name, value in record.items():
+        if name in _SECTIONS:
+            lines += ["", f"# {_SECTIONS[name]}"]
+        lines.append(yaml.dump({name: value}, Dumper=_Dumper, sort_keys=False, allow_unicode=True).rstrip("\n"))
+    path = folder / RECIPE_FILE
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """Raises RecordError where `training.yaml` is missing, is not a recipe, or contradicts itself."""
+    path = folder / RECIPE_FILE
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        raise RecordError(
+            f"A folder to train from holds {RECIPE_FILE}, but '{folder}' does not. Write one with: autopeft export "
+            f"STUDY --pick knee --to peft --out {folder}"
+        ) from exc
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+        raise RecordError(f"'{path}' must be readable YAML, but is not: {exc}.") from exc
+    if not isinstance(data, dict):
+        raise RecordError(f"'{path}' must hold keys and values such as steps: and learning_rate:, but does not.")
+    names = {field.name for field in dataclasses.fields(Recipe)}
+    for name in data:
+        if name not in names:
+            raise RecordError(f"'{path}' has the unknown key '{name}'. {suggest_nearest(str(name), names)}")
+    recipe = from_record(Recipe, data, f"'{path}'")
+    check_recipe(recipe, str(path))
+    return dataclasses.replace(recipe, spec=fill_settings(recipe.spec))
+
+
+def check_recipe(recipe: Recipe, where: str) -> None:
+    """Raises RecordError where values that somebody may have edited do not fit each other."""
+    check_spec(fill_settings(recipe.spec))
+    if recipe.micro_batch * recipe.gradient_accumulation != recipe.effective_batch:
+        raise RecordError(
+            f"In {where} effective_batch must be micro_batch times gradient_accumulation, but {recipe.effective_batch} "
+            f"is not {recipe.micro_batch} x {recipe.gradient_accumulation}."
+        )
+    for name in ("steps", "num_train", "effective_batch", "micro_batch", "learning_rate", "num_cycles"):
+        if not getattr(recipe, name) > 0:
+            raise RecordError(f"In {where} {name} must be above zero, but is {getattr(recipe, name)}.")
+    for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed"):
+        if getattr(recipe, name) < 0:
+            raise RecordError(f"In {where} {name} must not be negative, but is {getattr(recipe, name)}.")
+    if recipe.warmup_steps > recipe.steps:
+        raise RecordError(f"In {where} warm-up takes {recipe.warmup_steps} of only {recipe.steps} steps. Shorten it.")
+    if recipe.num_cycles > 1 and recipe.schedule != "cosine_with_restarts":
+        raise RecordError(
+            f"In {where} num_cycles is {recipe.num_cycles}, but the schedule '{recipe.schedule}' has no cycles. Set "
+            "schedule: cosine_with_restarts, or num_cycles: 1."
+        )
+
+
+def write_result(result: TrainingResult, folder: Path) -> Path:
+    """`result.json` in the folder, whole or not at all."""
+    path = folder / RESULT_FILE
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(to_record(result), indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
+    return path
+
+
+def read_result(folder: Path) -> TrainingResult:
+    """Raises RecordError where the folder holds no finished training."""
+    path = folder / RESULT_FILE
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        raise RecordError(
+            f"A finished training holds {RESULT_FILE}, but '{folder}' does not. Train it, or let it finish: "
+            "autopeft train STUDY --pick knee --out DIR goes on where it stopped."
+        ) from exc
+    except (OSError, ValueError) as exc:
+        raise RecordError(f"'{path}' must be readable JSON, but is not: {exc}.") from exc
+    return from_record(TrainingResult, data, f"'{path}'")
+
+
+def write_local(places: LocalPlaces, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / LOCAL_FILE).write_text(json.dumps(to_record(places), indent=2) + "\n", encoding="utf-8")
+
+
+def read_local(folder: Path) -> LocalPlaces:
+    """Empty where the folder has no `local.json`. Raises RecordError where it is broken."""
+    path = folder / LOCAL_FILE
+    if not path.is_file():
+        return LocalPlaces()
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise RecordError(f"'{path}' must be readable JSON, but is not: {exc}. It can be deleted.") from exc
+    return from_record(LocalPlaces, data, f"'{path}'")
