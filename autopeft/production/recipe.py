@@ -142,10 +142,17 @@ class Recipe:
 
     def key(self) -> str:
         """Identity of the weights that it leads to on one machine: checkpoints of another key are not to be resumed."""
-        fields = to_record(self)
-        for name in ("prediction", "cost", "study", "study_uid", "trial", "pick", "provenance", "schema_version"):
-            del fields[name]
-        return digest_json(fields)
+        record = to_record(self)
+        return digest_json({name: record.get(name) for name in DECISIVE})
+
+
+DECISIVE = tuple(
+    field.name
+    for field in dataclasses.fields(Recipe)
+    if field.name
+    not in ("prediction", "cost", "study", "study_uid", "trial", "pick", "provenance", "schema_version", "epochs")
+)
+"""Fields of a recipe that decide the weights; the others say where it comes from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -317,10 +324,9 @@ def with_batch(recipe: Recipe, *, effective: int | None = None, micro: int | Non
         if effective < 1:
             raise SpecError(f"The effective batch must be at least 1, but is {effective}.")
         scale = math.sqrt(effective / recipe.effective_batch)
-        micro = micro or min(recipe.micro_batch, effective)
-        if effective % micro and recipe.micro_batch == recipe.effective_batch:
-            # Nobody asked for micro-batches: the largest that was known to fit and divides.
-            micro = max(size for size in range(1, micro + 1) if effective % size == 0)
+        if micro is None:
+            # The largest that was known to fit and divides.
+            micro = max(size for size in range(1, min(recipe.micro_batch, effective) + 1) if effective % size == 0)
         recipe = dataclasses.replace(
             recipe, effective_batch=effective, learning_rate=recipe.learning_rate * scale, micro_batch=micro
         )

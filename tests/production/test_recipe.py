@@ -165,8 +165,9 @@ def test_any_text_and_rate_survive_the_file(task: str, rate: float, name: str) -
 
 
 def test_the_task_is_readable_in_the_file(recipe: Recipe, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(recipe, task="name: own\nlabels: [no, yes]\n")
     text = write_recipe(recipe, tmp_path).read_text(encoding="utf-8")
-    assert "\ntask: |\n  name: " in text
+    assert "\ntask: |\n  name: own\n  labels: [no, yes]\n" in text
 
 
 def test_a_misspelt_key_gets_the_nearest_name(recipe: Recipe, tmp_path: Path) -> None:
