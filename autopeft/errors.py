@@ -13,6 +13,7 @@
     │   ├── StudyError              a study's name, folder or state
     │   └── TaskError               an unknown or malformed task
     ├── NothingFeasibleError        exit code 3: the budget ended before anything was feasible
+    ├── TrainingError               a full training that cannot go on, such as one that diverged
     └── WorkerError                 a worker process that cannot be kept alive
 
 A message is one paragraph: the rule, what was given, where, and what to do. All are picklable.
@@ -76,6 +77,10 @@ class TaskError(UsageError):
 
 class NothingFeasibleError(AutopeftError, RuntimeError):
     exit_code = 3
+
+
+class TrainingError(AutopeftError, RuntimeError):
+    pass
 
 
 class WorkerError(AutopeftError, RuntimeError):

@@ -17,6 +17,11 @@ OPTIONS = {
     "resume": ["--budget", "STUDY"],
     "report": ["STUDY"],
     "export": ["--out", "--pick", "--to", "STUDY"],
+    "train": [
+        "--all-rows", "--batch-size", "--cycles", "--data-dir", "--epochs", "--eval-every",
+        "--gradient-checkpointing", "--micro-batch", "--model", "--out", "--patience", "--pick", "--report-to",
+        "--save-every", "--schedule", "--seed", "--steps", "SOURCE",
+    ],
     "estimate": [
         "--accumulate", "--batch-size", "--bits", "--count", "--device", "--fix", "--gradient-checkpointing", "--json",
         "--max-vram", "--method", "--model", "--num-labels", "--optimizer", "--rank", "--seq-len", "--space", "--study",

@@ -1,0 +1,195 @@
+"""`autopeft train`: full training of a chosen configuration."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from autopeft.production.recipe import LocalPlaces, Recipe
+    from autopeft.production.session import Options
+
+TRAINED = Path("trained")
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "train",
+        help="train a chosen configuration on all data",
+        description="Trains a chosen configuration on all data, goes on where it was interrupted, and scores it on the "
+        "test split beside what the study predicted.",
+        epilog="On several GPUs: accelerate launch -m autopeft train STUDY --pick knee",
+    )
+    parser.add_argument("source", help="a study's name, or a folder with training.yaml")
+    parser.add_argument("--pick", help="with a study: best, knee, smallest, a trial's number, or conditions")
+    parser.add_argument("--out", metavar="DIR", help="where to (default: trained/STUDY-PICK, or DIR/trained)")
+    parser.add_argument("--model", help="where the base model is here, if the recipe's was a folder elsewhere")
+    parser.add_argument("--data-dir", help="searched before the hub, as in search (or set AUTOPEFT_DATA_DIR)")
+    parser.add_argument("--epochs", type=float, help="default: 3, but no fewer steps than the trial took")
+    parser.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
+    parser.add_argument(
+        "--batch-size", type=int, help="effective batch (default: the trial's); moves the learning rate"
+    )
+    parser.add_argument("--micro-batch", type=int, help="rows at a time on a device; gradients are accumulated")
+    parser.add_argument(
+        "--schedule",
+        choices=("linear", "cosine", "constant", "cosine_with_restarts"),
+        help="of the learning rate, after warm-up (default: the trial's)",
+    )
+    parser.add_argument("--cycles", type=int, help="with cosine_with_restarts: how many")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="layers run again in the backward pass")
+    parser.add_argument("--seed", type=int, help="default: the trial's")
+    parser.add_argument(
+        "--all-rows", action="store_true", help="train on the search-validation rows too; keep the last"
+    )
+    parser.add_argument("--patience", type=int, default=5, help="evaluations without a better one; 0 never stops early")
+    parser.add_argument("--eval-every", type=int, metavar="STEPS", help="default: a twentieth of the steps")
+    parser.add_argument("--save-every", type=int, metavar="STEPS", help="default: as --eval-every")
+    parser.add_argument("--report-to", metavar="TRACKER", help="tensorboard, wandb, mlflow, trackio; several by commas")
+    parser.set_defaults(run=run)
+
+
+class _Source(NamedTuple):
+    recipe: Recipe
+    places: LocalPlaces
+    folder: Path | None
+    """Where the recipe was read from; None for a study."""
+    name: str
+
+
+def run(args: argparse.Namespace) -> int:
+    from autopeft.cli.training_display import Display
+    from autopeft.production.places import check_folder, find_model, find_task, is_training_folder
+    from autopeft.production.recipe import read_result
+    from autopeft.tasks.spec import parse_task
+
+    source = _read_source(args)
+    data_dir = args.data_dir or os.environ.get("AUTOPEFT_DATA_DIR") or source.places.data_dir
+    folders = [Path(folder) for folder in (source.folder, data_dir) if folder]
+    if data_dir:
+        folders.append(Path(data_dir) / source.recipe.task_name)
+    task_text = find_task(source.recipe, source.places, folders)
+    task = parse_task(task_text, source.recipe.task_name)
+    model = find_model(source.recipe, source.places, args.model)
+    places = _places(source, task_text, model, data_dir)
+    goes_on = source.folder is not None and is_training_folder(source.folder)
+    recipe, notes = _change(source.recipe, args, task, data_dir)
+    default = source.folder if goes_on else source.folder / "trained" if source.folder else TRAINED / source.name
+    assert default is not None
+    out = Path(args.out) if args.out else default
+    check_folder(recipe, out)
+    # Only the first of several processes speaks.
+    display = Display(out, quiet=os.environ.get("RANK", "0") != "0")
+    if (out / "result.json").is_file():
+        display.finish(recipe, read_result(out), already=True)
+        return 0
+    display.plan(recipe, notes)
+    from autopeft.production.run import train
+
+    with display:
+        result = train(recipe, task, places, model=model, out=out, options=_options(args), listener=display)
+    if result is not None:
+        display.finish(recipe, result)
+    return 0
+
+
+def _options(args: argparse.Namespace) -> Options:
+    from autopeft.production.session import Options
+
+    return Options(
+        all_rows=args.all_rows,
+        patience=args.patience or None,
+        evaluate_every=args.eval_every,
+        save_every=args.save_every,
+        report_to=tuple(part.strip() for part in args.report_to.split(",")) if args.report_to else (),
+    )
+
+
+def _read_source(args: argparse.Namespace) -> _Source:
+    from autopeft.cli.session import STUDIES
+    from autopeft.errors import SpecError
+    from autopeft.production.recipe import RECIPE_FILE, read_local, read_recipe
+
+    folder = Path(args.source)
+    if (folder / RECIPE_FILE).is_file() or (folder.is_dir() and not (STUDIES / args.source).is_dir()):
+        if args.pick:
+            raise SpecError(
+                f"--pick chooses among a study's trials, but '{folder}' is a recipe already. Leave it away."
+            )
+        return _Source(read_recipe(folder), read_local(folder), folder, folder.name)
+    return _read_study(args)
+
+
+def _read_study(args: argparse.Namespace) -> _Source:
+    from autopeft.cli import session
+    from autopeft.errors import SpecError
+    from autopeft.export import find_trial
+    from autopeft.production.recipe import LocalPlaces, find_task_files, make_recipe
+    from autopeft.search.results import build_record
+    from autopeft.search.store import StudyStore
+
+    if not args.pick:
+        raise SpecError(f"Which trial of the study '{args.source}' to train must be said, such as --pick knee.")
+    store = StudyStore.open(session.STUDIES, args.source)
+    record = build_record(store)
+    local = session.read_local(store)
+    trial = find_trial(record, args.pick)
+    recipe = make_recipe(
+        record, trial, pick=args.pick, num_train=record.provenance.num_train, model=local["model"]
+    )  # fmt: skip
+    places = LocalPlaces(model=local["model"], data_dir=local["data_dir"], files=find_task_files(record.config.task))
+    return _Source(recipe, places, None, f"{record.config.name}-{args.pick}")
+
+
+def _places(source: _Source, task_text: str, model: str, data_dir: str | None) -> LocalPlaces:
+    from autopeft.production.recipe import LocalPlaces, find_task_files
+
+    found = dict(zip(find_task_files(source.recipe.task), find_task_files(task_text).values(), strict=True))
+    here = str(Path(model).resolve()) if Path(model).is_dir() else model
+    return LocalPlaces(model=here, data_dir=str(Path(data_dir).resolve()) if data_dir else None, files=found)
+
+
+def _seeded(recipe: Recipe, args: argparse.Namespace) -> Recipe:
+    from dataclasses import replace
+
+    return recipe if args.seed is None else replace(recipe, seed=args.seed)
+
+
+def _change(recipe: Recipe, args: argparse.Namespace, task, data_dir: str | None):  # type: ignore[no-untyped-def]
+    """(the recipe with what the command line asks, sentences on what follows from it)."""
+    from dataclasses import replace
+
+    from autopeft.errors import SpecError
+    from autopeft.production.recipe import check_recipe, lay_out, with_batch
+    from autopeft.report.words import format_learning_rate
+    from autopeft.tasks.data import load_splits
+
+    notes = []
+    recipe = _seeded(recipe, args)
+    if args.gradient_checkpointing:
+        recipe = replace(recipe, checkpoint_activations=True)
+    if args.schedule:
+        recipe = replace(recipe, schedule=args.schedule, num_cycles=args.cycles or 1)
+    elif args.cycles:
+        recipe = replace(recipe, num_cycles=args.cycles)
+    if args.patience < 0:
+        raise SpecError(f"--patience counts evaluations, 0 for never, but is {args.patience}.")
+    if args.batch_size is not None or args.micro_batch is not None:
+        before = recipe
+        recipe = with_batch(recipe, effective=args.batch_size, micro=args.micro_batch)
+        if recipe.learning_rate != before.learning_rate:
+            notes.append(
+                f"The effective batch goes from {before.effective_batch} to {recipe.effective_batch}, so the learning "
+                f"rate goes from {format_learning_rate(before.learning_rate)} to "
+                f"{format_learning_rate(recipe.learning_rate)}, with its square root (arXiv:2205.10287)."
+            )
+    splits = load_splits(task, data_dir, seed=recipe.split_seed)
+    num_train = len(splits.train) + (len(splits.validation) if args.all_rows else 0)
+    if args.epochs is not None or args.steps is not None:
+        recipe = lay_out(recipe, num_train=num_train, epochs=args.epochs, steps=args.steps)
+    elif num_train != recipe.num_train or args.batch_size is not None:
+        recipe = lay_out(recipe, num_train=num_train, epochs=recipe.epochs)
+    check_recipe(recipe, "the recipe")
+    return recipe, notes

@@ -1,0 +1,191 @@
+"""What a training shows: a bar on a terminal, plain lines when piped; at the end, score beside prediction."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from autopeft.report.words import (
+    describe_spec,
+    format_bytes,
+    format_count,
+    format_learning_rate,
+    format_margin,
+    format_quality,
+    format_seconds,
+)
+
+if TYPE_CHECKING:
+    from autopeft.production.recipe import Recipe, TrainingResult
+    from autopeft.production.trainer import Progress
+
+_LINE_SECONDS = 30.0
+"""Between lines without news when piped."""
+
+
+class Display:
+    """A listener of `production.run.train`; a context while it runs."""
+
+    def __init__(self, out: Path, *, quiet: bool) -> None:
+        self._out = out
+        self._quiet = quiet
+        self._bar: Any = None
+        self._task: Any = None
+        self._recipe: Recipe | None = None
+        self._best: float | None = None
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> Display:
+        if not self._quiet and sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=40),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[words]}"),
+                refresh_per_second=4,
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if kind is KeyboardInterrupt and not self._quiet:
+            self._print("\nInterrupted. The same command goes on from the last checkpoint.")
+
+    def _print(self, text: str) -> None:
+        if self._quiet:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+    # --- before
+
+    def plan(self, recipe: Recipe, notes: Sequence[str]) -> None:
+        """What will be trained, in a few lines."""
+        batch = f"batch {recipe.effective_batch}"
+        if recipe.gradient_accumulation > 1:
+            batch += f" ({recipe.gradient_accumulation} x {recipe.micro_batch})"
+        cycles = f", {recipe.num_cycles} cycles" if recipe.num_cycles > 1 else ""
+        lines = {
+            "recipe": f"trial {recipe.trial} of {recipe.study} ({recipe.pick})",
+            "task": recipe.task_name,
+            "base model": recipe.model,
+            "method": describe_spec(recipe.spec),
+            "length": f"{recipe.steps:,} steps, {recipe.epochs:.3g} epochs of {recipe.num_train:,} rows "
+            f"(the trial: {recipe.spec.max_steps:,} steps)",
+            "steps": f"{batch}, lr {format_learning_rate(recipe.learning_rate)}, {recipe.warmup_steps:,} of warm-up, "
+            f"{recipe.schedule.replace('_', ' ')}{cycles}, weight decay {recipe.weight_decay:.3g}, {recipe.optimizer}, "
+            f"{recipe.precision}, seed {recipe.seed}",
+            "predicted": _describe_prediction(recipe),
+            "folder": str(self._out),
+        }
+        for note in notes:
+            self._print(f"note: {note}")
+        for key, value in lines.items():
+            self._print(f"{key:<12} {value}")
+
+    def begin(self, recipe: Recipe, *, from_step: int, notes: Sequence[str]) -> None:
+        self._recipe = recipe
+        for note in notes:
+            self._print(f"note: {note}")
+        if from_step:
+            self._print(f"going on from step {from_step:,}")
+        if self._bar is not None:
+            self._task = self._bar.add_task("train", total=recipe.steps, completed=from_step, words="")
+
+    # --- during
+
+    def progress(self, progress: Progress) -> None:
+        assert self._recipe is not None
+        scorer = self._recipe.prediction.scorer
+        words = "" if progress.loss is None else f"loss {progress.loss:.4f}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=progress.step)
+            if words:
+                self._bar.update(self._task, words=words)
+        share = f"{progress.step / self._recipe.steps:4.0%} step {progress.step:>6,}"
+        rate = f"lr {format_learning_rate(progress.learning_rate)}" if progress.learning_rate > 0 else "lr 0"
+        if progress.evaluation is not None:
+            better = self._best is None or progress.evaluation.quality > self._best
+            self._best = progress.evaluation.quality if better else self._best
+            self._print(
+                f"{share}  {words}  validation {format_quality(progress.evaluation.quality, scorer)}, loss "
+                f"{progress.evaluation.loss:.4f}{'  best so far' if better else ''}"
+            )
+            self._last_line = time.monotonic()
+        elif self._bar is None and words and time.monotonic() - self._last_line > _LINE_SECONDS:
+            self._print(f"{share}  {words}  {rate}")
+            self._last_line = time.monotonic()
+
+    def scoring(self) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, description="score", words="")
+        else:
+            self._print("scoring the test split")
+
+    # --- after
+
+    def finish(self, recipe: Recipe, result: TrainingResult, *, already: bool = False) -> None:
+        """The score beside the prediction, and whether they agree."""
+        scorer = result.scorer
+        if already:
+            self._print(f"This training was finished on {result.finished_at[:10]}; its result:")
+        self._print(
+            f"\ntrained      {result.steps:,} steps in {format_seconds(result.train_seconds)} on {result.device}"
+            + (f" ({result.processes} processes)" if result.processes > 1 else "")
+        )
+        if result.stopped_early:
+            self._print(f"             stopped early: no better score after step {result.best_step:,}")
+        elif result.best_step != result.steps:
+            self._print(f"             the weights of step {result.best_step:,} were kept, the best on validation")
+        error = format_margin(result.test_standard_error, scorer)
+        self._print(
+            f"test         {format_quality(result.test_quality, scorer)} \u00b1 {error} ({result.num_test:,} rows)"
+        )
+        self._print(f"predicted    {_describe_prediction(recipe)}")
+        agreement = result.agreement
+        if agreement is not None:
+            size = (
+                f"{format_margin(abs(agreement.difference), scorer)} {'above' if agreement.difference > 0 else 'below'}"
+            )
+            noise = f"{format_margin(agreement.standard_error, scorer)} standard error, z {agreement.z:.1f}"
+            where = "" if agreement.split == "test" else " on search-validation"
+            if agreement.agrees:
+                self._print(f"             agrees{where}: {size}, within noise ({noise})")
+            else:
+                self._print(
+                    f"warning: the result is {size} the prediction{where}, beyond noise ({noise}; two-sided z test, "
+                    "arXiv:2411.00640). More steps and rows than the trial's can do that; if it is below, look at the "
+                    "rows, the precision and the learning rate."
+                )
+        self._print(
+            f"adapter      {self._out / 'adapter'}, {format_bytes(result.adapter_bytes)}, "
+            f"{format_count(result.trainable_parameters)} parameters and {format_count(result.head_parameters)} in the "
+            f"head\nresult       {self._out / 'result.json'}"
+        )
+
+
+def _describe_prediction(recipe: Recipe) -> str:
+    prediction = recipe.prediction
+    scorer = prediction.scorer
+    if prediction.test_quality is not None:
+        spread = f" \u00b1 {format_margin(prediction.test_sd, scorer)}" if prediction.test_sd is not None else ""
+        seeds = f"{prediction.num_confirmed} seed{'s' if prediction.num_confirmed > 1 else ''}"
+        return f"{format_quality(prediction.test_quality, scorer)}{spread} on the test split ({seeds})"
+    if prediction.validation_quality is not None:
+        quality = format_quality(prediction.validation_quality, scorer)
+        return f"{quality} on search-validation; it was never confirmed on the test split"
+    return "nothing: the trial reached no rung"

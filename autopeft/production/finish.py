@@ -1,0 +1,153 @@
+"""What is left of a training: the weights in the form that the plainest library loads, and the result."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import peft
+import torch
+
+import autopeft
+from autopeft.backends.hf.base_model import BaseModel, digest_file, load_base
+from autopeft.backends.hf.build import build_trial_model, count_trainable, trainable_parameters
+from autopeft.backends.hf.data import TaskData
+from autopeft.backends.hf.saved import save_adapter, save_trained
+from autopeft.backends.hf.steps import SplitScores
+from autopeft.backends.hf.trial import describe_device, digest_weights, write_whole
+from autopeft.methods import find_method
+from autopeft.production import checkpoints
+from autopeft.production.agreement import compare, estimate_standard_error
+from autopeft.production.checkpoints import Evaluation
+from autopeft.production.recipe import Recipe, SavedAs, TrainingResult
+from autopeft.production.session import is_sharded
+from autopeft.tasks.scorers import score_predictions
+from autopeft.tasks.spec import TaskSpec
+
+ADAPTER = "adapter"
+_SCORES = "scores.npz"
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+
+
+class Built(NamedTuple):
+    model: Any
+    base: BaseModel | None
+    """Kept only where saving needs it."""
+    head: tuple[str, ...]
+
+
+def save_weights(
+    built: Built, recipe: Recipe, task: TaskSpec, tokenizer: Any, out: Path, model: str, step: int
+) -> SavedAs:
+    """`adapter/`, in the form that the plainest library loads. `step` is the checkpoint's with the kept weights."""
+    folder = out / ADAPTER
+    spec = recipe.training_spec()
+    trained, base = built.model, built.base
+    if is_sharded():
+        # The model's parameters are in pieces; whole ones are in the checkpoint.
+        base = load_base(model, num_labels=len(task.labels), bits=spec.bits, device="cpu")
+        trained = build_trial_model(base, spec)
+        state = checkpoints.read_trained(out, step)["trainable"]
+        with torch.no_grad():
+            for name, parameter in trainable_parameters(trained).items():
+                parameter.copy_(state[name])
+    folder.mkdir(parents=True, exist_ok=True)
+    saved_as: SavedAs = "autopeft"
+    if isinstance(trained, peft.PeftModel):
+        assert base is not None
+        save_adapter(trained, base, spec, folder)
+        _name_base(folder / "adapter_config.json", recipe.model)
+        # peft's card names the folder that the base was loaded from.
+        (folder / "README.md").unlink(missing_ok=True)
+        saved_as = "peft"
+    elif find_method(spec.method).name == "full":
+        trained.save_pretrained(folder)
+        saved_as = "transformers"
+    else:
+        save_trained(trained, spec, folder)
+    tokenizer.save_pretrained(folder)
+    return saved_as
+
+
+def _name_base(path: Path, model: str) -> None:
+    """The base by its public name, and names in one order: peft keeps them in sets."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["base_model_name_or_path"] = model
+    data = {k: sorted(v) if isinstance(v, list) and all(isinstance(i, str) for i in v) else v for k, v in data.items()}
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def make_result(
+    recipe: Recipe,
+    task: TaskSpec,
+    data: TaskData,
+    out: Path,
+    *,
+    model: str,
+    test: SplitScores,
+    validation: SplitScores | None,
+    saved_as: SavedAs,
+    steps: int,
+    best: Evaluation | None,
+    num_train: int,
+    seconds: float,
+    peak: int | None,
+    built: Built,
+    processes: int,
+    device: str,
+) -> TrainingResult:
+    arrays: dict[str, Any] = {"test_losses": test.losses, "test_predictions": test.predictions}
+    quality = score_predictions(task.scorer, data.test.labels, test.predictions)
+    error = estimate_standard_error(task.scorer, np.asarray(data.test.labels), test.predictions)
+    validation_quality = validation_error = None
+    if validation is not None:
+        arrays |= {"validation_losses": validation.losses, "validation_predictions": validation.predictions}
+        labels = data.validation.labels
+        validation_quality = score_predictions(task.scorer, labels, validation.predictions)
+        validation_error = estimate_standard_error(task.scorer, np.asarray(labels), validation.predictions)
+    agreement = None
+    if data.splits.digest == recipe.provenance.task_digest:
+        agreement = compare(
+            recipe.prediction, test_quality=quality, test_error=error, validation_quality=validation_quality,
+            validation_error=validation_error,
+        )  # fmt: skip
+    count = count_trainable(built.model, built.head)
+    files = sorted(path for path in (out / ADAPTER).iterdir() if path.suffix in (".safetensors", ".bin"))
+    return TrainingResult(
+        task_name=recipe.task_name,
+        model=recipe.model,
+        scorer=task.scorer,
+        steps=steps,
+        best_step=best.step if best else steps,
+        stopped_early=steps < recipe.steps,
+        num_train=num_train,
+        num_validation=len(data.validation.labels),
+        num_test=len(data.test.labels),
+        validation_quality=validation_quality,
+        validation_loss=None if validation is None else float(validation.losses.mean()),
+        test_quality=quality,
+        test_standard_error=error,
+        test_loss=float(test.losses.mean()),
+        prediction=recipe.prediction,
+        agreement=agreement,
+        train_seconds=seconds,
+        peak_bytes=peak,
+        trainable_parameters=count.adapter,
+        head_parameters=count.head,
+        saved_as=saved_as,
+        adapter_bytes=sum(path.stat().st_size for path in files),
+        processes=processes,
+        device=describe_device(device),
+        scores_file=_SCORES,
+        scores_digest=write_whole(out / _SCORES, lambda file: np.savez_compressed(file, **arrays)),
+        data_digest=data.splits.digest,
+        model_digest=digest_weights(model),
+        weights_digests={path.name: digest_file(path) for path in files},
+        autopeft=autopeft.__version__,
+        packages={name: version(name) for name in _PACKAGES},
+        finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )

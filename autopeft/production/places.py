@@ -1,0 +1,97 @@
+"""Where a recipe's model, rows and folder are on this machine, and whether they are what it means. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from autopeft.errors import DataError, ModelError, RecordError
+from autopeft.production.recipe import (
+    DECISIVE,
+    LOCAL_FILE,
+    RECIPE_FILE,
+    RESULT_FILE,
+    LocalPlaces,
+    Recipe,
+    find_task_files,
+    read_recipe,
+)
+from autopeft.records import to_record
+
+
+def find_model(recipe: Recipe, places: LocalPlaces, given: str | None = None) -> str:
+    """What transformers loads. Raises ModelError where a folder is meant and none is known."""
+    model = given or places.model or recipe.model
+    if not model.startswith("local:"):
+        if "/" in model and not Path(model).is_dir() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+            raise ModelError(f"The base model's folder '{model}' does not exist. Say where it is with --model DIR.")
+        return model
+    raise ModelError(
+        f"The recipe's base model was the folder '{model.removeprefix('local:')}' of another machine. Say where it is "
+        "here with --model DIR."
+    )
+
+
+def find_task(recipe: Recipe, places: LocalPlaces, folders: list[Path]) -> str:
+    """The task file's text with its own data files where they are here.
+
+    They are looked for in `local.json`, then by name in the folders. Raises DataError where one is nowhere.
+    """
+    found = {}
+    for name in find_task_files(recipe.task):
+        candidates = [*([Path(places.files[name])] if name in places.files else []), *(f / name for f in folders)]
+        path = next((path for path in candidates if path.is_file()), None)
+        if path is None:
+            looked = ", ".join(f"'{path.parent}'" for path in candidates) or "no folder"
+            raise DataError(
+                f"Task '{recipe.task_name}' reads the file '{name}', which is not there; looked in {looked}. Put it "
+                "there, or name its folder with --data-dir."
+            )
+        found[name] = str(path.resolve())
+    if not found:
+        return recipe.task
+    data = yaml.safe_load(recipe.task)
+    files = {key: found.get(value, value) for key, value in data["files"].items()}
+    return yaml.safe_dump(data | {"files": files}, sort_keys=False, allow_unicode=True)
+
+
+def is_training_folder(folder: Path) -> bool:
+    """Whether a training was begun in it, so that it is to be gone on with."""
+    return (folder / "checkpoints").is_dir() or (folder / RESULT_FILE).is_file()
+
+
+def check_folder(recipe: Recipe, out: Path) -> None:
+    """Raises RecordError where the folder holds anything but a training of this recipe."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not out.is_dir():
+        raise RecordError(f"--out must be a folder, but '{out}' is a file.")
+    if not (out / RECIPE_FILE).is_file():
+        raise RecordError(
+            f"--out must be new, empty, or a training of the same recipe, but '{out}' holds other files. Nothing was "
+            "overwritten."
+        )
+    if not is_training_folder(out):
+        # Before its first checkpoint a training has written no more than these two, and nothing is lost with them.
+        if {path.name for path in out.iterdir()} - {RECIPE_FILE, LOCAL_FILE}:
+            raise RecordError(
+                f"--out must be new, empty, or a training of the same recipe, but '{out}' holds an export. Choose "
+                "another."
+            )
+        return
+    before = read_recipe(out)
+    if before.key() == recipe.key():
+        return
+    old, new = to_record(before), to_record(recipe)
+    name = next(name for name in DECISIVE if old.get(name) != new.get(name))
+    raise RecordError(
+        f"'{out}' holds a training of another recipe: its {name} is {_short(old.get(name))}, and yours is "
+        f"{_short(new.get(name))}. Its checkpoints were left as they are. Give the same settings to go on with it, or "
+        "another --out."
+    )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) < 80 else text[:77] + "..."

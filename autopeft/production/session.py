@@ -1,0 +1,143 @@
+"""One process's device, its part among other processes, and what a training is asked for beside its recipe."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+
+from autopeft.backends.hf.kernels import install_onednn_products, prefers_onednn
+from autopeft.errors import DeviceError, SpecError
+from autopeft.methods import refuse_spec
+from autopeft.production.checkpoints import CHECKPOINTS
+from autopeft.production.recipe import Recipe
+
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+_TRACKER_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What is asked of a training beside its recipe. None of it but `all_rows` decides where the weights go."""
+
+    all_rows: bool = False
+    """Trains on the search-validation rows too: then nothing is left to choose the best checkpoint by."""
+    patience: int | None = 5
+    """Evaluations without a better one before stopping; None goes on to the end."""
+    evaluate_every: int | None = None
+    """Optimizer steps; None is a twentieth of them all."""
+    save_every: int | None = None
+    """Optimizer steps; None is as often as it is evaluated."""
+    report_to: tuple[str, ...] = ()
+
+
+def check_options(options: Options) -> None:
+    for name in options.report_to:
+        if name not in TRACKERS:
+            raise SpecError(f"--report-to knows {', '.join(TRACKERS)}, but was given '{name}'.")
+        packages = _TRACKER_PACKAGES.get(name, (name,))
+        if not any(find_spec(package) for package in packages):
+            raise SpecError(
+                f"--report-to {name} needs the package '{packages[0]}', which is not installed. Run: pip install "
+                f"{packages[0]}, or leave --report-to away."
+            )
+    if options.all_rows and options.evaluate_every is not None:
+        raise SpecError(
+            "--all-rows trains on the search-validation rows too, so there is nothing left to score for --eval-every."
+        )
+    for name in ("evaluate_every", "save_every"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise SpecError(
+                f"--{name.replace('evaluate', 'eval').replace('_', '-')} must be at least 1, but is {value}."
+            )
+
+
+class Session(NamedTuple):
+    """This process's device and its part among the others."""
+
+    arguments: transformers.TrainingArguments
+    device: str
+
+    @property
+    def is_main(self) -> bool:
+        return bool(self.arguments.process_index == 0)
+
+    def wait(self) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+
+
+def open_session(recipe: Recipe, out: Path, options: Options) -> Session:
+    """Starts what connects the processes. Raises DeviceError or SpecError for what this machine cannot do."""
+    transformers.utils.logging.set_verbosity_error()
+    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+    rule = refuse_spec(recipe.training_spec(), "cuda" if on_gpu else "cpu")
+    if rule is not None:
+        raise SpecError(rule)
+    if recipe.precision == "bfloat16" and not on_gpu:
+        raise DeviceError(
+            "The recipe computes in bfloat16, which is for GPUs, but this machine has none. Train where there is one, "
+            "or set precision: float32 in training.yaml; the result will then differ a little from the study's."
+        )
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    micro, accumulation = split_effective_batch(recipe, processes)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(out / CHECKPOINTS),
+        run_name=out.name,
+        max_steps=recipe.steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=recipe.learning_rate,
+        max_grad_norm=recipe.max_grad_norm,
+        seed=recipe.seed,
+        bf16=recipe.precision == "bfloat16",
+        use_cpu=not on_gpu,
+        eval_strategy="no",
+        save_strategy="no",
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        report_to=list(options.report_to) or "none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        # Every method's contract has a gradient for all that trains, so nothing has to be looked for.
+        ddp_find_unused_parameters=False,
+    )
+    device = arguments.device
+    # Without `accelerate launch`, one GPU is used: Trainer would put nn.DataParallel around the model.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    if device.type == "cpu" and prefers_onednn():
+        install_onednn_products()
+    return Session(arguments, "cpu" if device.type == "cpu" else f"{device.type}:{device.index or 0}")
+
+
+def split_effective_batch(recipe: Recipe, processes: int) -> tuple[int, int]:
+    """(micro-batch, accumulation) of one of so many processes. Raises SpecError where the batch cannot be divided."""
+    if recipe.effective_batch % processes:
+        raise SpecError(
+            f"The effective batch is divided among the processes, but {recipe.effective_batch} rows are no multiple of "
+            f"{processes} processes. Start another number of them, or change the batch with --batch-size."
+        )
+    each = recipe.effective_batch // processes
+    micro = max(size for size in range(1, min(recipe.micro_batch, each) + 1) if each % size == 0)
+    return micro, each // micro
+
+
+def is_sharded() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def find_peak(session: Session) -> int | None:
+    if not session.device.startswith("cuda"):
+        return None
+    own = torch.cuda.max_memory_allocated()
+    if not torch.distributed.is_initialized():
+        return own
+    peaks: list[Any] = [None] * session.arguments.world_size
+    torch.distributed.all_gather_object(peaks, own)
+    return int(max(peaks))

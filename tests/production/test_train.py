@@ -1,0 +1,308 @@
+"""Full training on a random model: the trial to the bit, going on after a kill, and what is left at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from autopeft.backends.base import Finished, Stretch, WorkerSetup
+from autopeft.backends.hf.build import trainable_parameters
+from autopeft.backends.hf.trial import HfBackend
+from autopeft.errors import ModelError, RecordError, SpecError, TrainingError
+from autopeft.production import checkpoints
+from autopeft.production.recipe import LocalPlaces, Recipe, TrainingResult, read_recipe, read_result
+from autopeft.production.run import Listener, train
+from autopeft.production.session import Options, split_effective_batch
+from autopeft.production.trainer import Progress
+from autopeft.records import TrialSpec
+from autopeft.tasks.spec import parse_task
+from autopeft.testing.tiny_models import tiny_folder, tiny_task
+
+Make = Callable[..., Recipe]
+WHOLE = Options(patience=None, evaluate_every=8)
+"""Scored once, at the end, whose weights are the ones kept."""
+
+
+class Killed(BaseException):
+    """In the place of a kill: nothing catches it."""
+
+
+class Silent:
+    def begin(self, recipe: Recipe, *, from_step: int, notes: Sequence[str]) -> None: ...
+
+    def progress(self, progress: Progress) -> None: ...
+
+    def scoring(self) -> None: ...
+
+
+class KillAt(Silent):
+    """Kills when a step is reported that was saved, or was not, as asked."""
+
+    def __init__(self, step: int, *, saved: bool) -> None:
+        self.step, self.saved = step, saved
+
+    def progress(self, progress: Progress) -> None:
+        if progress.step >= self.step and progress.saved == self.saved:
+            raise Killed
+
+
+class Watch(Silent):
+    def __init__(self) -> None:
+        self.seen: list[Progress] = []
+        self.notes: list[str] = []
+        self.from_step = -1
+
+    def begin(self, recipe: Recipe, *, from_step: int, notes: Sequence[str]) -> None:
+        self.from_step, self.notes = from_step, list(notes)
+
+    def progress(self, progress: Progress) -> None:
+        self.seen.append(progress)
+
+
+def run(
+    recipe: Recipe,
+    places: LocalPlaces,
+    out: Path,
+    options: Options = WHOLE,
+    listener: Listener | None = None,
+    *,
+    architecture: Any = "bert",
+) -> TrainingResult:
+    task = parse_task(tiny_task(), "tiny")
+    result = train(
+        recipe, task, places, model=tiny_folder(architecture), out=out, options=options, listener=listener or Silent()
+    )
+    assert result is not None
+    return result
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    (path,) = sorted((out / "adapter").glob("*.safetensors"))
+    return load_file(path)
+
+
+def same(first: Path, second: Path) -> bool:
+    one, two = weights(first), weights(second)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def train_trial(spec: TrialSpec, folder: Path) -> tuple[HfBackend, Finished]:
+    setup = WorkerSetup(
+        backend="hf", model=tiny_folder("bert"), task=tiny_task(), data_dir=None, split_seed=0,
+        study_dir=str(folder), device="cpu", threads=torch.get_num_threads(),
+    )  # fmt: skip
+    backend = HfBackend(setup)
+    stretch = Stretch(
+        job=0, trial=0, spec=spec, purpose="confirm", from_step=0, to_step=spec.max_steps, score_test=True
+    )
+    finished = backend.run(stretch, lambda event: None)
+    assert isinstance(finished, Finished)
+    return backend, finished
+
+
+# LoRA+ has parameter groups, AdaLoRA acts after steps, the bottleneck is ours, full trains the base itself.
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("lora", {"dropout": 0.1, "lr_ratio_b": 4.0}), ("adalora", {"dropout": 0.1}), ("bottleneck", {}), ("full", {})],
+)
+def test_a_recipe_of_the_trials_length_is_the_trial_to_the_bit(
+    make_recipe_for: Make, places: LocalPlaces, tmp_path: Path, method: str, settings: dict[str, Any]
+) -> None:
+    recipe = make_recipe_for(method, spec={"settings": settings})
+    result = run(recipe, places, tmp_path / "out")
+    backend, finished = train_trial(recipe.spec, tmp_path / "trial")
+    assert backend._live is not None
+    assert finished.test is not None
+    assert result.steps == result.best_step == recipe.spec.max_steps
+    assert (result.test_quality, result.test_loss) == (finished.test.quality, finished.test.loss)
+    trained = checkpoints.read_trained(tmp_path / "out", result.best_step)["trainable"]
+    expected = trainable_parameters(backend._live.model)
+    assert trained.keys() == expected.keys()
+    assert all(torch.equal(trained[name], expected[name].detach()) for name in expected)
+
+
+@pytest.mark.parametrize(("step", "saved"), [(2, True), (3, False), (7, True), (8, True)])
+def test_a_killed_training_ends_with_the_weights_of_an_unbroken_one(
+    make_recipe_for: Make, places: LocalPlaces, tmp_path: Path, step: int, saved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autopeft.production.trainer._PROGRESS_SECONDS", 0.0)
+    recipe = make_recipe_for(spec={"settings": {"dropout": 0.2}}, micro_batch=4, gradient_accumulation=2)
+    options = Options(patience=None, evaluate_every=3, save_every=2)
+    unbroken = run(recipe, places, tmp_path / "unbroken", options)
+    with pytest.raises(Killed):
+        run(recipe, places, tmp_path / "killed", options, KillAt(step, saved=saved))
+    watch = Watch()
+    again = run(recipe, places, tmp_path / "killed", options, watch)
+    assert watch.from_step > 0
+    assert same(tmp_path / "unbroken", tmp_path / "killed")
+    assert (again.best_step, again.test_loss) == (unbroken.best_step, unbroken.test_loss)
+
+
+def test_micro_batches_lead_to_the_same_weights_but_for_rounding(
+    make_recipe_for: Make, places: LocalPlaces, tmp_path: Path
+) -> None:
+    # Llama has no dropout, which would be drawn for other shapes.
+    run(make_recipe_for(), places, tmp_path / "whole", architecture="llama")
+    parts = make_recipe_for(micro_batch=2, gradient_accumulation=4)
+    run(parts, places, tmp_path / "parts", architecture="llama")
+    one, two = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-4
+
+
+def test_activation_checkpointing_changes_no_weight(make_recipe_for: Make, places: LocalPlaces, tmp_path: Path) -> None:
+    run(make_recipe_for(), places, tmp_path / "plain")
+    run(make_recipe_for(checkpoint_activations=True), places, tmp_path / "checkpointed")
+    assert same(tmp_path / "plain", tmp_path / "checkpointed")
+
+
+def test_early_stopping_keeps_the_best_and_says_so(make_recipe_for: Make, places: LocalPlaces, tmp_path: Path) -> None:
+    recipe = make_recipe_for(steps=200, learning_rate=0.05)
+    watch = Watch()
+    result = run(recipe, places, tmp_path, Options(patience=2, evaluate_every=5), watch)
+    evaluations = [progress.evaluation for progress in watch.seen if progress.evaluation]
+    best = max(evaluations, key=lambda e: (e.quality, -e.loss))
+    assert result.stopped_early
+    assert result.best_step == best.step
+    assert result.steps == best.step + 10
+    assert (result.validation_quality, result.validation_loss) == (best.quality, best.loss)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == sorted({f"step-{best.step:08d}", f"step-{result.steps:08d}"})
+
+
+def test_the_finished_folder_holds_what_others_read(make_recipe_for: Make, places: LocalPlaces, tmp_path: Path) -> None:
+    recipe = make_recipe_for()
+    result = run(recipe, places, tmp_path)
+    assert read_recipe(tmp_path) == recipe
+    assert read_result(tmp_path) == result
+    with np.load(tmp_path / result.scores_file) as scores:
+        assert len(scores["test_losses"]) == result.num_test
+        assert float(scores["test_losses"].mean()) == pytest.approx(result.test_loss)
+    assert result.saved_as == "peft"
+    assert result.weights_digests.keys() == {"adapter_model.safetensors"}
+    assert result.adapter_bytes == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert result.prediction == recipe.prediction
+    assert result.agreement is not None
+    assert result.agreement.difference == pytest.approx(result.test_quality - 0.5)
+
+
+def test_no_path_of_the_machine_is_in_what_gets_published(
+    make_recipe_for: Make, places: LocalPlaces, tmp_path: Path
+) -> None:
+    run(make_recipe_for(task=tiny_task().replace(str(Path(tiny_folder("bert")).parent), "")), places, tmp_path)
+    for path in tmp_path.rglob("*"):
+        if path.suffix in (".json", ".yaml", ".md") and path.name != "local.json" and "checkpoints" not in path.parts:
+            text = path.read_text(encoding="utf-8")
+            assert str(Path(tiny_folder("bert")).parent) not in text, path
+    adapter = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert adapter["base_model_name_or_path"] == "local:bert"
+
+
+def test_methods_of_ours_train_on_a_quantized_base(make_recipe_for: Make, places: LocalPlaces, tmp_path: Path) -> None:
+    result = run(make_recipe_for("bottleneck", spec={"bits": 4}), places, tmp_path)
+    assert result.steps == 8
+
+
+@pytest.mark.parametrize(
+    ("method", "saved_as"), [("bottleneck", "autopeft"), ("full", "transformers"), ("ia3", "peft")]
+)
+def test_the_plainest_library_can_load_it(
+    make_recipe_for: Make, places: LocalPlaces, tmp_path: Path, method: str, saved_as: str
+) -> None:
+    assert run(make_recipe_for(method), places, tmp_path).saved_as == saved_as
+
+
+def test_all_rows_are_trained_on_and_the_last_weights_kept(
+    make_recipe_for: Make, places: LocalPlaces, tmp_path: Path
+) -> None:
+    recipe = make_recipe_for()
+    result = run(recipe, places, tmp_path, Options(all_rows=True))
+    assert result.num_train == recipe.num_train + result.num_validation
+    assert result.validation_quality is None
+    assert result.best_step == result.steps == recipe.steps
+
+
+def test_a_method_that_changes_over_its_length_keeps_its_last_weights(
+    make_recipe_for: Make, places: LocalPlaces, tmp_path: Path
+) -> None:
+    watch = Watch()
+    result = run(make_recipe_for("adalora"), places, tmp_path, Options(patience=1, evaluate_every=1), watch)
+    assert result.best_step == result.steps == 8
+    assert any("AdaLoRA" in note for note in watch.notes)
+
+
+def test_checkpoints_of_other_settings_are_refused_and_left(
+    make_recipe_for: Make, places: LocalPlaces, tmp_path: Path
+) -> None:
+    recipe = make_recipe_for()
+    run(recipe, places, tmp_path)
+    with pytest.raises(RecordError, match="--all-rows"):
+        run(recipe, places, tmp_path, Options(all_rows=True))
+    assert checkpoints.find_newest(tmp_path) is not None
+
+
+def test_a_training_that_diverges_is_no_result(make_recipe_for: Make, places: LocalPlaces, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="diverged"):
+        run(make_recipe_for("full", learning_rate=1e30, warmup_steps=0), places, tmp_path)
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_other_base_weights_than_the_studys_are_refused(
+    make_recipe_for: Make, places: LocalPlaces, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match="digest 0123456789abcdef"):
+        run(make_recipe_for(model_digest="0123456789abcdef"), places, tmp_path)
+
+
+def test_other_rows_than_the_studys_are_trained_on_but_not_compared(
+    make_recipe_for: Make, places: LocalPlaces, tmp_path: Path
+) -> None:
+    watch = Watch()
+    result = run(make_recipe_for(split_seed=1), places, tmp_path, listener=watch)
+    assert result.agreement is None
+    assert any("not those of the study" in note for note in watch.notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(report_to=("tensorbord",)), "knows tensorboard"),
+        (Options(report_to=("mlflow",)), "pip install mlflow"),
+        (Options(all_rows=True, evaluate_every=3), "nothing left to score"),
+        (Options(save_every=0), "--save-every must be at least 1"),
+        (Options(evaluate_every=0), "--eval-every must be at least 1"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(
+    make_recipe_for: Make,
+    places: LocalPlaces,
+    tmp_path: Path,
+    options: Options,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("autopeft.production.session.find_spec", lambda name: None)
+    with pytest.raises(SpecError, match=message):
+        run(make_recipe_for(), places, tmp_path / "out", options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("processes", "micro", "expected"), [(1, 8, (8, 1)), (2, 8, (4, 1)), (2, 2, (2, 2)), (4, 8, (2, 1)), (8, 3, (1, 1))]
+)
+def test_the_effective_batch_is_divided_among_processes(
+    make_recipe_for: Make, processes: int, micro: int, expected: tuple[int, int]
+) -> None:
+    recipe = make_recipe_for(micro_batch=micro)
+    assert split_effective_batch(recipe, processes) == expected
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(make_recipe_for: Make) -> None:
+    with pytest.raises(SpecError, match="no multiple of 3 processes"):
+        split_effective_batch(make_recipe_for(), 3)
