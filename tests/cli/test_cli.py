@@ -25,7 +25,7 @@ OPTIONS = {
     "estimate": [
         "--accumulate", "--batch-size", "--bits", "--count", "--device", "--fix", "--gradient-checkpointing", "--json",
         "--max-vram", "--method", "--model", "--num-labels", "--optimizer", "--rank", "--seq-len", "--space", "--study",
-        "--target-modules",
+        "--target-modules", "--task-kind",
     ],
     "doctor": ["--json"],
     "methods": ["--json", "NAME"],
