@@ -17,6 +17,7 @@ from autopeft.report.words import (
     format_margin,
     format_quality,
     format_seconds,
+    is_fraction,
 )
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class Display:
         self._recipe: Recipe | None = None
         self._best: float | None = None
         self._last_line = time.monotonic()
+        self._loss_sum = 0.0
+        self._loss_steps = 0
 
     def __enter__(self) -> Display:
         if not self._quiet and sys.stdout.isatty():
@@ -111,24 +114,31 @@ class Display:
     def progress(self, progress: Progress) -> None:
         assert self._recipe is not None
         scorer = self._recipe.prediction.scorer
-        words = "" if progress.loss is None else f"loss {progress.loss:.4f}"
+        self._loss_sum += progress.num_steps * progress.loss
+        self._loss_steps += progress.num_steps
         if self._bar is not None:
             self._bar.update(self._task, completed=progress.step)
-            if words:
-                self._bar.update(self._task, words=words)
+            if progress.num_steps:
+                self._bar.update(self._task, words=f"loss {progress.loss:.4f}")
         share = f"{progress.step / self._recipe.steps:4.0%} step {progress.step:>6,}"
         rate = f"lr {format_learning_rate(progress.learning_rate)}" if progress.learning_rate > 0 else "lr 0"
         if progress.evaluation is not None:
             better = self._best is None or progress.evaluation.quality > self._best
             self._best = progress.evaluation.quality if better else self._best
             self._print(
-                f"{share}  {words}  validation {format_quality(progress.evaluation.quality, scorer)}, loss "
+                f"{share}  {self._take_loss()}  validation {format_quality(progress.evaluation.quality, scorer)}, loss "
                 f"{progress.evaluation.loss:.4f}{'  best so far' if better else ''}"
             )
             self._last_line = time.monotonic()
-        elif self._bar is None and words and time.monotonic() - self._last_line > _LINE_SECONDS:
-            self._print(f"{share}  {words}  {rate}")
+        elif self._bar is None and time.monotonic() - self._last_line > _LINE_SECONDS:
+            self._print(f"{share}  {self._take_loss()}  {rate}")
             self._last_line = time.monotonic()
+
+    def _take_loss(self) -> str:
+        """Its mean since the last line."""
+        mean = self._loss_sum / max(self._loss_steps, 1)
+        self._loss_sum, self._loss_steps = 0.0, 0
+        return f"loss {mean:.4f}"
 
     def scoring(self) -> None:
         if self._bar is not None:
@@ -158,13 +168,19 @@ class Display:
         self._print(f"predicted    {_describe_prediction(recipe)}")
         agreement = result.agreement
         if agreement is not None:
+            side = "above" if agreement.difference > 0 else "below"
             size = (
-                f"{format_margin(abs(agreement.difference), scorer)} {'above' if agreement.difference > 0 else 'below'}"
+                f"{format_margin(abs(agreement.difference), scorer)}{' points' if is_fraction(scorer) else ''} {side}"
             )
             noise = f"{format_margin(agreement.standard_error, scorer)} standard error, z {agreement.z:.1f}"
             where = "" if agreement.split == "test" else " on search-validation"
             if agreement.agrees:
                 self._print(f"             agrees{where}: {size}, within noise ({noise})")
+            elif result.steps < recipe.spec.max_steps:
+                self._print(
+                    f"warning: the result is {size} the prediction{where}, beyond noise ({noise}; two-sided z test, "
+                    f"arXiv:2411.00640). It took {result.steps:,} steps, and the trial {recipe.spec.max_steps:,}."
+                )
             else:
                 self._print(
                     f"warning: the result is {size} the prediction{where}, beyond noise ({noise}; two-sided z test, "

@@ -118,7 +118,7 @@ def train(
     peak = find_peak(session)
     seconds = trainer.seconds
     if not session.is_main:
-        session.wait()
+        session.close()
         return None
     saved_as = save_weights(built, recipe, task, data.tokenizer, out, model, best.step if best else steps_done)
     result = make_result(
@@ -127,7 +127,7 @@ def train(
         processes=session.arguments.world_size, device=session.device,
     )  # fmt: skip
     write_result(result, out)
-    session.wait()
+    session.close()
     return result
 
 

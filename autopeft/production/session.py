@@ -68,14 +68,17 @@ class Session(NamedTuple):
     def is_main(self) -> bool:
         return bool(self.arguments.process_index == 0)
 
-    def wait(self) -> None:
+    def close(self) -> None:
+        """Waits for the others and parts from them; without it, a process that ends first takes the rest down."""
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
 
 
 def open_session(recipe: Recipe, out: Path, options: Options) -> Session:
     """Starts what connects the processes. Raises DeviceError or SpecError for what this machine cannot do."""
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
     rule = refuse_spec(recipe.training_spec(), "cuda" if on_gpu else "cpu")
     if rule is not None:

@@ -54,8 +54,10 @@ class Progress:
     """Told to whoever shows it, about once a second and at every evaluation, by the main process alone."""
 
     step: int
-    loss: float | None
-    """Of the steps since the last report; None where no step was taken."""
+    num_steps: int
+    """Taken since the last report."""
+    loss: float
+    """Mean over those; 0 where there was none."""
     learning_rate: float
     evaluation: Evaluation | None = None
     saved: bool = False
@@ -282,13 +284,16 @@ class RecipeTrainer(transformers.Trainer):
         """Tells the main process's listener where training is."""
         step = self.state.global_step
         taken = step - self._told_step
-        loss = float(self._told_loss) / taken if taken else None
-        if taken:
-            self._told_step, self._told_loss = step, 0.0
+        loss = float(self._told_loss) / max(taken, 1)
+        self._told_step, self._told_loss = step, 0.0
         self._told = time.monotonic()
         if self.args.process_index == 0:
             rate = learning_rate_at(min(step, self.job.recipe.steps - 1), self.job.recipe)
-            self.job.tell(Progress(step=step, loss=loss, learning_rate=rate, evaluation=evaluation, saved=saved))
+            self.job.tell(
+                Progress(
+                    step=step, num_steps=taken, loss=loss, learning_rate=rate, evaluation=evaluation, saved=saved
+                )
+            )  # fmt: skip
 
     def report_if_due(self) -> None:
         if time.monotonic() - self._told > _PROGRESS_SECONDS:

@@ -32,17 +32,26 @@ def free_port() -> int:
 
 def start(source: Path, out: Path, *arguments: str, processes: int = 2, sharded: bool = False) -> subprocess.Popen[str]:
     root = Path(__file__).parents[2]
-    fsdp = ("--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "NO_WRAP") if sharded else ()
+    kind: tuple[str, ...] = ("--multi_gpu",)
+    if sharded:
+        kind = ("--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "NO_WRAP")
     launcher = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)),
-        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *fsdp),
+        # With --cpu accelerate 1.15 starts one process, or mpirun; told of GPUs it starts as many as it should.
+        *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), *kind),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
         *("--main_process_port", str(free_port()), "-m", "autopeft"),
     ]
     if processes == 1:
         launcher = [sys.executable, "-m", "autopeft"]
     return subprocess.Popen(
         [*launcher, "train", str(source), "--out", str(out), *arguments],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(root),
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "true",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,0 +1,105 @@
+"""`autopeft train` as a user meets it: what it prints, where it goes on, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from autopeft.cli.main import main
+from autopeft.production.recipe import LocalPlaces, Recipe, read_recipe, write_local, write_recipe
+
+Make = Callable[..., Recipe]
+
+
+@pytest.fixture
+def folder(make_recipe_for: Make, places: LocalPlaces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to train from, in an otherwise empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    write_recipe(make_recipe_for("ia3"), tmp_path / "recipe")
+    write_local(places, tmp_path / "recipe")
+    return tmp_path / "recipe"
+
+
+def test_it_prints_what_is_trained_and_the_score_beside_the_prediction(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "recipe", "--eval-every", "4"]) == 0
+    output = capsys.readouterr().out
+    recipe = read_recipe(folder)
+    length = f"8 steps, {recipe.epochs:.3g} epochs of {recipe.num_train} rows (the trial: 8 steps)"
+    assert f"length       {length}\n" in output
+    assert "predicted    50.0% \u00b1 10.0 on the test split (2 seeds)" in output
+    assert " 50% step      4  loss " in output
+    assert "100% step      8  loss " in output
+    result = json.loads((folder / "trained" / "result.json").read_text(encoding="utf-8"))
+    assert f"test         {100 * result['test_quality']:.1f}%" in output
+    # And once more: it is finished.
+    assert main(["train", "recipe"]) == 0
+    assert "This training was finished on" in capsys.readouterr().out
+
+
+def test_a_training_folder_goes_on_in_itself(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "recipe", "--out", "here", "--save-every", "4"]) == 0
+    (folder.parent / "here" / "result.json").unlink()
+    capsys.readouterr()
+    assert main(["train", "here"]) == 0
+    assert "going on from step 8" in capsys.readouterr().out
+    assert (folder.parent / "here" / "result.json").is_file()
+
+
+def test_a_changed_batch_says_what_becomes_of_the_rate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "recipe", "--batch-size", "32", "--steps", "2", "--out", "big"]) == 0
+    output = capsys.readouterr().out
+    assert "note: The effective batch goes from 8 to 32, so the learning rate goes from 3e-2 to 6e-2" in output
+    assert "batch 32 (4 x 8), lr 6e-2" in output
+    assert read_recipe(folder.parent / "big").gradient_accumulation == 4
+
+
+def test_restarts_can_be_asked_for(folder: Path) -> None:
+    assert main(["train", "recipe", "--schedule", "cosine_with_restarts", "--cycles", "2", "--out", "waves"]) == 0
+    recipe = read_recipe(folder.parent / "waves")
+    assert (recipe.schedule, recipe.num_cycles) == ("cosine_with_restarts", 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recipe", "--pick", "knee"], "is a recipe already"),
+        (["recipe", "--steps", "3", "--epochs", "2"], "by --epochs or by --steps"),
+        (["recipe", "--cycles", "3"], "has no cycles"),
+        (["recipe", "--patience", "-1"], "--patience counts evaluations"),
+        (["recipe", "--micro-batch", "3"], "Choose a divisor"),
+        (["recipe", "--report-to", "wandbb"], "--report-to knows"),
+        (["recipe", "--out", "full"], "holds other files"),
+        (["recipe", "--model", "/nowhere/model"], "does not exist"),
+        (["nothing", "--pick", "knee"], "nothing"),
+        (["nothing"], "must be said"),
+    ],
+)
+def test_what_cannot_be_is_one_paragraph_and_writes_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    (folder.parent / "full").mkdir()
+    (folder.parent / "full" / "notes.txt").write_text("mine", encoding="utf-8")
+    before = sorted(path for path in folder.parent.rglob("*"))
+    assert main(["train", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert sorted(path for path in folder.parent.rglob("*")) == before
+
+
+def test_checkpoints_of_another_recipe_are_refused_and_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "recipe", "--out", "here"]) == 0
+    (folder.parent / "here" / "result.json").unlink()
+    assert main(["train", "recipe", "--out", "here", "--seed", "5"]) == 2
+    assert "its seed is 0, and yours is 5" in capsys.readouterr().err
+
+
+def test_a_folder_of_another_machine_asks_for_the_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_local(LocalPlaces(files={}), folder)
+    assert main(["train", "recipe"]) == 2
+    assert "rows.jsonl" in capsys.readouterr().err
