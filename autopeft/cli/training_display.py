@@ -187,10 +187,10 @@ class Display:
                     "arXiv:2411.00640). More steps and rows than the trial's can do that; if it is below, look at the "
                     "rows, the precision and the learning rate."
                 )
+        head = f" and {format_count(result.head_parameters)} in the head" if result.head_parameters else ""
         self._print(
             f"adapter      {self._out / 'adapter'}, {format_bytes(result.adapter_bytes)}, "
-            f"{format_count(result.trainable_parameters)} parameters and {format_count(result.head_parameters)} in the "
-            f"head\nresult       {self._out / 'result.json'}"
+            f"{format_count(result.trainable_parameters)} parameters{head}\nresult       {self._out / 'result.json'}"
         )
 
 

@@ -49,7 +49,7 @@ def save_weights(
     trained, base = built.model, built.base
     if is_sharded():
         # The model's parameters are in pieces; whole ones are in the checkpoint.
-        base = load_base(model, num_labels=len(task.labels), bits=spec.bits, device="cpu")
+        base = load_base(model, num_labels=task.num_labels, bits=spec.bits, device="cpu")
         trained = build_trial_model(base, spec)
         state = checkpoints.read_trained(out, step)["trainable"]
         with torch.no_grad():

@@ -186,7 +186,12 @@ def _build(recipe: Recipe, task: TaskSpec, model: str, session: Session) -> Buil
             "FSDP divides plain weights and AdamW's states among processes, which cannot be done with "
             f"{what}. Use accelerate launch with DDP (--multi_gpu), or one process."
         )
-    base = load_base(model, num_labels=len(task.labels), bits=spec.bits, device=session.device)
+    if is_sharded() and task.scorer == "exact_match":
+        raise SpecError(
+            "exact_match has every process write texts of its own length, which a sharded model (FSDP) cannot. Use "
+            "accelerate launch with DDP (--multi_gpu), or one process."
+        )
+    base = load_base(model, num_labels=task.num_labels, bits=spec.bits, device=session.device)
     trained = build_trial_model(base, spec)
     if recipe.checkpoint_activations:
         checkpoint_activations(trained)
@@ -203,7 +208,7 @@ def _build(recipe: Recipe, task: TaskSpec, model: str, session: Session) -> Buil
 
 def _count_items(task: TaskSpec, split: TokenizedSplit, rows: Sequence[int]) -> int:
     """Of a classifier's loss the rows; of a language model's the tokens that count."""
-    if getattr(task, "kind", "classification") == "classification":
+    if task.kind == "classification":
         return len(rows)
     # The first token of a text is predicted from nothing.
     return sum(label != -100 for i in rows for label in split.features[i]["labels"][1:])

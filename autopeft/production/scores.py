@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from autopeft.backends.hf.data import TaskData, TokenizedSplit, scoring_batches
-from autopeft.backends.hf.steps import SplitScores, score_batches
+from autopeft.backends.hf.data import TaskData, TokenizedSplit
+from autopeft.backends.hf.scoring import score_split
+from autopeft.backends.hf.steps import SplitScores
 
 
 def join_splits(first: TokenizedSplit, second: TokenizedSplit) -> TokenizedSplit:
@@ -20,11 +21,6 @@ def join_splits(first: TokenizedSplit, second: TokenizedSplit) -> TokenizedSplit
 def take_rows(split: TokenizedSplit, rows: list[int]) -> TokenizedSplit:
     columns: Any = split
     return TokenizedSplit(*([column[i] for i in rows] if column else column for column in columns))
-
-
-def score_split(model: Any, data: TaskData, split: TokenizedSplit, *, batch_size: int, device: str) -> SplitScores:
-    batches = scoring_batches(split.lengths(), batch_size)
-    return score_batches(model, batches, lambda i: data.collate(split, i, device), device=device)
 
 
 def score_everywhere(model: Any, data: TaskData, split: TokenizedSplit, *, batch_size: int, device: str) -> SplitScores:
