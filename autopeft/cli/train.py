@@ -48,6 +48,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--eval-every", type=int, metavar="STEPS", help="default: a twentieth of the steps")
     parser.add_argument("--save-every", type=int, metavar="STEPS", help="default: as --eval-every")
     parser.add_argument("--report-to", metavar="TRACKER", help="tensorboard, wandb, mlflow, trackio; several by commas")
+    parser.add_argument("--stage", choices=("task", "pretrain"), default="task", help="pretrain: on --text first")
+    parser.add_argument("--text", metavar="FILE", help="with --stage pretrain: text, or .jsonl with a column text")
+    parser.add_argument("--from", dest="start", metavar="DIR", help="start from a finished --stage pretrain")
     parser.set_defaults(run=run)
 
 
@@ -60,11 +63,14 @@ class _Source(NamedTuple):
 
 
 def run(args: argparse.Namespace) -> int:
+    from dataclasses import replace
+
     from autopeft.cli.training_display import Display
     from autopeft.production.places import check_folder, find_model, find_task, is_training_folder
     from autopeft.production.recipe import read_result
     from autopeft.tasks.spec import parse_task
 
+    _check_stage(args)
     source = _read_source(args)
     data_dir = args.data_dir or os.environ.get("AUTOPEFT_DATA_DIR") or source.places.data_dir
     folders = [Path(folder) for folder in (source.folder, data_dir) if folder]
@@ -74,6 +80,11 @@ def run(args: argparse.Namespace) -> int:
     task = parse_task(task_text, source.recipe.task_name)
     model = find_model(source.recipe, source.places, args.model)
     places = _places(source, task_text, model, data_dir)
+    if args.start:
+        from autopeft.production.start import read_start
+
+        start = read_start(Path(args.start), _seeded(source.recipe, args))
+        source = source._replace(recipe=replace(source.recipe, pretrained=start.digest))
     goes_on = source.folder is not None and is_training_folder(source.folder)
     recipe, notes = _change(source.recipe, args, task, data_dir)
     default = source.folder if goes_on else source.folder / "trained" if source.folder else TRAINED / source.name
@@ -82,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
     check_folder(recipe, out)
     # Only the first of several processes speaks.
     display = Display(out, quiet=os.environ.get("RANK", "0") != "0")
+    if args.stage == "pretrain":
+        return _pretrain(recipe, task, places, model, out, args, display)
     if (out / "result.json").is_file():
         display.finish(recipe, read_result(out), already=True)
         return 0
@@ -89,9 +102,27 @@ def run(args: argparse.Namespace) -> int:
     from autopeft.production.run import train
 
     with display:
-        result = train(recipe, task, places, model=model, out=out, options=_options(args), listener=display)
+        result = train(
+            recipe, task, places, model=model, out=out, options=_options(args), listener=display,
+            pretrained=Path(args.start) if args.start else None,
+        )  # fmt: skip
     if result is not None:
         display.finish(recipe, result)
+    return 0
+
+
+def _pretrain(  # type: ignore[no-untyped-def]
+    recipe: Recipe, task, places: LocalPlaces, model: str, out: Path, args: argparse.Namespace, display
+) -> int:
+    from autopeft.production.pretrain import pretrain
+
+    with display:
+        result = pretrain(
+            recipe, task, places, model=model, text=Path(args.text), out=out, options=_options(args), listener=display,
+            epochs=args.epochs, steps=args.steps,
+        )  # fmt: skip
+    if result is not None:
+        display.finish_pretraining(args.source, args.pick, result)
     return 0
 
 
@@ -105,6 +136,19 @@ def _options(args: argparse.Namespace) -> Options:
         save_every=args.save_every,
         report_to=tuple(part.strip() for part in args.report_to.split(",")) if args.report_to else (),
     )
+
+
+def _check_stage(args: argparse.Namespace) -> None:
+    from autopeft.errors import SpecError
+
+    if args.stage == "pretrain" and not args.text:
+        raise SpecError("--stage pretrain needs the text to learn from: --text FILE.")
+    if args.stage == "pretrain" and (args.start or not args.out):
+        raise SpecError("--stage pretrain writes a new adapter: give it --out DIR, and no --from.")
+    if args.stage == "task" and args.text:
+        raise SpecError("--text is read by --stage pretrain alone. Add it, or leave --text away.")
+    if args.epochs is not None and args.steps is not None:
+        raise SpecError("A training's length is given by --epochs or by --steps, but was given by both.")
 
 
 def _read_source(args: argparse.Namespace) -> _Source:
@@ -187,7 +231,7 @@ def _change(recipe: Recipe, args: argparse.Namespace, task, data_dir: str | None
             )
     splits = load_splits(task, data_dir, seed=recipe.split_seed)
     num_train = len(splits.train) + (len(splits.validation) if args.all_rows else 0)
-    if args.epochs is not None or args.steps is not None:
+    if args.stage == "task" and (args.epochs is not None or args.steps is not None):
         recipe = lay_out(recipe, num_train=num_train, epochs=args.epochs, steps=args.steps)
     elif num_train != recipe.num_train or args.batch_size is not None:
         recipe = lay_out(recipe, num_train=num_train, epochs=recipe.epochs)

@@ -22,6 +22,7 @@ from autopeft.report.words import (
 
 if TYPE_CHECKING:
     from autopeft.production.recipe import Recipe, TrainingResult
+    from autopeft.production.start import PretrainingResult
     from autopeft.production.trainer import Progress
 
 _LINE_SECONDS = 30.0
@@ -191,6 +192,18 @@ class Display:
         self._print(
             f"adapter      {self._out / 'adapter'}, {format_bytes(result.adapter_bytes)}, "
             f"{format_count(result.trainable_parameters)} parameters{head}\nresult       {self._out / 'result.json'}"
+        )
+
+    def finish_pretraining(self, source: str, pick: str | None, result: PretrainingResult) -> None:
+        """What the text was worth, and how to go on."""
+        chosen = f" --pick {pick}" if pick else ""
+        self._print(
+            f"\npre-trained  {result.steps:,} steps on {result.num_tokens:,} tokens in "
+            f"{format_seconds(result.seconds)}\n"
+            f"held out     perplexity {result.perplexity_before:.2f} before, {result.perplexity_after:.2f} after "
+            f"({result.num_held_out} blocks of {result.block_tokens} tokens)\n"
+            f"adapter      {self._out}\n"
+            f"\ngo on with: autopeft train {source}{chosen} --from {self._out} --out NEW"
         )
 
 

@@ -114,6 +114,8 @@ class Recipe:
     """`bfloat16`: autocast, while what trains is kept in float32."""
     checkpoint_activations: bool
     seed: int
+    pretrained: str | None = dataclasses.field(default=None, metadata={"leave_out_default": True})
+    """Digest of the pre-trained adapter that it begins with (`--stage pretrain`); None where there is none."""
 
     prediction: Prediction
     cost: Cost | None

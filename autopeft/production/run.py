@@ -30,6 +30,7 @@ from autopeft.production.recipe import (
 )
 from autopeft.production.scores import join_splits, score_everywhere
 from autopeft.production.session import Options, Session, check_options, find_peak, is_sharded, open_session
+from autopeft.production.start import read_start
 from autopeft.production.trainer import Job, Progress, RecipeTrainer, Rhythm
 from autopeft.records import digest_json
 from autopeft.tasks.scorers import score_predictions
@@ -55,10 +56,12 @@ def train(
     out: Path,
     options: Options,
     listener: Listener,
+    pretrained: Path | None = None,
 ) -> TrainingResult | None:
     """Trains and scores; goes on where an earlier call with the same recipe and folder ended.
 
-    `task` has its data files where they are, `model` is what transformers loads. Called once in every process;
+    `task` has its data files where they are, `model` is what transformers loads, `pretrained` is the folder of a
+    finished `pretrain` to start the adapter from, as `recipe.pretrained` says. Called once in every process;
     returns None in all but the main one. Raises a UsageError for what cannot be, before anything is written, and
     TrainingError where training diverges.
     """
@@ -67,12 +70,20 @@ def train(
     data = TaskData(task, model=model, data_dir=places.data_dir, split_seed=recipe.split_seed)
     notes = _check_identity(recipe, data, model, session)
     train_split = join_splits(data.train, data.validation) if options.all_rows else data.train
+    start = None if pretrained is None else read_start(pretrained, recipe)
     key = digest_json([recipe.key(), data.splits.digest, options.all_rows])
     resume = find_resume(out, key)
+    if recipe.pretrained is not None and start is None and resume is None:
+        raise RecordError(
+            "The recipe begins with a pre-trained adapter, and there is no checkpoint yet that holds it. Name its "
+            "pre-training's folder with --from DIR."
+        )
     if session.is_main:
         write_recipe(recipe, out)
         write_local(places, out)
     built = _build(recipe, task, model, session)
+    if start is not None:
+        start.load_into(built.model, built.head)
     rhythm = plan_rhythm(recipe, options)
     if rhythm.evaluate is not None and find_method(recipe.spec.method).stepping is not None:
         notes.append(

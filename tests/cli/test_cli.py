@@ -18,9 +18,9 @@ OPTIONS = {
     "report": ["STUDY"],
     "export": ["--out", "--pick", "--to", "STUDY"],
     "train": [
-        "--all-rows", "--batch-size", "--cycles", "--data-dir", "--epochs", "--eval-every",
+        "--all-rows", "--batch-size", "--cycles", "--data-dir", "--epochs", "--eval-every", "--from",
         "--gradient-checkpointing", "--micro-batch", "--model", "--out", "--patience", "--pick", "--report-to",
-        "--save-every", "--schedule", "--seed", "--steps", "SOURCE",
+        "--save-every", "--schedule", "--seed", "--stage", "--steps", "--text", "SOURCE",
     ],
     "estimate": [
         "--accumulate", "--batch-size", "--bits", "--count", "--device", "--fix", "--gradient-checkpointing", "--json",
