@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from autopeft.production.session import Options
 
 TRAINED = Path("trained")
+_SECONDS_TO_SPEAK = 5.0
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -63,6 +65,24 @@ class _Source(NamedTuple):
 
 
 def run(args: argparse.Namespace) -> int:
+    from autopeft.errors import AutopeftError
+
+    if is_main_process():
+        return _run(args)
+    try:
+        return _run(args)
+    except AutopeftError as exc:
+        # The first process says it. A launcher ends all when one has ended, so let it speak first.
+        time.sleep(_SECONDS_TO_SPEAK)
+        return exc.exit_code
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process, or the first of those that accelerate or torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _run(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from autopeft.cli.training_display import Display
@@ -91,9 +111,9 @@ def run(args: argparse.Namespace) -> int:
     assert default is not None
     out = Path(args.out) if args.out else default
     check_folder(recipe, out)
-    # Only the first of several processes speaks.
-    display = Display(out, quiet=os.environ.get("RANK", "0") != "0")
+    display = Display(out, stage=args.stage, quiet=not is_main_process())
     if args.stage == "pretrain":
+        display.plan(recipe, notes)
         return _pretrain(recipe, task, places, model, out, args, display)
     if (out / "result.json").is_file():
         display.finish(recipe, read_result(out), already=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -32,13 +33,13 @@ _LINE_SECONDS = 30.0
 class Display:
     """A listener of `production.run.train`; a context while it runs."""
 
-    def __init__(self, out: Path, *, quiet: bool) -> None:
+    def __init__(self, out: Path, *, stage: str, quiet: bool) -> None:
         self._out = out
+        self._is_pretraining = stage == "pretrain"
         self._quiet = quiet
         self._bar: Any = None
         self._task: Any = None
         self._recipe: Recipe | None = None
-        self._best: float | None = None
         self._last_line = time.monotonic()
         self._loss_sum = 0.0
         self._loss_steps = 0
@@ -79,30 +80,25 @@ class Display:
 
     def plan(self, recipe: Recipe, notes: Sequence[str]) -> None:
         """What will be trained, in a few lines."""
-        batch = f"batch {recipe.effective_batch}"
-        if recipe.gradient_accumulation > 1:
-            batch += f" ({recipe.gradient_accumulation} x {recipe.micro_batch})"
-        cycles = f", {recipe.num_cycles} cycles" if recipe.num_cycles > 1 else ""
+        for note in notes:
+            self._print(f"note: {note}")
         lines = {
             "recipe": f"trial {recipe.trial} of {recipe.study} ({recipe.pick})",
             "task": recipe.task_name,
             "base model": recipe.model,
             "method": describe_spec(recipe.spec),
-            "length": f"{recipe.steps:,} steps, {recipe.epochs:.3g} epochs of {recipe.num_train:,} rows "
-            f"(the trial: {recipe.spec.max_steps:,} steps)",
-            "steps": f"{batch}, lr {format_learning_rate(recipe.learning_rate)}, {recipe.warmup_steps:,} of warm-up, "
-            f"{recipe.schedule.replace('_', ' ')}{cycles}, weight decay {recipe.weight_decay:.3g}, {recipe.optimizer}, "
-            f"{recipe.precision}, seed {recipe.seed}",
-            "predicted": _describe_prediction(recipe),
-            "folder": str(self._out),
         }
-        for note in notes:
-            self._print(f"note: {note}")
-        for key, value in lines.items():
+        if not self._is_pretraining:
+            lines |= _describe_length(recipe) | {"predicted": _describe_prediction(recipe)}
+        for key, value in (lines | {"folder": str(self._out)}).items():
             self._print(f"{key:<12} {value}")
 
     def begin(self, recipe: Recipe, *, from_step: int, notes: Sequence[str]) -> None:
         self._recipe = recipe
+        if self._is_pretraining:
+            # Laid out for the text, which is known only now.
+            for key, value in _describe_length(recipe).items():
+                self._print(f"{key:<12} {value}")
         for note in notes:
             self._print(f"note: {note}")
         if from_step:
@@ -124,12 +120,12 @@ class Display:
         share = f"{progress.step / self._recipe.steps:4.0%} step {progress.step:>6,}"
         rate = f"lr {format_learning_rate(progress.learning_rate)}" if progress.learning_rate > 0 else "lr 0"
         if progress.evaluation is not None:
-            better = self._best is None or progress.evaluation.quality > self._best
-            self._best = progress.evaluation.quality if better else self._best
-            self._print(
-                f"{share}  {self._take_loss()}  validation {format_quality(progress.evaluation.quality, scorer)}, loss "
-                f"{progress.evaluation.loss:.4f}{'  best so far' if better else ''}"
-            )
+            if self._is_pretraining:
+                words = f"held out perplexity {math.exp(progress.evaluation.loss):.2f}"
+            else:
+                quality = format_quality(progress.evaluation.quality, scorer)
+                words = f"validation {quality}, loss {progress.evaluation.loss:.4f}"
+            self._print(f"{share}  {self._take_loss()}  {words}{'  best so far' if progress.is_best else ''}")
             self._last_line = time.monotonic()
         elif self._bar is None and time.monotonic() - self._last_line > _LINE_SECONDS:
             self._print(f"{share}  {self._take_loss()}  {rate}")
@@ -205,6 +201,20 @@ class Display:
             f"adapter      {self._out}\n"
             f"\ngo on with: autopeft train {source}{chosen} --from {self._out} --out NEW"
         )
+
+
+def _describe_length(recipe: Recipe) -> dict[str, str]:
+    batch = f"batch {recipe.effective_batch}"
+    if recipe.gradient_accumulation > 1:
+        batch += f" ({recipe.gradient_accumulation} x {recipe.micro_batch})"
+    cycles = f", {recipe.num_cycles} cycles" if recipe.num_cycles > 1 else ""
+    return {
+        "length": f"{recipe.steps:,} steps, {recipe.epochs:.3g} epochs of {recipe.num_train:,} rows "
+        f"(the trial: {recipe.spec.max_steps:,} steps)",
+        "steps": f"{batch}, lr {format_learning_rate(recipe.learning_rate)}, {recipe.warmup_steps:,} of warm-up, "
+        f"{recipe.schedule.replace('_', ' ')}{cycles}, weight decay {recipe.weight_decay:.3g}, {recipe.optimizer}, "
+        f"{recipe.precision}, seed {recipe.seed}",
+    }
 
 
 def _describe_prediction(recipe: Recipe) -> str:

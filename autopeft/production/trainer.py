@@ -60,6 +60,8 @@ class Progress:
     """Mean over those; 0 where there was none."""
     learning_rate: float
     evaluation: Evaluation | None = None
+    is_best: bool = False
+    """Whether the evaluation is the best of all sessions."""
     saved: bool = False
 
 
@@ -289,11 +291,18 @@ class RecipeTrainer(transformers.Trainer):
         self._told = time.monotonic()
         if self.args.process_index == 0:
             rate = learning_rate_at(min(step, self.job.recipe.steps - 1), self.job.recipe)
+            is_best = evaluation is not None and checkpoints.find_best(self.evaluations) == evaluation
             self.job.tell(
                 Progress(
-                    step=step, num_steps=taken, loss=loss, learning_rate=rate, evaluation=evaluation, saved=saved
+                    step=step,
+                    num_steps=taken,
+                    loss=loss,
+                    learning_rate=rate,
+                    evaluation=evaluation,
+                    is_best=is_best,
+                    saved=saved,
                 )
-            )  # fmt: skip
+            )
 
     def report_if_due(self) -> None:
         if time.monotonic() - self._told > _PROGRESS_SECONDS:
@@ -409,8 +418,9 @@ class _Hooks(transformers.TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         rhythm, step, last = self.trainer.job.rhythm, state.global_step, self.trainer.job.recipe.steps
-        self.trainer.report_if_due()
         control.should_evaluate = rhythm.evaluate is not None and (step % rhythm.evaluate == 0 or step == last)
+        if not control.should_evaluate:
+            self.trainer.report_if_due()
         control.should_save = step % rhythm.save == 0 or step == last
         control.should_log = step % rhythm.log == 0 or step == last
         if step >= last:
