@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -46,7 +47,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--all-rows", action="store_true", help="train on the search-validation rows too; keep the last"
     )
-    parser.add_argument("--patience", type=int, default=5, help="evaluations without a better one; 0 never stops early")
+    parser.add_argument(
+        "--patience",
+        type=int,
+        default=10,
+        help="stop after so many evaluations without a better one; 0 never (default: 10)",
+    )
     parser.add_argument("--eval-every", type=int, metavar="STEPS", help="default: a twentieth of the steps")
     parser.add_argument("--save-every", type=int, metavar="STEPS", help="default: as --eval-every")
     parser.add_argument("--report-to", metavar="TRACKER", help="tensorboard, wandb, mlflow, trackio; several by commas")
@@ -204,7 +210,8 @@ def _read_study(args: argparse.Namespace) -> _Source:
         record, trial, pick=args.pick, num_train=record.provenance.num_train, model=local["model"]
     )  # fmt: skip
     places = LocalPlaces(model=local["model"], data_dir=local["data_dir"], files=find_task_files(record.config.task))
-    return _Source(recipe, places, None, f"{record.config.name}-{args.pick}")
+    # Conditions such as vram<24GB make no name for a folder.
+    return _Source(recipe, places, None, re.sub(r"[^\w.-]+", "-", f"{record.config.name}-{args.pick}"))
 
 
 def _places(source: _Source, task_text: str, model: str, data_dir: str | None) -> LocalPlaces:

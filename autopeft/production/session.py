@@ -27,8 +27,9 @@ class Options:
 
     all_rows: bool = False
     """Trains on the search-validation rows too: then nothing is left to choose the best checkpoint by."""
-    patience: int | None = 5
-    """Evaluations without a better one before stopping; None goes on to the end."""
+    patience: int | None = 10
+    """Evaluations without a better one before stopping; None goes on to the end. Half of the usual twenty: scores often
+    stand still until the rate falls, and the best weights are kept anyway."""
     evaluate_every: int | None = None
     """Optimizer steps; None is a twentieth of them all."""
     save_every: int | None = None
