@@ -75,6 +75,10 @@ class TrialSpec:
             del fields[name]
         return digest_json(fields)
 
+    def modules_key(self) -> str:
+        """Identity of everything that the trained model's modules depend on, and so its latency."""
+        return digest_json([self.method, self.settings, self.target_modules, self.bits])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
@@ -97,6 +101,40 @@ class Cost:
     """Peak of the evaluation pass, estimated."""
     scoring_batch_size: int | None = _optional()
     """Examples at a time in evaluation; None leaves it to the worker."""
+    adapter_bytes: int | None = _optional()
+    """Exact: tensors of what is saved of a training, the head included; for full fine-tuning the whole model."""
+    latency_seconds: float | None = _optional()
+    """Of one example alone, served as fast as it can be: merged where the method merges. Known once one trial with the
+    same modules was measured; None where latency is no objective."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latency:
+    """Wall seconds a forward pass takes, loading and tokenizing left out: medians over batches of real rows."""
+
+    single_seconds: float
+    """Of one example alone."""
+    batch_seconds: float
+    """Per example, in batches of `batch_size`."""
+    batch_size: int
+    num_batches: int
+    """Timed of either kind, after a warm-up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inference:
+    """What a trained configuration costs to serve."""
+
+    unmerged: Latency
+    """As it was trained: base and adapter apart, the base at its width."""
+    merged: Latency | None
+    """Of the plain unquantized model that it merges into; None where the method does not merge."""
+    base: Latency | None
+    """Of the unquantized base alone, in the same process: what `unmerged` compares with, however busy the machine."""
+    adapter_bytes: int
+    """Weight files on disk, the head included."""
+    device: str
+    """The machine's, such as `NVIDIA H100 80GB` or a processor's name with the threads used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,6 +270,7 @@ class Confirmation:
     device_seconds: float
     scores_file: str
     scores_digest: str
+    inference: Inference | None = dataclasses.field(default=None, metadata={"leave_out_default": True})
     test_quality_sd: float | None = _optional()
     """As in `RungScore`."""
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from autopeft.records import Cost, FailureReason, TrialSpec, from_record, to_record
+from autopeft.records import Cost, FailureReason, Inference, Latency, TrialSpec, from_record, to_record
 
 Purpose = Literal["search", "confirm", "baseline"]
 
@@ -34,6 +34,8 @@ class WorkerSetup:
     device: str
     """`cpu` or `cuda:0`."""
     threads: int
+    latency: bool = False
+    """Whether latency is an objective, so that workers measure what the driver has to compare."""
     role: Literal["train", "cost"] = "train"
 
 
@@ -57,6 +59,9 @@ class Stretch:
     """Only ever true for confirmations, at full length, and for the untrained base."""
     score_batch_size: int | None = None
     """Examples at a time in evaluation, so that it needs no more memory than training; None leaves it to the worker."""
+    measure_inference: bool = False
+    """Whether to time forward passes too: in confirmations, and where latency has to be known before it can be judged.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +90,8 @@ class Ready:
     num_parameters: int
     notes: tuple[str, ...] = ()
     """What a reader of the study must know of this model, such as what target groups mean on it."""
+    latency: Latency | None = None
+    """Of the unquantized base, where latency is an objective."""
     kind: Literal["ready"] = "ready"
 
 
@@ -124,6 +131,8 @@ class Finished:
     reserved_vram_bytes: int | None = None
     simulated_seconds: float | None = None
     """Device-seconds by a simulated clock; None where the clock is real."""
+    inference: Inference | None = None
+    """Where the stretch asked for it."""
     kind: Literal["finished"] = "finished"
 
 

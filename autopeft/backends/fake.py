@@ -17,12 +17,13 @@ import numpy.typing as npt
 
 from autopeft.backends.base import Ended, Event, Finished, Ready, Score, Stretch, WorkerSetup
 from autopeft.methods import METHODS, check_spec
-from autopeft.records import Cost, TrialSpec
+from autopeft.records import Cost, Inference, Latency, TrialSpec
 from autopeft.tasks.spec import parse_task
 
 _NUM_EXAMPLES = 300
 _HIDDEN = 64
 _LAYERS = 4
+_HEAD = 130
 
 
 class FakeBackend:
@@ -35,7 +36,13 @@ class FakeBackend:
         self.labels = np.array([1 if is_generation else i % 2 for i in range(_NUM_EXAMPLES)])
 
     def ready(self) -> Ready:
-        return Ready(device_name="simulated", packages={}, model_digest="fake", num_parameters=1_000_000)
+        return Ready(
+            device_name="simulated",
+            packages={},
+            model_digest="fake",
+            num_parameters=1_000_000,
+            latency=fake_latency(1.0) if self.setup.latency else None,
+        )
 
     def run(self, stretch: Stretch, emit: Callable[[Event], None]) -> Finished | Ended:
         spec = stretch.spec
@@ -70,6 +77,7 @@ class FakeBackend:
             checkpoint=checkpoint,
             checkpoint_digest=None,
             simulated_seconds=seconds,
+            inference=fake_inference(spec) if stretch.measure_inference else None,
         )
 
     def _scores(self, spec: TrialSpec, step: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
@@ -96,6 +104,22 @@ def fake_strength(spec: TrialSpec) -> float:
     return max(0.02, min(1.0, size)) * math.exp(-(off**2)) * (0.97 if spec.bits == 4 else 1.0)
 
 
+def fake_inference(spec: TrialSpec) -> Inference:
+    """What does not merge answers more slowly, the more so the more it adds."""
+    merges = METHODS[spec.method].merges
+    return Inference(
+        unmerged=fake_latency(1.1 + fake_parameters(spec) / 1e6),
+        merged=fake_latency(1.0) if merges else None,
+        base=fake_latency(1.0),
+        adapter_bytes=4 * (fake_parameters(spec) + _HEAD),
+        device="simulated",
+    )
+
+
+def fake_latency(times: float) -> Latency:
+    return Latency(single_seconds=0.01 * times, batch_seconds=0.002 * times, batch_size=32, num_batches=31)
+
+
 def fake_parameters(spec: TrialSpec) -> int:
     sizes = {"lora": "rank", "bottleneck": "bottleneck_size"}
     if spec.method == "full":
@@ -119,7 +143,8 @@ class FakeCostModel:
         activations = spec.batch_size * 10_000
         return Cost(
             trainable_parameters=parameters,
-            head_parameters=130,
+            head_parameters=_HEAD,
             peak_vram_bytes=weights + 12 * parameters + activations,
             vram_source="estimated",
+            adapter_bytes=4 * (parameters + _HEAD),
         )

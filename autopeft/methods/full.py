@@ -52,6 +52,7 @@ HEAD = Method(
     dimensions=(),
     learning_rate=(1e-3, 1e-1),
     recipe=Recipe(settings={}, target_modules=None, learning_rate=3e-2, source="measured on short MiniLM runs"),
+    merges=True,
     searched=False,
     build=_leave_frozen,
     why_not_peft="A head on a frozen base has no adapter, so there is no adapter_config.json to write.",

@@ -13,7 +13,7 @@ from autopeft.report.palette import Mark
 from autopeft.report.scores import Score, all_trials, undominated, validation_score, vram_title
 from autopeft.report.words import describe_floor, format_quality
 
-CostAxis = Literal["vram", "params"]
+CostAxis = Literal["vram", "params", "size", "latency"]
 Standing = Literal["front", "complete", "unfinished"]
 
 # Standing -> (marker size, opacity). Unfinished trials are drawn open besides.
@@ -68,11 +68,16 @@ def list_points(study: StudyRecord, cost: CostAxis) -> list[Point]:
 
 
 def cost_value(trial: TrialRecord, cost: CostAxis) -> float | None:
-    """GiB, or trainable parameters without the head; None where unknown, or zero, which a log axis cannot show."""
+    """GiB, trainable parameters without the head, saved MiB, or milliseconds; None where unknown, or zero, which a log
+    axis cannot show."""
     if trial.cost is None:
         return None
     if cost == "vram":
         return trial.cost.peak_vram_bytes / 2**30
+    if cost == "size":
+        return (trial.cost.adapter_bytes or 0) / 2**20 or None
+    if cost == "latency":
+        return None if trial.cost.latency_seconds is None else 1e3 * trial.cost.latency_seconds
     return float(trial.cost.trainable_parameters) or None
 
 
@@ -166,7 +171,9 @@ def _pick_labels(study: StudyRecord, points: Sequence[Point], cost: CostAxis) ->
         below = picked == ["knee"]  # its neighbours on the front lie above it or to its left
         labels.append(
             {
-                "x": math.log10(point.x) if cost == "params" else point.x,  # plotly wants exponents on log axes
+                "x": math.log10(point.x)
+                if cost in ("params", "size")
+                else point.x,  # plotly wants exponents on log axes
                 "y": point.score.mean,
                 "text": ", ".join(picked),
                 "ax": 26 if below else -26 if "smallest" in picked else 0,
@@ -185,6 +192,10 @@ def _cost_axis(study: StudyRecord, cost: CostAxis, points: Sequence[Point]) -> d
     aside = "" if cost in study.config.objectives else " (not an objective of this study)"
     if cost == "vram":
         return axis(f"{vram_title([p.trial for p in points])}, GiB{aside}")
+    if cost == "latency":
+        return axis(f"Latency of one example, ms{aside}")
+    if cost == "size":
+        return axis(f"Saved size, MiB{aside}", type="log", dtick=_decades(points))
     apart = ", head apart" if study.config.task_kind == "classification" else ""
     return axis(f"Trainable parameters{apart}{aside}", type="log", tickformat="~s", dtick=_decades(points))
 

@@ -18,7 +18,7 @@ from autopeft.report.cards import Exportable, list_cards
 from autopeft.report.charts import Figure
 from autopeft.report.figures import PURPOSES, curves_figure, timeline_figure
 from autopeft.report.files import write_atomically
-from autopeft.report.front_figure import cost_value, front_figure
+from autopeft.report.front_figure import CostAxis, cost_value, front_figure
 from autopeft.report.memory import describe_memory
 from autopeft.report.palette import Mark, mark_methods
 from autopeft.report.rows import has_head, list_columns, list_rows, list_states
@@ -78,7 +78,7 @@ def build_page(study: StudyRecord, *, exportable: Exportable = refuse_peft_expor
         scorer=title_scorer(study.config.scorer),
         scorer_meaning=GENERATION_SCORERS.get(study.config.scorer, ""),
         has_head=has_head(study),
-        vram_title=vram_title(trials),
+        cost_axes=list(_list_cost_axes(study).items()),
         quality=lambda value: format_quality(value, study.config.scorer),
         origins=_list_origins(study),
         figures=embed_json(share_texts(_figures(study, marks))),
@@ -111,16 +111,20 @@ def _read(name: str) -> Markup:
 
 def _figures(study: StudyRecord, marks: dict[str, Mark]) -> dict[str, dict[str, Figure]]:
     return {
-        "front": {
-            "vram": front_figure(study, "vram", marks),
-            "params": front_figure(study, "params", marks),
-        },
+        "front": {cost: front_figure(study, cost, marks) for cost in _list_cost_axes(study)},
         "curves": {
             "quality": curves_figure(study, "quality", marks),
             "loss": curves_figure(study, "loss", marks),
         },
         "timeline": {"time": timeline_figure(study)},
     }
+
+
+def _list_cost_axes(study: StudyRecord) -> dict[CostAxis, str]:
+    """Title by cost; size and latency only where they are objectives."""
+    axes: dict[CostAxis, str] = {"vram": vram_title(all_trials(study)), "params": "Trainable parameters"}
+    serving: dict[CostAxis, str] = {"size": "Saved size", "latency": "Latency"}
+    return axes | {cost: title for cost, title in serving.items() if cost in study.config.objectives}
 
 
 def _legend(trials_methods: Iterable[str], marks: dict[str, Mark]) -> list[tuple[str, str, Mark]]:

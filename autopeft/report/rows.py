@@ -7,12 +7,13 @@ from typing import Literal, NamedTuple
 
 from autopeft.records import Failed, Refused, Stopped, StudyRecord, TrialRecord
 from autopeft.report.palette import Mark
-from autopeft.report.scores import Score, all_trials, held_out_score, validation_score, vram_title
+from autopeft.report.scores import Score, all_trials, held_out_score, serving_seconds, validation_score, vram_title
 from autopeft.report.words import (
     NOTHING,
     describe_settings,
     format_bytes,
     format_count,
+    format_latency,
     format_learning_rate,
     format_margin,
     format_quality,
@@ -62,6 +63,7 @@ def list_columns(study: StudyRecord) -> list[Column]:
         Column("Params", "number", f"Trainable parameters, exact{', task head apart' if has_head(study) else ''}"),
         *([Column("Head", "number", "Trainable parameters of the task head")] if has_head(study) else []),
         Column(vram_title(all_trials(study)), "number"),
+        *_serving_columns(study),
         Column("Steps", "number", "Optimizer steps reached, of the full length"),
         Column("Device time", "number", "All stretches, confirmations included"),
         Column("On front", "number", "Share of bootstrap resamples in which it is on the front"),
@@ -73,6 +75,26 @@ def has_head(study: StudyRecord) -> bool:
     return study.config.task_kind == "classification"
 
 
+def _serving_columns(study: StudyRecord) -> list[Column]:
+    """What serving costs, where anything of it is known."""
+    columns = []
+    if _knows_size(study):
+        hint = f"Tensors of the saved adapter{', task head included' if has_head(study) else ''}"
+        columns.append(Column("Saved", "number", hint))
+    if _knows_latency(study):
+        hint = "Of one example alone on the study's device, merged where the method merges"
+        columns.append(Column("Latency", "number", hint))
+    return columns
+
+
+def _knows_size(study: StudyRecord) -> bool:
+    return any(trial.cost is not None and trial.cost.adapter_bytes is not None for trial in all_trials(study))
+
+
+def _knows_latency(study: StudyRecord) -> bool:
+    return any(serving_seconds(trial) is not None for trial in all_trials(study))
+
+
 def list_rows(study: StudyRecord, marks: dict[str, Mark]) -> list[Row]:
     confidence = {member.number: member.confidence for member in study.front}
     mixed = "," not in vram_title(all_trials(study))
@@ -82,6 +104,7 @@ def list_rows(study: StudyRecord, marks: dict[str, Mark]) -> list[Row]:
                 *_what(trial, marks[trial.spec.method]),
                 *_scores(study, trial),
                 *_costs(trial, mixed, has_head(study)),
+                *_serving(study, trial),
                 *_effort(trial, confidence),
             ],
             trial.state,
@@ -149,6 +172,17 @@ def _costs(trial: TrialRecord, mixed: bool, with_head: bool) -> list[Cell]:
         *([Cell(format_count(cost.head_parameters), cost.head_parameters)] if with_head else []),
         Cell(format_bytes(cost.peak_vram_bytes), cost.peak_vram_bytes, cost.vram_source if mixed else ""),
     ]
+
+
+def _serving(study: StudyRecord, trial: TrialRecord) -> list[Cell]:
+    cells = []
+    if _knows_size(study):
+        size = None if trial.cost is None else trial.cost.adapter_bytes
+        cells.append(EMPTY if size is None else Cell(format_bytes(size), size))
+    if _knows_latency(study):
+        seconds = serving_seconds(trial)
+        cells.append(EMPTY if seconds is None else Cell(format_latency(seconds), seconds))
+    return cells
 
 
 def _effort(trial: TrialRecord, confidence: dict[int, float]) -> list[Cell]:

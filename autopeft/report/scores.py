@@ -47,6 +47,14 @@ def held_out_score(trial: TrialRecord, scorer: str) -> Score | None:
     return summarize(values, examples, scorer, trial.confirmations[0].test_quality_sd)
 
 
+def serving_seconds(trial: TrialRecord) -> float | None:
+    """Latency of one example alone, merged where the method merges: the objective's, else the first confirmation's."""
+    if trial.cost is not None and trial.cost.latency_seconds is not None:
+        return trial.cost.latency_seconds
+    measured = [c.inference for c in trial.confirmations if c.inference is not None]
+    return (measured[0].merged or measured[0].unmerged).single_seconds if measured else None
+
+
 def summarize(values: Sequence[float], num_examples: int, scorer: str, example_sd: float | None = None) -> Score:
     """`example_sd` is the spread over examples, where it was recorded."""
     mean = statistics.fmean(values)

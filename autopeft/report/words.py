@@ -31,7 +31,8 @@ def title_method(name: str, titles: Mapping[str, str] | None = None) -> str:
 
 
 def title_objective(name: str) -> str:
-    return {"vram": "peak VRAM", "params": "trainable parameters"}.get(name, name.replace("_", " "))
+    titles = {"vram": "peak VRAM", "params": "trainable parameters", "size": "saved size"}
+    return titles.get(name, name.replace("_", " "))
 
 
 def describe_floor(kind: TaskKind) -> str:
@@ -107,6 +108,11 @@ def format_seconds(value: float) -> str:
         if value >= start:
             return f"{_two_digits(value / divisor)} {unit}"
     return f"{value:g} s"
+
+
+def format_latency(seconds: float) -> str:
+    """`4.21 ms`, and seconds from one on."""
+    return f"{1e3 * seconds:.3g} ms" if seconds < 0.9995 else format_seconds(seconds)
 
 
 def format_vram(cost: Cost) -> str:

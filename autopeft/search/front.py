@@ -18,8 +18,11 @@ from autopeft.tasks.scorers import score_predictions
 
 Points = npt.NDArray[np.float64]
 
-OBJECTIVES = ("quality", "vram", "params")
-"""Quality up, peak VRAM down, trainable parameters down."""
+OBJECTIVES = ("quality", "vram", "params", "size", "latency")
+"""Quality up; peak VRAM, trainable parameters, bytes of the saved adapter and seconds of a forward pass down."""
+
+LATENCY_STEP = 0.05
+"""Latencies count in steps of 5%: medians of the same model, minutes apart on a shared machine, differ by less."""
 
 _RESAMPLES = 400
 
@@ -50,9 +53,25 @@ def parse_objectives(text: str) -> tuple[str, ...]:
 
 
 def cost_vector(cost: Cost, objectives: Sequence[str]) -> tuple[float, ...]:
-    """What the configuration costs on each chosen cost objective; the head is the same for all and left out."""
-    values = {"vram": float(cost.peak_vram_bytes), "params": float(cost.trainable_parameters)}
-    return tuple(values[name] for name in objectives if name != "quality")
+    """What the configuration costs on each chosen cost objective; the head is the same for all and left out of the
+    parameters."""
+    return tuple(cost_value(cost, name) for name in objectives if name != "quality")
+
+
+def cost_value(cost: Cost, objective: str) -> float:
+    """On one cost objective; infinite where it should have been known by now and is not."""
+    if objective == "vram":
+        return float(cost.peak_vram_bytes)
+    if objective == "params":
+        return float(cost.trainable_parameters)
+    if objective == "size":
+        return math.inf if cost.adapter_bytes is None else float(cost.adapter_bytes)
+    return math.inf if cost.latency_seconds is None else round_latency(cost.latency_seconds)
+
+
+def round_latency(seconds: float) -> float:
+    """To the nearest power of 1.05, so that noise ranks nothing."""
+    return float((1 + LATENCY_STEP) ** round(math.log(seconds, 1 + LATENCY_STEP)))
 
 
 def find_nondominated(points: Points) -> npt.NDArray[np.bool_]:
@@ -82,12 +101,16 @@ def hypervolume(points: Points, reference: Sequence[float]) -> float:
 
 
 def scale_point(quality: float, cost: Cost, reference: dict[str, float]) -> list[float]:
-    """In [0, 1] per objective, 1 at the reference: quality from it to 1, VRAM linear, parameters logarithmic."""
+    """In [0, 1] per objective, 1 at the reference: quality from it to 1, VRAM and latency linear, sizes logarithmic."""
     row = [1 - (quality - reference["quality"]) / (1 - reference["quality"])]
     if "vram" in reference:
         row.append(cost.peak_vram_bytes / reference["vram"])
     if "params" in reference:
         row.append(math.log1p(cost.trainable_parameters) / math.log1p(reference["params"]))
+    if "size" in reference:
+        row.append(math.log1p(cost_value(cost, "size")) / math.log1p(reference["size"]))
+    if "latency" in reference:
+        row.append(cost_value(cost, "latency") / reference["latency"])
     return row
 
 
@@ -165,7 +188,6 @@ def _pick(
     scores is partly luck, and a mean over seeds would lose to it."""
     quality = np.array([trial.quality for trial in trials], dtype=float)
     params = np.array([trial.cost.trainable_parameters for trial in trials if trial.cost], dtype=float)
-    vram = np.array([trial.cost.peak_vram_bytes for trial in trials if trial.cost], dtype=float)
     confirmed = np.array([bool(trial.confirmations) for trial in trials])
     eligible = np.flatnonzero(confirmed if confirmed.any() else np.ones(len(trials), dtype=bool))
     front = np.array([i for i in eligible if on_front[i]] or list(eligible))
@@ -176,11 +198,18 @@ def _pick(
     among = "confirmed" if confirmed.any() else "complete"
     tied = f"{len(ties)} of {len(eligible)} {among} trials cannot be told from the best on this split"
     picks = [Pick(name="best", number=trials[best].number, why="highest mean quality on the search-validation split")]
-    axis, name = (params, "trainable parameters") if "vram" not in objectives else (vram, "peak VRAM")
+    axis, name = _knee_axis([trial.cost for trial in trials if trial.cost], objectives)
     knee = _find_knee(quality, axis, front)
     picks.append(Pick(name="knee", number=trials[knee].number, why=f"best exchange of quality for {name}"))
     picks.append(Pick(name="smallest", number=trials[smallest].number, why=f"fewest trainable parameters; {tied}"))
     return tuple(picks)
+
+
+def _knee_axis(costs: Sequence[Cost], objectives: Sequence[str]) -> tuple[Points, str]:
+    """The first cost objective, else parameters, and its name."""
+    names = {"vram": "peak VRAM", "params": "trainable parameters", "size": "bytes on disk", "latency": "latency"}
+    first = next((name for name in objectives if name != "quality"), "params")
+    return np.array([cost_value(cost, first) for cost in costs], dtype=float), names[first]
 
 
 def _find_knee(quality: Points, cost: Points, front: npt.NDArray[np.int64]) -> int:

@@ -99,6 +99,7 @@ def make_setup(
         study_dir=str((studies / config.name).resolve()),
         device=device,
         threads=threads,
+        latency="latency" in config.objectives,
     )
 
 

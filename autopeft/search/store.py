@@ -38,6 +38,7 @@ from autopeft.records import (
     from_record,
     to_record,
 )
+from autopeft.search.front import cost_vector
 from autopeft.search.sampler import distributions, optuna_directions
 from autopeft.spaces.space import SearchSpace
 
@@ -290,9 +291,7 @@ class StudyStore:
         study = self._study
         if trial.state == "complete":
             assert trial.cost is not None
-            values = {"quality": trial.rungs[-1].quality, "vram": float(trial.cost.peak_vram_bytes),
-                      "params": float(trial.cost.trainable_parameters)}  # fmt: skip
-            study.tell(trial.number, [values[name] for name in self.config.objectives])
+            study.tell(trial.number, [trial.rungs[-1].quality, *cost_vector(trial.cost, self.config.objectives)])
         elif isinstance(trial.outcome, Failed) and trial.outcome.reason in ("worker_died", "error"):
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         else:

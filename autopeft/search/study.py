@@ -26,6 +26,7 @@ from autopeft.records import (
     Confirmation,
     Cost,
     Failed,
+    Inference,
     Refused,
     RungScore,
     Scalar,
@@ -36,7 +37,7 @@ from autopeft.records import (
     TrialSpec,
 )
 from autopeft.search.account import Account
-from autopeft.search.front import cost_vector
+from autopeft.search.front import cost_value, cost_vector
 from autopeft.search.limits import Limits
 from autopeft.search.policy import Promote, Situation, Speed, StartNew, choose_next, next_rung
 from autopeft.search.racing import Contender, LossCurve, PairedRacing, RacingRule, Verdict, beats_majority, paired_z
@@ -53,6 +54,8 @@ _MOST_REFUSED = 50
 _MOST_IDLE_DEATHS = 3
 _WAIT_SECONDS = 0.5
 _BEST_REFERENCE = 0.999
+_WORST_LATENCY = 2.0
+"""Times the base's: the worst that counts."""
 
 Phase = Literal["search", "confirm", "done"]
 
@@ -111,6 +114,8 @@ class Search:
         self._idle_deaths = 0
         self._confirm_queue: list[tuple[Trial, int]] = []
         self._costs: dict[str, CostReply] = {}
+        self._latencies: dict[str, float] = {}
+        self._base_latency: float | None = None
         self._keys: list[str] = []
         self._params: dict[int, dict[str, Scalar] | None] = {}
         self._losses: dict[str, npt.NDArray[np.float64] | None] = {}
@@ -170,6 +175,14 @@ class Search:
 
     def _note_workers(self, ready: list[Ready]) -> None:
         first = ready[0]
+        if "latency" in self.config.objectives:
+            assert first.latency is not None
+            # A resumed study goes on comparing with what it began with.
+            known = self.store.reference.get("latency", _WORST_LATENCY * first.latency.single_seconds)
+            self._base_latency = known / _WORST_LATENCY
+            for trial in self.store.trials:
+                if trial.cost is not None and trial.cost.latency_seconds is not None:
+                    self._latencies[trial.spec.modules_key()] = trial.cost.latency_seconds
         if first.notes:
             self.store.save_study(notes=[*self.store.notes, *first.notes])
         if not self.store.provenance.model_digest:
@@ -184,7 +197,7 @@ class Search:
 
     def _fix_reference(self) -> None:
         """The worst that counts in the hypervolume: the majority class, or for a generation task the untrained base, at
-        the cost of full fine-tuning."""
+        the cost of full fine-tuning and at twice the base's latency."""
         recipe = METHODS["full"].recipe
         full = replace(
             self._template(), method="full", settings=dict(recipe.settings), target_modules=None,
@@ -194,8 +207,12 @@ class Search:
         # Nothing can be above 1; a base that is there already would leave no room to scale qualities to.
         reference = {"quality": min(self.config.majority_quality, _BEST_REFERENCE)}
         if cost is not None:
-            costs = {"vram": float(cost.peak_vram_bytes), "params": float(cost.trainable_parameters)}
-            reference |= {name: costs[name] for name in self.config.objectives if name != "quality"}
+            for name in self.config.objectives:
+                if name == "latency":
+                    assert self._base_latency is not None
+                    reference[name] = _WORST_LATENCY * self._base_latency
+                elif name != "quality":
+                    reference[name] = cost_value(cost, name)
         self.store.save_study(reference=reference)
 
     def _template(self) -> TrialSpec:
@@ -336,7 +353,7 @@ class Search:
             reply = self._cost(trial.spec)
             trial.cost, rule = reply.cost, reply.refused
         if rule is None and trial.cost is not None:
-            trial.cost = self.limits.correct(trial.cost, trial.spec.bits)
+            trial.cost = self._with_latency(self.limits.correct(trial.cost, trial.spec.bits), trial.spec)
             rule = self.limits.judge(trial).rule
         if rule is None:
             return True
@@ -349,6 +366,32 @@ class Search:
         if key not in self._costs:
             self._costs[key] = self.executor.cost(spec)
         return self._costs[key]
+
+    def _lacks_latency(self, trial: Trial) -> bool:
+        return (
+            self._base_latency is not None
+            and trial.step == 0
+            and trial.cost is not None
+            and trial.cost.latency_seconds is None
+        )
+
+    def _with_latency(self, cost: Cost, spec: TrialSpec) -> Cost:
+        """With the latency at which the configuration would be served, where that is an objective and known.
+
+        What merges is served as the base is. Anything else is timed by the worker that builds it first, before its
+        first rung; whatever has the same modules shares the value, so that noise never ranks equals.
+        """
+        if self._base_latency is None:
+            return cost
+        merges = METHODS[spec.method].merges
+        return replace(cost, latency_seconds=self._base_latency if merges else self._latencies.get(spec.modules_key()))
+
+    def _learn_latency(self, spec: TrialSpec, inference: Inference) -> None:
+        """Relative to the base, as the worker timed both at once: workers and hours differ, the ratio hardly."""
+        assert self._base_latency is not None
+        assert inference.base is not None
+        ratio = inference.unmerged.single_seconds / inference.base.single_seconds
+        self._latencies.setdefault(spec.modules_key(), ratio * self._base_latency)
 
     def _stretch_of(self, trial: Trial) -> tuple[Trial, Stretch]:
         to_step = next_rung(trial, self.config.rungs)
@@ -368,6 +411,7 @@ class Search:
             save=purpose == "search" and to_step < spec.max_steps,
             # The untrained base's test score is known as early as its others, and chooses nothing either.
             score_test=purpose == "confirm" or (purpose == "baseline" and self._is_generation),
+            measure_inference=purpose == "confirm" or (purpose == "search" and self._lacks_latency(trial)),
             score_batch_size=trial.cost.scoring_batch_size if trial.cost is not None else None,
         )
 
@@ -381,7 +425,8 @@ class Search:
         )  # fmt: skip
         if self.store.baseline is None:
             baseline = Trial(number=-1, spec=spec, source="baseline")
-            baseline.cost = self._cost(spec).cost
+            cost = self._cost(spec).cost
+            baseline.cost = None if cost is None else self._with_latency(cost, spec)
             self.store.save_baseline(baseline)
         assert self.store.baseline is not None
         to_step = 0 if self._is_generation else spec.max_steps
@@ -453,6 +498,7 @@ class Search:
                     device_seconds=seconds,
                     scores_file=finished.scores_file,
                     scores_digest=finished.scores_digest,
+                    inference=self._name_device(finished.inference),
                 )
             )
             self.store.save(trial)
@@ -474,6 +520,9 @@ class Search:
         cost = trial.cost
         if finished.peak_vram_bytes is not None and trial.cost is not None:
             trial.cost = measured_cost(trial.cost, finished.peak_vram_bytes, finished.reserved_vram_bytes)
+        if finished.inference is not None and trial.cost is not None:
+            self._learn_latency(trial.spec, finished.inference)
+            trial.cost = self._with_latency(trial.cost, trial.spec)
         trial.checkpoint, trial.checkpoint_digest = finished.checkpoint, finished.checkpoint_digest
         if stretch.purpose == "baseline" and self._is_generation:
             # Before the baseline is written as complete: a driver killed in between scores it again.
@@ -491,6 +540,13 @@ class Search:
                 self._race_all()
             else:
                 self._race(trial)
+
+    def _name_device(self, inference: Inference | None) -> Inference | None:
+        """With the device's name as the study has it; a worker on CPU knows only the architecture."""
+        provenance = self.store.provenance
+        count = "1 thread" if provenance.threads == 1 else f"{provenance.threads} threads"
+        device = provenance.device if self.config.device_kind == "cuda" else f"{provenance.device}, {count}"
+        return None if inference is None else replace(inference, device=device)
 
     def _record_end(self, running: _Running, ended: Ended) -> None:
         trial = running.trial

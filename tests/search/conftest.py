@@ -61,8 +61,8 @@ class FakeStudies:
     def executor(self, store: StudyStore) -> InlineExecutor:
         setup = WorkerSetup(
             backend="fake", model="", task=store.config.task if store.config.task_kind == "generation" else "",
-            data_dir=None, split_seed=0, study_dir=str(store.folder), device="cpu",
-            threads=1,
+            data_dir=None, split_seed=0, study_dir=str(store.folder), device="cpu", threads=1,
+            latency="latency" in store.config.objectives,
         )  # fmt: skip
         return InlineExecutor(setup, store.config.workers)
 

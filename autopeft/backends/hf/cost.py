@@ -39,6 +39,7 @@ from autopeft.backends.hf.fake_base import (
 from autopeft.backends.hf.live_bytes import Held, Part, list_tensors, round_up_bytes
 from autopeft.backends.hf.memory import Peaks, Rehearsal, find_peak, find_stacks
 from autopeft.backends.hf.peft_stand_ins import shapes_without_values
+from autopeft.backends.hf.saved import count_saved_bytes
 from autopeft.backends.hf.steps import checkpoint_activations
 from autopeft.backends.hf.traceable import building_without_values, stepping_without_values
 from autopeft.errors import SpecError
@@ -56,6 +57,7 @@ class _Built(NamedTuple):
     parts: list[Part]
     parameters: ParameterCount
     base_parameters: int
+    saved_bytes: int
 
 
 class HfCostModel:
@@ -97,6 +99,7 @@ class HfCostModel:
             vram_source="estimated",
             scoring_vram_bytes=estimate.scoring_bytes,
             scoring_batch_size=estimate.scoring_batch_size,
+            adapter_bytes=estimate.exported_bytes,
         )
 
     def estimate(self, spec: TrialSpec, settings: StepSettings = _ONE_STEP, *, every_layer: bool = False) -> Estimate:
@@ -163,7 +166,7 @@ class HfCostModel:
             context_bytes=CONTEXT_BYTES if on_gpu else 0,
             paged_bytes=paged_bytes,
             checkpoint_bytes=trained_bytes + state_bytes,
-            exported_bytes=trained_bytes,
+            exported_bytes=number_of([built.saved_bytes for built in models]),
             layers_measured=None if shallow is None else (shallow.growth.sizes[0][0], shallow.growth.sizes[1][0]),
         )
 
@@ -177,11 +180,13 @@ class HfCostModel:
             torch.random.fork_rng(devices=[]),
         ):
             model = build_trial_model(base, _without_decomposition(spec))
+            saved_bytes = count_saved_bytes(model, spec)
         return _Built(
             model=model,
             parts=_sort_tensors(model, base, spec),
             parameters=count_trainable(model, base.head),
             base_parameters=_count_parameters(base),
+            saved_bytes=saved_bytes,
         )
 
     def _build_shallow(self, spec: TrialSpec) -> _Shallow | None:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 
 from autopeft.backends.hf.base_model import BaseModel
 from autopeft.backends.hf.build import build_trial_model, trainable_parameters
@@ -53,6 +55,56 @@ def save_adapter(model: Any, base: BaseModel, spec: TrialSpec, folder: Path) -> 
     # peft 0.21.2 converts the factors alone and leaves out the head, without which its own loading fails.
     path = folder / SAFETENSORS_WEIGHTS_NAME
     save_file(get_peft_model_state_dict(model) | load_file(path), path, metadata={"format": "pt"})
+
+
+def count_saved_bytes(model: Any, spec: TrialSpec) -> int:
+    """Bytes of the tensors that are saved of a trained model, counted without saving, on the meta device too.
+
+    With peft's own file they are what `save_adapter` writes, else what `save_trained` does; of full fine-tuning the
+    whole model.
+    """
+    writes_base = find_method(spec.method).writes_base(spec)
+    if isinstance(model, PeftModel):
+        # Embeddings are never resized here; left to itself, peft would ask the hub whether they were.
+        with _StayingOnMeta():
+            tensors = get_peft_model_state_dict(model, _name_tensors(model), save_embedding_layers=False)
+        # `save_adapter` writes a LoRA of twice the rank where the base was changed.
+        counts = [_count_bytes(t) * (2 if writes_base and ".lora_" in name else 1) for name, t in tensors.items()]
+        return sum(counts) + _count_positions(tensors)
+    if spec.method == "full":
+        whole = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+        return sum(map(_count_bytes, whole.values()))
+    return sum(map(_count_bytes, trainable_parameters(model).values()))
+
+
+def _name_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """As in `state_dict`, but without quantization states, which that cannot write without their values."""
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                tensors[f"{prefix}.{name}" if prefix else name] = buffer
+    return tensors
+
+
+def _count_positions(tensors: dict[str, torch.Tensor]) -> int:
+    """SHiRA saves row and column of each weight, as int32; without values it has no mask to take them from."""
+    if any(".shira_indices" in name for name in tensors):
+        return 0
+    return sum(2 * 4 * tensor.numel() for name, tensor in tensors.items() if ".shira_weight" in name)
+
+
+class _StayingOnMeta(TorchFunctionMode):
+    """peft moves soft prompts to the CPU before it saves them, for which there would have to be values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.cpu and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _count_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def load_trained(base: BaseModel, folder: Path) -> Any:

@@ -11,7 +11,7 @@ import copy
 import gc
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +25,8 @@ from autopeft.backends.hf.base_model import BaseModel, digest_file, load_base, r
 from autopeft.backends.hf.build import build_trial_model, trainable_parameters
 from autopeft.backends.hf.data import TaskData, TokenizedSplit, longest_batch, plan_batches
 from autopeft.backends.hf.kernels import install_onednn_products, prefers_onednn
+from autopeft.backends.hf.latency import measure_latencies
+from autopeft.backends.hf.saved import count_saved_bytes
 from autopeft.backends.hf.scoring import pack_scores, score_split, summarize
 from autopeft.backends.hf.steps import (
     Diverged,
@@ -36,10 +38,11 @@ from autopeft.backends.hf.steps import (
 )
 from autopeft.methods import find_method
 from autopeft.methods.targets import GROUPS, explain_targets
-from autopeft.records import Bits, TrialSpec
+from autopeft.records import Bits, Inference, Latency, TrialSpec
 from autopeft.tasks.spec import parse_task
 
 _PROBE_STEPS = 3
+_LATENCY_BATCH_SIZE = 8
 _PROGRESS_SECONDS = 1.0
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "optuna", "numpy")
 
@@ -98,16 +101,21 @@ class HfBackend:
         self._bases: dict[Bits, BaseModel] = {}
         self._live: LiveTrial | None = None
         self._live_of: tuple[int, str, int] | None = None
+        self._base_latency: Latency | None = None
 
     def ready(self) -> Ready:
         """Loads the unquantized base, so that a model that cannot be had is known before any trial starts."""
         base = self._base(16 if self.setup.device.startswith("cuda") else 32)
+        if self.setup.latency or self.setup.device.startswith("cuda"):
+            # On a GPU another base will take its place.
+            self._base_latency = self._time([base.model], None)[0]
         return Ready(
             device_name=describe_device(self.setup.device),
             packages={name: version(name) for name in _PACKAGES if _has(name)},
             model_digest=digest_weights(self.setup.model),
             num_parameters=sum(p.numel() for p in base.model.parameters()),
             notes=tuple(filter(None, (explain_targets(group, base.linear_names) for group in GROUPS))),
+            latency=self._base_latency if self.setup.latency else None,
         )
 
     def run(self, stretch: Stretch, emit: Callable[[Event], None]) -> Finished | Ended:
@@ -116,8 +124,10 @@ class HfBackend:
             if stretch.to_step == 0:
                 return self._score_untrained(stretch)
             live, vram = self._resume_or_build(stretch)
+            # Values that training changes make no difference to it.
+            inference = self._measure_inference(live, stretch.score_batch_size) if stretch.measure_inference else None
             train_seconds = self._train(live, stretch, emit)
-            return self._finish(live.model, stretch, vram, train_seconds, live)
+            return replace(self._finish(live.model, stretch, vram, train_seconds, live), inference=inference)
         except Diverged as exc:
             self._drop_live()
             return Ended(job=stretch.job, reason="diverged", detail=str(exc))
@@ -211,6 +221,42 @@ class HfBackend:
         torch.set_rng_state(random_state)
         torch.cuda.set_rng_state(cuda_state)
         return vram
+
+    # --- what it costs to serve
+
+    def _measure_inference(self, live: LiveTrial, score_batch_size: int | None) -> Inference:
+        """On search-validation rows, beside the unquantized base where that is at hand.
+
+        Merging leaves the base's modules with other values in them, so the base's latency is the merged model's.
+        """
+        on_gpu = self.setup.device.startswith("cuda")
+        method = find_method(live.spec.method)
+        resident = self._bases.get(16 if on_gpu else 32)
+        base = self._base_latency
+        if resident is not None and not (on_gpu and method.writes_base(live.spec)):
+            unmerged, base = self._time([live.model, resident.model], score_batch_size)
+        else:
+            (unmerged,) = self._time([live.model], score_batch_size)
+        return Inference(
+            unmerged=unmerged,
+            merged=base if method.merges else None,
+            base=base,
+            adapter_bytes=count_saved_bytes(live.model, live.spec),
+            device=describe_device(self.setup.device),
+        )
+
+    def _time(self, models: Sequence[Any], batch_size: int | None) -> list[Latency]:
+        split, device = self.data.validation, self.setup.device
+        random_state = torch.get_rng_state()
+        latencies = measure_latencies(
+            models,
+            split.lengths(),
+            lambda indices: self.data.collate(split, indices, device),
+            batch_size=batch_size or _LATENCY_BATCH_SIZE,
+            device=device,
+        )
+        torch.set_rng_state(random_state)
+        return latencies
 
     # --- train
 
