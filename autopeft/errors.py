@@ -12,6 +12,7 @@
     │   ├── SpecError               a configuration that no trainer could honour
     │   ├── StudyError              a study's name, folder or state
     │   └── TaskError               an unknown or malformed task
+    ├── VerificationError           a trained model that is not what its folder says
     ├── NothingFeasibleError        exit code 3: the budget ended before anything was feasible
     ├── TrainingError               a full training that cannot go on, such as one that diverged
     └── WorkerError                 a worker process that cannot be kept alive
@@ -72,6 +73,10 @@ class StudyError(UsageError):
 
 
 class TaskError(UsageError):
+    pass
+
+
+class VerificationError(AutopeftError, RuntimeError):
     pass
 
 

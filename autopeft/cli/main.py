@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from autopeft import __version__
-from autopeft.cli import doctor, estimate, export, listings, report, resume, search, train
+from autopeft.cli import doctor, estimate, export, listings, merge, push, report, resume, search, train, verify
 from autopeft.errors import AutopeftError
 
-COMMANDS = (search, resume, report, export, train, estimate, listings, doctor)
+COMMANDS = (search, resume, report, export, train, merge, verify, push, estimate, listings, doctor)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,177 @@
+"""A finished training folder: what it says of itself, and everything it takes to have its model answer again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from autopeft.errors import DataError, ModelError, RecordError
+from autopeft.production import plain
+from autopeft.production.recipe import (
+    LocalPlaces,
+    Recipe,
+    TrainingResult,
+    find_task_files,
+    read_local,
+    read_recipe,
+    read_result,
+)
+from autopeft.tasks.spec import TaskSpec, parse_task
+
+ADAPTER = "adapter"
+"""The folder's part that holds the weights and the tokenizer."""
+
+
+class Finished(NamedTuple):
+    """A folder that `autopeft train` has finished."""
+
+    folder: Path
+    recipe: Recipe
+    result: TrainingResult
+    task: TaskSpec
+    """Its own data files as this machine names them."""
+    model: str
+    """The base, as transformers can load it or `minilm`."""
+    data_dir: str | None
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / ADAPTER
+
+    @property
+    def num_labels(self) -> int | None:
+        """None for a language model."""
+        return len(self.task.labels) or None
+
+
+def open_finished(folder: Path, *, model: str | None = None, data_dir: str | None = None) -> Finished:
+    """Reads the folder. `model` and `data_dir` say where base and rows lie on this machine, where it has moved.
+
+    Raises RecordError where it is no finished training, ModelError where nobody knows the base's folder.
+    """
+    if not folder.is_dir():
+        raise RecordError(f"'{folder}' must be a folder that autopeft train has finished, but there is none.")
+    recipe, result, places = read_recipe(folder), read_result(folder), read_local(folder)
+    if not (folder / ADAPTER).is_dir():
+        raise RecordError(f"'{folder}' must hold the trained weights in {ADAPTER}/, but does not. Train it again.")
+    base = model or places.model or recipe.model
+    if base.startswith("local:"):
+        raise ModelError(
+            f"'{folder}' was trained on the local model '{base.removeprefix('local:')}', and where that lies on this "
+            "machine is not known. Name its folder: --model FOLDER."
+        )
+    if places.model is not None and model is None and "/" in base.strip("/") and not _may_be_had(base):
+        raise ModelError(
+            f"The base model of '{folder}' lay in '{base}', which is no longer there. Name its folder: --model FOLDER."
+        )
+    return Finished(
+        folder=folder,
+        recipe=recipe,
+        result=result,
+        task=parse_task(place_task(recipe.task, places, folder), f"{folder}/training.yaml: task"),
+        model=base,
+        data_dir=data_dir or places.data_dir,
+    )
+
+
+def _may_be_had(base: str) -> bool:
+    """Whether it is a folder here, or a name that the hub could know."""
+    return Path(base).is_dir() or not Path(base).is_absolute()
+
+
+def place_task(text: str, places: LocalPlaces, folder: Path) -> str:
+    """The task file's text with its own data files as this machine names them.
+
+    Those that `local.json` does not know are looked for beside it. Raises DataError with the first that is missing.
+    """
+    names = find_task_files(text)
+    if not names:
+        return text
+    data = yaml.safe_load(text)
+    found = {}
+    for key, name in data["files"].items():
+        place = Path(places.files.get(name, folder / "data" / name))
+        if not place.is_file():
+            raise DataError(
+                f"The task '{data.get('name')}' needs its own data file '{name}', which is not at '{place}'. Put it "
+                f"there, or correct {folder / 'local.json'}."
+            )
+        found[key] = str(place)
+    return yaml.safe_dump(data | {"files": found}, sort_keys=False, allow_unicode=True)
+
+
+# --- jobs for `plain`
+
+
+def make_job(finished: Finished, data: Any, rows: Sequence[int], *, device: str, batch_size: int) -> dict[str, Any]:
+    """What `plain` has to know to have the trained model answer these rows of the test split.
+
+    `data` is the task's `TaskData`, made with the folder's own tokenizer.
+    """
+    from autopeft.backends.hf.base_model import describe_base, find_head, resolve_model
+
+    recipe = finished.recipe
+    base = describe_base(finished.model, num_labels=len(finished.task.labels), bits=recipe.spec.bits)
+    return {
+        "saved_as": finished.result.saved_as,
+        "saved": str(finished.adapter.resolve()),
+        "base": finished.model if finished.result.saved_as == "autopeft" else resolve_model(finished.model),
+        "bits": recipe.spec.bits,
+        # On GPUs the weights went through bfloat16 before they were quantized or trained on.
+        "dtype": "bfloat16" if recipe.device_kind == "cuda" else "float32",
+        "device": device,
+        "head": list(find_head(base.model)),
+        "num_labels": finished.num_labels,
+        "pad_token_id": data.tokenizer.pad_token_id,
+        "batch_size": batch_size,
+        "threads": None,
+        "features": [data.test.features[i] for i in rows],
+        "classes": [data.test.labels[i] for i in rows],
+    }
+
+
+def load_data(finished: Finished) -> Any:
+    """The task's rows as `TaskData`, tokenized as the folder's own tokenizer does. Raises DataError as tasks do."""
+    from autopeft.backends.hf.data import TaskData
+
+    return TaskData(
+        finished.task, model=str(finished.adapter), data_dir=finished.data_dir, split_seed=finished.recipe.split_seed
+    )
+
+
+def ask_fresh_process(what: Literal["score", "logits"], job: dict[str, Any]) -> dict[str, npt.NDArray[np.float64]]:
+    """What `plain` answers in a process of its own. Raises RecordError with its last words where it fails."""
+    import torch
+
+    # Another number of threads adds in another order.
+    job = {**job, "threads": torch.get_num_threads()}
+    arguments = [sys.executable, "-P", plain.__file__, what]
+    # Offline where this process is: nobody should wait for a hub that does not answer.
+    environment = dict(os.environ)
+    if job["saved_as"] == "autopeft":
+        import autopeft
+
+        root = str(Path(autopeft.__file__).parent.parent)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+    with tempfile.TemporaryDirectory(prefix="autopeft-plain-") as folder:
+        (Path(folder) / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        done = subprocess.run([*arguments, folder], capture_output=True, text=True, env=environment)
+        if done.returncode != 0:
+            error = Path(folder) / "error.txt"
+            words = error.read_text(encoding="utf-8") if error.is_file() else done.stderr
+            raise RecordError(
+                f"'{job['saved']}' must load in a fresh process with {job['saved_as']}, but fails: "
+                f"{words.strip().splitlines()[-1] if words.strip() else f'it ended with code {done.returncode}'}"
+            )
+        with np.load(Path(folder) / "answers.npz") as answers:
+            return {name: answers[name] for name in answers.files}

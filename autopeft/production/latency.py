@@ -1,0 +1,76 @@
+"""What a trained model costs to serve: its latency as it is and merged, and the bytes that it takes on disk."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autopeft.backends.hf.base_model import BaseModel, load_base
+from autopeft.backends.hf.data import TaskData
+from autopeft.backends.hf.latency import measure_latencies
+from autopeft.executors.devices import describe_cpu
+from autopeft.methods import find_method
+from autopeft.records import Inference, Latency, TrialSpec
+
+
+def measure_inference(
+    model: Any, base: BaseModel, spec: TrialSpec, data: TaskData, *, name: str, adapter: Path, batch_size: int
+) -> Inference:
+    """Of a trained model on rows of the test split, alone and in batches of `batch_size`; on the device that it is on.
+
+    `base` is what it was built on, `name` the base as transformers can load it, `adapter` the folder that it was saved
+    to. Merging leaves the base's modules with other values in them, so the merged model's latency is measured on the
+    unquantized base, the two models taking turns on the same batches. Where that base does not fit beside a quantized
+    one, nothing is measured of it.
+    """
+    parameter = next(model.parameters())
+    device = str(parameter.device)
+    plain: Any = base.model
+    if spec.bits < 16:
+        plain = _load_unquantized(name, base, data, device)
+    elif find_method(spec.method).writes_base(spec):
+        # On a GPU it may have been moved aside for the copy that trains.
+        plain = plain.to(device)
+    models = [model] if plain is None else [model, plain]
+    test = data.test
+    latencies: list[Latency | None] = [
+        *measure_latencies(
+            models,
+            test.lengths(),
+            lambda indices: data.collate(test, indices, device),
+            batch_size=batch_size,
+            device=device,
+        ),
+        None,
+    ]
+    unmerged, of_base = latencies[:2]
+    assert unmerged is not None
+    return Inference(
+        unmerged=unmerged,
+        merged=of_base if find_method(spec.method).merges else None,
+        base=of_base,
+        adapter_bytes=sum(path.stat().st_size for path in adapter.glob("*.safetensors")),
+        device=describe_machine(device),
+    )
+
+
+def _load_unquantized(name: str, base: BaseModel, data: TaskData, device: str) -> Any:
+    """The base in the precision that it would be merged in; None where there is no room for it."""
+    try:
+        bits = 16 if device.startswith("cuda") else 32
+        return load_base(name, num_labels=len(data.task.labels), bits=bits, device=device).model  # type: ignore[arg-type]
+    except torch.OutOfMemoryError:
+        gc.collect()
+        torch.cuda.empty_cache()
+        return None
+
+
+def describe_machine(device: str) -> str:
+    """`NVIDIA H100 80GB HBM3`, or the processor with the threads in use."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{describe_cpu()}, {threads} thread{'s' if threads > 1 else ''}"

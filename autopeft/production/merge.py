@@ -1,0 +1,252 @@
+"""A finished training folded into one plain model, checked against the model that it came from.
+
+What is written is what `save_pretrained` of plain transformers writes: config, safetensors under the names that the
+base's own checkpoint has, generation settings, tokenizer; nothing of peft. A base of 4 or 8 bits is dequantized first:
+the adapter was trained on rounded weights, so it is those, not the original ones, that it is merged into. Rounding the
+sum again would change small weights by more than was learned, so that is not offered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+
+from autopeft.backends.hf.base_model import load_tokenizer, resolve_model
+from autopeft.backends.hf.saved import merge_adapter
+from autopeft.errors import ExportError, SpecError, suggest_nearest
+from autopeft.methods import find_method
+from autopeft.production import plain
+from autopeft.production.finished import Finished, ask_fresh_process, load_data, make_job
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+MOST_DIFFERENCE = 1e-4
+"""Between merged and unmerged logits in float32, for logits of about one; larger ones may differ in proportion."""
+NUM_ROWS = 32
+_BATCH_SIZE = 8
+
+_TOKENIZER_FILES = (
+    "tokenizer.model", "tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "added_tokens.json",
+    "special_tokens_map.json", "chat_template.jinja",
+)  # fmt: skip
+"""Beside what the tokenizer writes itself: llama.cpp's converter, for one, wants the sentencepiece model."""
+
+
+class Merged(NamedTuple):
+    """What was written, and how far its answers are from the unmerged model's."""
+
+    folder: Path
+    num_rows: int
+    """Of the test split that both answered; differences below are the largest over them and all logits."""
+    largest_logit: float
+    difference: float
+    """In float32, merged against unmerged on the same base (dequantized, where it was quantized)."""
+    quantization_difference: float | None
+    """In float32, merged into the dequantized base against unmerged on the quantized one; None where it was none."""
+    dtype: Dtype
+    written_difference: float
+    """As written and loaded by a fresh process, in `dtype`, against the unmerged model as it was trained."""
+    same_answers: float
+    """Share of the rows whose likeliest class or next token is the same, as written."""
+
+
+def merge(finished: Finished, out: Path, *, dtype: Dtype | None = None) -> Merged:
+    """Writes the merged model to the new folder `out`. `dtype` is by default that of the base's own checkpoint.
+
+    Nothing is written where a check fails. Raises SpecError for a method that does not merge, ExportError for a folder
+    that cannot be written to or a model that answers otherwise once it is merged.
+    """
+    check_merges(finished)
+    check_new_folder(out)
+    dtype = dtype or find_dtype(finished)
+    data = load_data(finished)
+    rows = np.linspace(0, len(data.test.labels) - 1, min(NUM_ROWS, len(data.test.labels))).astype(int).tolist()
+    job = make_job(finished, data, rows, device="cpu", batch_size=_BATCH_SIZE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, before, plain_before = _load_unmerged(finished, job)
+        merged = merge_adapter(model)
+        after = _logits(merged, job)
+    scale = max(1.0, float(np.abs(before).max()))
+    difference = _largest(after, plain_before)
+    if not difference <= MOST_DIFFERENCE * scale:
+        raise ExportError(
+            f"A merged model must answer as it did unmerged, within {MOST_DIFFERENCE * scale:.1g} in float32, but on "
+            f"{len(rows)} rows of the test split the logits of '{finished.folder}' differ by {difference:.1g}. Nothing "
+            f"was written. {advise_unmerged(finished)}"
+        )
+    _name_labels(merged, finished)
+    with _new_folder(out) as part:
+        _write(merged, finished, part, dtype)
+        written_job = {**job, "saved_as": "transformers", "saved": str(part.resolve()), "bits": 32}
+        written_job |= {"dtype": dtype, "as_written": True}
+        written = ask_fresh_process("logits", written_job)["logits"]
+        written_difference = _largest(written, before)
+        if dtype == "float32" and not _largest(written, after) <= MOST_DIFFERENCE * scale:
+            raise ExportError(
+                f"What is written must answer as what was merged, but loaded from disk its logits differ by "
+                f"{_largest(written, after):.1g}. Nothing was kept. Report this, with the base model's name."
+            )
+    return Merged(
+        folder=out,
+        num_rows=len(rows),
+        largest_logit=float(np.abs(before).max()),
+        difference=difference,
+        quantization_difference=None if job["bits"] >= 16 else _largest(after, before),
+        dtype=dtype,
+        written_difference=written_difference,
+        same_answers=float(np.mean(written.argmax(-1) == before.argmax(-1))),
+    )
+
+
+# --- before
+
+
+def check_merges(finished: Finished) -> None:
+    """Raises SpecError for a method that cannot be folded into the base, with what to do instead."""
+    method = find_method(finished.recipe.spec.method)
+    if not method.merges:
+        raise SpecError(
+            f"'{finished.folder}' was trained with {method.title}, which cannot be folded into the base's weights: "
+            f"what it adds is no change of a weight that merging could make. {advise_unmerged(finished)}"
+        )
+
+
+def advise_unmerged(finished: Finished) -> str:
+    """How to serve it as it is."""
+    if finished.result.saved_as == "autopeft":
+        return (
+            f"Serve it unmerged: autopeft.backends.hf.saved.load_trained loads '{finished.adapter}' onto the base, as "
+            "README.md in the folder shows. Or choose a method that merges: autopeft methods lists them."
+        )
+    return (
+        f"Serve it unmerged: peft's PeftModel.from_pretrained(base, '{finished.adapter}') loads it, as README.md in "
+        "the folder shows, and autopeft push publishes it as an adapter. Or choose a method that merges: autopeft "
+        "methods lists them."
+    )
+
+
+def check_new_folder(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"--out must be a new or empty folder, but '{out}' is not. Nothing was overwritten.")
+
+
+def find_dtype(finished: Finished) -> Dtype:
+    """That of the base's own checkpoint; float32 where it does not say."""
+    config = transformers.AutoConfig.from_pretrained(resolve_model(finished.model))
+    name = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    return name if name in get_args(Dtype) else "float32"  # type: ignore[return-value]
+
+
+def parse_dtype(text: str) -> Dtype:
+    if text not in get_args(Dtype):
+        raise SpecError(f"--dtype must be a width that models are written in. {suggest_nearest(text, get_args(Dtype))}")
+    return text  # type: ignore[return-value]
+
+
+# --- merge
+
+
+def _load_unmerged(
+    finished: Finished, job: dict[str, Any]
+) -> tuple[Any, npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The model to merge, on an unquantized base in float32; the logits of the model as it was trained; and the logits
+    of the model to merge, which are the same unless the base was quantized."""
+    model = plain.load_trained(job)
+    before = _logits(model, job)
+    if job["bits"] >= 16:
+        return model, before, before
+    if job["saved_as"] == "peft":
+        import peft
+
+        del model
+        base = _dequantize(plain.load_base(job, job["base"]))
+        model = peft.PeftModel.from_pretrained(base, job["saved"]).eval()
+    else:
+        model = _dequantize(model)
+    return model, before, _logits(model, job)
+
+
+def _dequantize(model: Any) -> Any:
+    """The model with plain linear layers that hold the rounded weights, in float32."""
+    model = model.dequantize()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    return model.eval()
+
+
+def _logits(model: Any, job: dict[str, Any]) -> npt.NDArray[np.float64]:
+    logits: npt.NDArray[np.float64] = plain.last_logits(model, job).numpy().astype(np.float64)
+    return logits
+
+
+def _largest(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
+    return float(np.abs(one - other).max())
+
+
+# --- write
+
+
+def _name_labels(model: Any, finished: Finished) -> None:
+    """What pipelines print: the task's labels in place of LABEL_0."""
+    if finished.task.labels:
+        model.config.id2label = dict(enumerate(finished.task.labels))
+        model.config.label2id = {label: index for index, label in enumerate(finished.task.labels)}
+
+
+def _write(model: Any, finished: Finished, folder: Path, dtype: Dtype) -> None:
+    model = model.to(getattr(torch, dtype))
+    model.config.dtype = getattr(torch, dtype)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    if finished.num_labels is None:
+        # Training keeps no keys and values; whoever writes text does.
+        model.config.use_cache = True
+    model.save_pretrained(folder)
+    load_tokenizer(str(finished.adapter)).save_pretrained(folder)
+    _copy_tokenizer_files(finished.model, folder)
+
+
+def _copy_tokenizer_files(model: str, folder: Path) -> None:
+    """Files of the base's tokenizer that transformers does not write again."""
+    source = Path(resolve_model(model))
+    for name in _TOKENIZER_FILES:
+        found = source / name if source.is_dir() else _find_cached(model, name)
+        if found is not None and found.is_file() and not (folder / name).exists():
+            shutil.copyfile(found, folder / name)
+
+
+def _find_cached(model: str, name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model, name)
+    return Path(found) if isinstance(found, str) else None
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place once everything in it is right, and is gone otherwise."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as exc:
+        raise ExportError(f"--out must be writable, but '{out}' is not: {exc.strerror}.") from exc
+    try:
+        yield part
+        if out.exists():
+            out.rmdir()
+        # Temporary folders are their owner's alone.
+        part.chmod(0o755)
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -1,0 +1,232 @@
+"""Loads a trained folder with plain transformers and peft, as anybody would, and answers with losses and predictions.
+
+Run as a file in a process of its own it never imports autopeft, except to load what only autopeft can: so what it
+reproduces is what a user of the folder gets. `job.json` says what to load; `answers.npz` is what it gives back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+IGNORED = -100
+"""The label of tokens that do not count."""
+
+
+def load_base(job: dict[str, Any], name: str) -> Any:
+    """The model at `name` as it was for training; on CPU its weights pass through `dtype` and end in float32, unless
+    they are wanted `as_written`."""
+    import torch
+    import transformers
+
+    dtype = getattr(torch, job["dtype"])
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if job["device"] != "cpu":
+        arguments["device_map"] = {"": job["device"]}
+    if job["bits"] < 16:
+        arguments["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=job["bits"] == 4,
+            load_in_8bit=job["bits"] == 8,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype if job["device"] != "cpu" else torch.float32,
+            llm_int8_skip_modules=job["head"],
+        )
+    if job["num_labels"] is None:
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, **arguments)
+    else:
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            name, num_labels=job["num_labels"], **arguments
+        )
+        if model.config.pad_token_id is None:
+            # A decoder's classifier finds the last token of each row by it.
+            model.config.pad_token_id = job["pad_token_id"]
+    for module in model.modules():
+        # On CPUs with AVX512-BF16, bitsandbytes would compute in bfloat16: another rounding, not another model.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    if job["device"] == "cpu" and not job.get("as_written"):
+        # Quantized weights are integers; everything else computes in float32.
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.float()
+            elif getattr(parameter, "quant_state", None) is not None:
+                parameter.quant_state.dtype = torch.float32
+    return model
+
+
+def load_trained(job: dict[str, Any]) -> Any:
+    """The trained model in evaluation mode, its adapter apart."""
+    if job["saved_as"] == "transformers":
+        model = load_base(job, job["saved"])
+    elif job["saved_as"] == "peft":
+        import peft
+
+        model = peft.PeftModel.from_pretrained(load_base(job, job["base"]), job["saved"])
+    else:
+        from autopeft.backends.hf import base_model, saved
+
+        base = base_model.load_base(job["base"], num_labels=job["num_labels"], bits=job["bits"], device=job["device"])
+        model = saved.load_trained(base, Path(job["saved"]))
+    return model.eval()
+
+
+def make_batch(job: dict[str, Any], indices: Sequence[int]) -> dict[str, Any]:
+    """Rows padded at their ends, on the device."""
+    import torch
+
+    rows = [job["features"][i] for i in indices]
+    longest = max(len(row["input_ids"]) for row in rows)
+    padding = {"input_ids": job["pad_token_id"], "labels": IGNORED}
+    batch = {
+        name: torch.tensor(
+            [row[name] + [padding.get(name, 0)] * (longest - len(row[name])) for row in rows], device=job["device"]
+        )
+        for name in rows[0]
+    }
+    if "attention_mask" not in batch:
+        lengths_B = torch.tensor([len(row["input_ids"]) for row in rows], device=job["device"])
+        batch["attention_mask"] = (torch.arange(longest, device=job["device"]) < lengths_B[:, None]).long()
+    return batch
+
+
+def plan_batches(job: dict[str, Any]) -> list[list[int]]:
+    """All rows once, sorted by length."""
+    lengths = [len(feature["input_ids"]) for feature in job["features"]]
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return [order[i : i + job["batch_size"]] for i in range(0, len(order), job["batch_size"])]
+
+
+def computing(job: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    """bfloat16 on GPUs, as in training; float32, or what the weights are in, on CPU."""
+    import torch
+
+    return contextlib.nullcontext() if job["device"] == "cpu" else torch.autocast("cuda", dtype=torch.bfloat16)
+
+
+def compute_logits(model: Any, job: dict[str, Any]) -> Iterator[tuple[list[int], Any, Any]]:
+    """(rows, logits (B, C) or (B, T, V) in float32, the batch) of every batch."""
+    import torch
+
+    model.eval()
+    for indices in plan_batches(job):
+        batch = make_batch(job, indices)
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        with torch.no_grad(), computing(job):
+            logits = model(**inputs).logits
+        yield indices, logits.float(), batch
+
+
+def score_classes(logits_BC: Any, classes: Sequence[int]) -> tuple[Any, Any]:
+    """Cross-entropy in nats and predicted class of each row."""
+    import torch
+
+    labels_B = torch.tensor(classes, device=logits_BC.device)
+    return torch.nn.functional.cross_entropy(logits_BC, labels_B, reduction="none"), logits_BC.argmax(-1)
+
+
+def score_completions(logits_BTV: Any, labels_BT: Any) -> tuple[Any, Any]:
+    """Mean cross-entropy in nats, and share of tokens that are the likeliest, over each row's tokens that count."""
+    import torch
+
+    # Soft prompts put positions of their own in front.
+    logits_BTV, labels_BT = logits_BTV[:, -labels_BT.shape[1] :][:, :-1], labels_BT[:, 1:]
+    counted_BT = labels_BT != IGNORED
+    losses_BT = torch.nn.functional.cross_entropy(
+        logits_BTV.transpose(1, 2), labels_BT, reduction="none", ignore_index=IGNORED
+    )
+    hits_BT = (logits_BTV.argmax(-1) == labels_BT) & counted_BT
+    num_B = counted_BT.sum(-1).clamp(min=1)
+    return losses_BT.sum(-1) / num_B, hits_BT.sum(-1) / num_B
+
+
+def score(job: dict[str, Any]) -> dict[str, Any]:
+    """Losses and predictions of all rows, in their order."""
+    import numpy as np
+
+    model = load_trained(job)
+    losses = np.zeros(len(job["features"]), dtype=np.float64)
+    predictions = np.zeros(len(job["features"]), dtype=np.float64)
+    for indices, logits, batch in compute_logits(model, job):
+        if job["num_labels"] is None:
+            row_losses, row_predictions = score_completions(logits, batch["labels"])
+        else:
+            row_losses, row_predictions = score_classes(logits, [job["classes"][i] for i in indices])
+        losses[indices] = row_losses.cpu().numpy()
+        predictions[indices] = row_predictions.cpu().numpy()
+    answers = {"losses": losses, "predictions": predictions}
+    if job.get("max_new_tokens"):
+        answers["written"] = write(model, job)
+    return answers
+
+
+def write(model: Any, job: dict[str, Any]) -> Any:
+    """(N, W) ids that the model writes after each prompt, always the likeliest, filled up with padding.
+
+    Prompts of one length go together, so that nothing is padded in front.
+    """
+    import numpy as np
+    import torch
+
+    prompts = job["prompts"]
+    written = np.full((len(prompts), job["max_new_tokens"]), job["pad_token_id"], dtype=np.int64)
+    for length in sorted({len(prompt) for prompt in prompts}):
+        alike = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+        for start in range(0, len(alike), job["batch_size"]):
+            indices = alike[start : start + job["batch_size"]]
+            ids = torch.tensor([prompts[i] for i in indices], device=job["device"])
+            with torch.no_grad(), computing(job):
+                found = model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                    max_new_tokens=job["max_new_tokens"], eos_token_id=job["eos_token_id"],
+                    pad_token_id=job["pad_token_id"],
+                )  # fmt: skip
+            new = found[:, length:].cpu().numpy()
+            written[indices, : new.shape[1]] = new
+    return written
+
+
+def last_logits(model: Any, job: dict[str, Any]) -> Any:
+    """(N, C) of a classifier; (N, V) of a language model at each row's last token. In the rows' order, on the CPU."""
+    import torch
+
+    found: dict[int, Any] = {}
+    for indices, logits, batch in compute_logits(model, job):
+        if logits.dim() == 3:
+            logits = logits[:, -batch["input_ids"].shape[1] :]
+            last_B = batch["attention_mask"].sum(-1) - 1
+            logits = logits[torch.arange(len(indices), device=logits.device), last_B]
+        found.update(zip(indices, logits.cpu(), strict=True))
+    return torch.stack([found[index] for index in range(len(found))])
+
+
+def main() -> None:
+    """`plain.py score|logits FOLDER`: reads FOLDER/job.json, writes FOLDER/answers.npz or FOLDER/error.txt."""
+    import numpy as np
+    import torch
+    import transformers
+
+    what, folder = sys.argv[1], Path(sys.argv[2])
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    if job["threads"]:
+        torch.set_num_threads(job["threads"])
+    try:
+        answers = score(job) if what == "score" else {"logits": last_logits(load_trained(job), job).numpy()}
+    except Exception:
+        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        sys.exit(1)
+    assert job["saved_as"] == "autopeft" or "autopeft" not in sys.modules
+    np.savez(folder / "answers.npz", **answers)
+
+
+if __name__ == "__main__":
+    main()

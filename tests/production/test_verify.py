@@ -1,0 +1,190 @@
+"""A finished folder reproduces its score in a fresh process, and whatever was changed is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from finished_folders import make_finished, write_rows
+from safetensors.torch import load_file, save_file
+
+from autopeft.backends.hf.base_model import digest_file
+from autopeft.cli.main import main
+from autopeft.errors import RecordError, VerificationError
+from autopeft.production.finished import open_finished
+from autopeft.production.recipe import read_local, read_recipe, read_result, write_local, write_result
+from autopeft.production.verify import Verification, check_scores, choose_tolerance, verify
+from autopeft.testing.tiny_models import ArchitectureName, tiny_folder
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_finished(tmp_path_factory.mktemp("lora") / "done", "lora", "bert")
+
+
+@pytest.fixture
+def folder(lora: Path, tmp_path: Path) -> Path:
+    """A copy to change."""
+    return Path(shutil.copytree(lora, tmp_path / "done"))
+
+
+@pytest.mark.parametrize(
+    ("method", "architecture", "loader"),
+    [
+        ("lora", "llama", "peft"),
+        ("prompt_tuning", "bert", "peft"),
+        pytest.param("ia3", "t5", "peft", marks=pytest.mark.slow),
+        ("full", "modernbert", "transformers"),
+        ("bottleneck", "bert", "autopeft"),
+    ],
+)
+def test_every_way_of_saving_reproduces_its_score(
+    method: str, architecture: ArchitectureName, loader: str, tmp_path: Path
+) -> None:
+    found = verify(open_finished(make_finished(tmp_path / "done", method, architecture)))
+    assert found.loader == loader
+    assert found.quality == found.recorded_quality
+    assert found.loss == pytest.approx(found.recorded_loss, abs=1e-5)
+    assert found.num_examples == 96
+    assert found.num_changed == 0
+    # Recorded losses are float16.
+    assert found.largest_loss_difference is not None
+    assert found.largest_loss_difference < 2e-3
+
+
+@pytest.mark.parametrize("init", ["pissa"])
+def test_an_adapter_that_moved_a_part_of_its_base_reproduces_too(init: str, tmp_path: Path) -> None:
+    folder = make_finished(tmp_path / "done", "lora", "bert", settings=(("init", init),))
+    assert verify(open_finished(folder)).num_changed == 0
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_base_reproduces_its_score(bits: Any, tmp_path: Path) -> None:
+    found = verify(open_finished(make_finished(tmp_path / "done", "lora", "bert", bits=bits)))
+    assert found.loss == pytest.approx(found.recorded_loss, abs=2e-3)
+    assert found.tolerance.why == "rounded weights or bfloat16"
+
+
+def test_the_command_prints_both_figures(lora: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(lora)]) == 0
+    printed = capsys.readouterr().out
+    result = read_result(lora)
+    assert f"recorded     test accuracy {result.test_quality:.4f}, mean loss {result.test_loss:.4f}" in printed
+    assert f"reproduced   test accuracy {result.test_quality:.4f}, mean loss {result.test_loss:.4f}; 0 of" in printed
+    assert "with peft, on cpu" in printed
+
+
+# --- what was changed is named, and ends with 1
+
+
+def fails(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["verify", str(folder), *arguments]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def change_weights(path: Path) -> None:
+    tensors = load_file(path)
+    name = next(name for name in tensors if "lora_B" in name)
+    tensors[name] = tensors[name] + 1.0
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_changed_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change_weights(folder / "adapter/adapter_model.safetensors")
+    assert "adapter_model.safetensors' must have the SHA-256" in fails(folder, capsys)
+
+
+def test_missing_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "adapter/adapter_model.safetensors").unlink()
+    assert "but have nothing" in fails(folder, capsys)
+
+
+def test_a_score_that_the_weights_do_not_have(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights and their digest changed together: only scoring again can tell."""
+    path = folder / "adapter/adapter_model.safetensors"
+    change_weights(path)
+    result = read_result(folder)
+    write_result(dataclasses.replace(result, weights_digests={path.name: digest_file(path)}), folder)
+    error = fails(folder, capsys)
+    assert "must reproduce its test score within 0.0208" in error
+    assert f"where {result.test_quality:.4f} is recorded" in error
+
+
+def test_other_rows(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(tmp_path / "others", seed=1)
+    files = {f"{split}.jsonl": str(tmp_path / f"others/{split}.jsonl") for split in ("train", "test")}
+    write_local(dataclasses.replace(read_local(folder), files=files), folder)
+    assert "rows, their order or their split differ" in fails(folder, capsys)
+
+
+def test_another_base(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = Path(shutil.copytree(tiny_folder("bert"), tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    name = next(iter(weights))
+    weights[name] = weights[name] + 1e-3
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    assert "an adapter is right on its own base only" in fails(folder, capsys, "--model", str(other))
+
+
+def test_a_folder_that_does_not_load_says_why(folder: Path) -> None:
+    path = folder / "adapter/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 3}))
+    with pytest.raises(RecordError, match=r"must load in a fresh process with peft, but fails.*size mismatch"):
+        verify(open_finished(folder))
+
+
+def test_files_of_the_task_that_are_gone_are_asked_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_local(dataclasses.replace(read_local(folder), files={}), folder)
+    assert main(["verify", str(folder)]) == 2
+    assert "needs its own data file 'train.jsonl'" in capsys.readouterr().err
+
+
+# --- the tolerance
+
+
+def make_found(lora: Path, **changes: Any) -> Verification:
+    finished = open_finished(lora)
+    found = Verification(
+        recorded_quality=0.8, quality=0.8, recorded_loss=0.5, loss=0.5, num_examples=96, num_changed=0,
+        largest_loss_difference=0.0, tolerance=choose_tolerance(finished, "cpu"), loader="peft", device="cpu",
+    )  # fmt: skip
+    return found._replace(**changes)
+
+
+def test_two_examples_may_fall_to_the_other_side_and_three_not(lora: Path) -> None:
+    finished = open_finished(lora)
+    check_scores(finished, make_found(lora, quality=0.8 - 2 / 96))
+    with pytest.raises(VerificationError):
+        check_scores(finished, make_found(lora, quality=0.8 - 3 / 96))
+
+
+def test_a_thousandth_of_a_nat_may_differ_and_more_not(lora: Path) -> None:
+    finished = open_finished(lora)
+    check_scores(finished, make_found(lora, loss=0.5009))
+    with pytest.raises(VerificationError, match=r"with a loss of 0\.5011 where 0\.5000 is"):
+        check_scores(finished, make_found(lora, loss=0.5011))
+
+
+def test_another_kind_of_device_is_given_more_room(lora: Path) -> None:
+    finished = open_finished(lora)
+    on_gpu = finished._replace(recipe=dataclasses.replace(read_recipe(lora), device_kind="cuda"))
+    assert choose_tolerance(on_gpu, "cpu").loss > choose_tolerance(on_gpu, "cuda:0").loss
+    assert choose_tolerance(on_gpu, "cuda:0").loss > choose_tolerance(finished, "cpu").loss
+    assert choose_tolerance(on_gpu, "cpu").why == "it was trained on a GPU"
+
+
+def test_answers_that_were_not_kept_are_not_compared(folder: Path) -> None:
+    (folder / "scores.npz").unlink()
+    found = verify(open_finished(folder))
+    assert (found.num_changed, found.largest_loss_difference) == (None, None)
+    assert np.isfinite(found.loss)
