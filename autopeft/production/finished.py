@@ -155,23 +155,29 @@ def ask_fresh_process(what: Literal["score", "logits"], job: dict[str, Any]) -> 
 
     # Another number of threads adds in another order.
     job = {**job, "threads": torch.get_num_threads()}
-    arguments = [sys.executable, "-P", plain.__file__, what]
-    # Offline where this process is: nobody should wait for a hub that does not answer.
+    with tempfile.TemporaryDirectory(prefix="autopeft-plain-") as name:
+        folder = Path(name)
+        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        words = run_plain(what, folder, with_autopeft=job["saved_as"] == "autopeft")
+        if not (folder / "answers.npz").is_file():
+            error = folder / "error.txt"
+            words = error.read_text(encoding="utf-8") if error.is_file() else words
+            last = words.strip().splitlines()[-1:] or ["it ended without a word"]
+            raise RecordError(
+                f"'{job['saved']}' must load in a fresh process with {job['saved_as']}, but fails: {last[0]}"
+            )
+        with np.load(folder / "answers.npz") as answers:
+            return {name: answers[name] for name in answers.files}
+
+
+def run_plain(what: str, folder: Path, *, with_autopeft: bool) -> str:
+    """Runs `plain` as a file in a process of its own; what it printed to standard error."""
     environment = dict(os.environ)
-    if job["saved_as"] == "autopeft":
+    if with_autopeft:
         import autopeft
 
         root = str(Path(autopeft.__file__).parent.parent)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
-    with tempfile.TemporaryDirectory(prefix="autopeft-plain-") as folder:
-        (Path(folder) / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        done = subprocess.run([*arguments, folder], capture_output=True, text=True, env=environment)
-        if done.returncode != 0:
-            error = Path(folder) / "error.txt"
-            words = error.read_text(encoding="utf-8") if error.is_file() else done.stderr
-            raise RecordError(
-                f"'{job['saved']}' must load in a fresh process with {job['saved_as']}, but fails: "
-                f"{words.strip().splitlines()[-1] if words.strip() else f'it ended with code {done.returncode}'}"
-            )
-        with np.load(Path(folder) / "answers.npz") as answers:
-            return {name: answers[name] for name in answers.files}
+    # -P keeps this folder off sys.path, whose names could hide a library's.
+    command = [sys.executable, "-P", plain.__file__, what, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment).stderr

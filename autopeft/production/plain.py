@@ -206,26 +206,39 @@ def last_logits(model: Any, job: dict[str, Any]) -> Any:
     return torch.stack([found[index] for index in range(len(found))])
 
 
-def main() -> None:
-    """`plain.py score|logits FOLDER`: reads FOLDER/job.json, writes FOLDER/answers.npz or FOLDER/error.txt."""
+def answer(what: str, folder: Path) -> bool:
+    """Reads job.json in the folder and writes answers.npz, or error.txt where it fails."""
     import numpy as np
     import torch
-    import transformers
 
-    what, folder = sys.argv[1], Path(sys.argv[2])
-    warnings.simplefilter("ignore")
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     if job["threads"]:
         torch.set_num_threads(job["threads"])
     try:
         answers = score(job) if what == "score" else {"logits": last_logits(load_trained(job), job).numpy()}
+        assert job["saved_as"] == "autopeft" or "autopeft" not in sys.modules
     except Exception:
         (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        sys.exit(1)
-    assert job["saved_as"] == "autopeft" or "autopeft" not in sys.modules
+        return False
     np.savez(folder / "answers.npz", **answers)
+    return True
+
+
+def main() -> None:
+    """`plain.py score|logits FOLDER` answers once; without arguments, every line of standard input that says the same,
+    as a list in JSON."""
+    import transformers
+
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    if len(sys.argv) > 1:
+        sys.exit(0 if answer(sys.argv[1], Path(sys.argv[2])) else 1)
+    # Libraries print what they like; the answers must be alone on their pipe.
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        what, folder = json.loads(line)
+        print(json.dumps(answer(what, Path(folder))), file=answers, flush=True)
 
 
 if __name__ == "__main__":

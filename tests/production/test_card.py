@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 import yaml
 from finished_folders import make_finished
+from fresh_process import one_process  # noqa: F401 (a fixture)
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from autopeft.production.card import carry_card, describe_latency, make_card, write_card
@@ -19,7 +20,7 @@ from autopeft.production.recipe import Agreement, Recipe, TrainingResult, read_r
 from autopeft.records import Inference, Latency, StudyRecord
 from autopeft.testing.tiny_models import tiny_folder
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_process")]
 
 
 @pytest.fixture(scope="module")

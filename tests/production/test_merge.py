@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from finished_folders import make_finished
+from fresh_process import one_process  # noqa: F401 (a fixture)
 from safetensors import safe_open
 
 from autopeft.cli.main import main
@@ -24,7 +25,7 @@ from autopeft.testing.contract import claimed
 from autopeft.testing.subject import width_for
 from autopeft.testing.tiny_models import ARCHITECTURES, ArchitectureName, tiny_folder
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_process")]
 
 EVERYDAY: dict[tuple[str, ArchitectureName], bool] = {
     ("lora", "llama"): True, ("lora", "t5"): True, ("ia3", "bert"): True, ("oft", "modernbert"): True,

@@ -11,17 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 from finished_folders import make_finished, write_rows
+from fresh_process import REALLY_FRESH, one_process  # noqa: F401 (a fixture)
 from safetensors.torch import load_file, save_file
 
 from autopeft.backends.hf.base_model import digest_file
 from autopeft.cli.main import main
 from autopeft.errors import RecordError, VerificationError
+from autopeft.production import finished
 from autopeft.production.finished import open_finished
 from autopeft.production.recipe import read_local, read_recipe, read_result, write_local, write_result
 from autopeft.production.verify import Verification, check_scores, choose_tolerance, verify
 from autopeft.testing.tiny_models import ArchitectureName, tiny_folder
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_process")]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,10 @@ def test_a_quantized_base_reproduces_its_score(bits: Any, tmp_path: Path) -> Non
     assert found.tolerance.why == "rounded weights or bfloat16"
 
 
-def test_the_command_prints_both_figures(lora: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_both_figures(
+    lora: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finished, "run_plain", REALLY_FRESH)
     assert main(["verify", str(lora)]) == 0
     printed = capsys.readouterr().out
     result = read_result(lora)
@@ -153,33 +158,33 @@ def test_files_of_the_task_that_are_gone_are_asked_for(folder: Path, capsys: pyt
 
 
 def make_found(lora: Path, **changes: Any) -> Verification:
-    finished = open_finished(lora)
+    folder = open_finished(lora)
     found = Verification(
         recorded_quality=0.8, quality=0.8, recorded_loss=0.5, loss=0.5, num_examples=96, num_changed=0,
-        largest_loss_difference=0.0, tolerance=choose_tolerance(finished, "cpu"), loader="peft", device="cpu",
+        largest_loss_difference=0.0, tolerance=choose_tolerance(folder, "cpu"), loader="peft", device="cpu",
     )  # fmt: skip
     return found._replace(**changes)
 
 
 def test_two_examples_may_fall_to_the_other_side_and_three_not(lora: Path) -> None:
-    finished = open_finished(lora)
-    check_scores(finished, make_found(lora, quality=0.8 - 2 / 96))
+    done = open_finished(lora)
+    check_scores(done, make_found(lora, quality=0.8 - 2 / 96))
     with pytest.raises(VerificationError):
-        check_scores(finished, make_found(lora, quality=0.8 - 3 / 96))
+        check_scores(done, make_found(lora, quality=0.8 - 3 / 96))
 
 
 def test_a_thousandth_of_a_nat_may_differ_and_more_not(lora: Path) -> None:
-    finished = open_finished(lora)
-    check_scores(finished, make_found(lora, loss=0.5009))
+    done = open_finished(lora)
+    check_scores(done, make_found(lora, loss=0.5009))
     with pytest.raises(VerificationError, match=r"with a loss of 0\.5011 where 0\.5000 is"):
-        check_scores(finished, make_found(lora, loss=0.5011))
+        check_scores(done, make_found(lora, loss=0.5011))
 
 
 def test_another_kind_of_device_is_given_more_room(lora: Path) -> None:
-    finished = open_finished(lora)
-    on_gpu = finished._replace(recipe=dataclasses.replace(read_recipe(lora), device_kind="cuda"))
+    done = open_finished(lora)
+    on_gpu = done._replace(recipe=dataclasses.replace(read_recipe(lora), device_kind="cuda"))
     assert choose_tolerance(on_gpu, "cpu").loss > choose_tolerance(on_gpu, "cuda:0").loss
-    assert choose_tolerance(on_gpu, "cuda:0").loss > choose_tolerance(finished, "cpu").loss
+    assert choose_tolerance(on_gpu, "cuda:0").loss > choose_tolerance(done, "cpu").loss
     assert choose_tolerance(on_gpu, "cpu").why == "it was trained on a GPU"
 
 
