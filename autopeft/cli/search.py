@@ -26,7 +26,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--fix", action="append", default=[], metavar="NAME=VALUE", help="bits=4, lora.rank=8; repeatable"
     )
-    parser.add_argument("--objectives", default="quality,vram,params", help="default: quality,vram,params")
+    parser.add_argument(
+        "--objectives",
+        default="quality,vram,params",
+        help="of quality,vram,params,size,latency (default: the first three)",
+    )
     parser.add_argument("--max-vram", metavar="SIZE", help="never start what needs more: 24GB")
     parser.add_argument("--max-params", metavar="COUNT", help="never start what trains more: 10M")
     parser.add_argument("--max-steps", type=int, help="steps of the full length (default: from budget and data)")

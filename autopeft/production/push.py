@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is its client's, which has changed
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # type: ignore[attr-defined]  # of its HTTP client, which has changed
+    HTTPError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
@@ -57,7 +57,7 @@ def push(
         files = {str(p.relative_to(stage)): p.stat().st_size for p in sorted(stage.rglob("*")) if p.is_file()}
         if dry_run:
             return Upload(repo, private, files, None)
-        return Upload(repo, private, files, _upload(stage, repo, private=private))
+        return _upload(Upload(repo, private, files, None), stage)
 
 
 def check_repo(repo: str) -> None:
@@ -135,13 +135,21 @@ def check_token(repo: str) -> None:
         )
 
 
-def _upload(stage: Path, repo: str, *, private: bool) -> str:
+def _upload(upload: Upload, stage: Path) -> Upload:
+    repo = upload.repo
     check_token(repo)
     api = HfApi(library_name="autopeft")
     with _explain(repo):
-        api.create_repo(repo, private=private, exist_ok=True)
-        info = api.upload_folder(repo_id=repo, folder_path=stage, commit_message="Upload by autopeft push")
-    return str(getattr(info, "repo_url", f"{api.endpoint}/{repo}"))
+        api.create_repo(repo, private=upload.private, exist_ok=True)
+        # One that was there already stays as it was.
+        private = bool(api.model_info(repo).private)
+        if upload.private and not private:
+            raise ExportError(
+                f"--private keeps what is uploaded from the public, but '{repo}' exists and is public. Nothing was "
+                "uploaded. Make it private in its settings on the hub, or push to another name."
+            )
+        api.upload_folder(repo_id=repo, folder_path=stage, commit_message="Upload by autopeft push")
+    return upload._replace(private=private, url=f"{api.endpoint}/{repo}")
 
 
 @contextmanager

@@ -43,6 +43,8 @@ class Hub(BaseHTTPRequestHandler):
             self.answer({"error": "no, for a reason"}, self.server.refuse_with)
         elif self.path == "/api/repos/create":
             self.server.created.append(json.loads(body))
+            if self.server.is_private is None:
+                self.server.is_private = bool(self.server.created[-1].get("private"))
             self.answer({"url": f"{self.server.url}/me/model", "name": "me/model"})
         elif "/preupload/" in self.path:
             files = json.loads(body)["files"]
@@ -59,7 +61,9 @@ class Hub(BaseHTTPRequestHandler):
             self.answer({"error": f"no such place: {self.path}"}, 404)
 
     def do_GET(self) -> None:
-        self.answer({"sha": "1" * 40, "id": "me/model", "siblings": []})
+        self.server.tokens.append(self.headers.get("Authorization"))
+        private = self.server.is_private if self.server.created else None
+        self.answer({"sha": "1" * 40, "id": "me/model", "siblings": [], "private": private})
 
     def answer(self, content: Any, status: int = 200) -> None:
         data = json.dumps(content).encode()
@@ -78,6 +82,7 @@ def hub() -> Iterator[Any]:
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     server.files, server.created, server.tokens, server.refuse_with = {}, [], [], None
+    server.is_private = None
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -186,6 +191,20 @@ def test_what_the_hub_refuses(folder: Path, hub: Any, tmp_path: Path, status: in
     hub.refuse_with = status
     done = run_push(tmp_path, str(folder), "--to", "me/model", endpoint=hub.url)
     assert words in refusal(done)
+
+
+def test_a_public_repository_takes_nothing_private(folder: Path, hub: Any, tmp_path: Path) -> None:
+    hub.is_private = False
+    done = run_push(tmp_path, str(folder), "--to", "me/model", "--private", endpoint=hub.url)
+    assert "exists and is public. Nothing was uploaded" in refusal(done)
+    assert hub.files == {}
+
+
+def test_a_private_one_stays_private_and_is_said_to_be(folder: Path, hub: Any, tmp_path: Path) -> None:
+    hub.is_private = True
+    done = run_push(tmp_path, str(folder), "--to", "me/model", endpoint=hub.url)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("(private)")
 
 
 def test_when_the_hub_cannot_be_reached(folder: Path, tmp_path: Path) -> None:
