@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from autopeft.production.recipe import LocalPlaces, Recipe
     from autopeft.production.session import Options
+    from autopeft.records import StudyRecord
 
 TRAINED = Path("trained")
 _SECONDS_TO_SPEAK = 5.0
@@ -68,6 +69,8 @@ class _Source(NamedTuple):
     folder: Path | None
     """Where the recipe was read from; None for a study."""
     name: str
+    record: StudyRecord | None = None
+    """Of the study; None for a recipe that was read from a folder."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -133,6 +136,9 @@ def _run(args: argparse.Namespace) -> int:
             pretrained=Path(args.start) if args.start else None,
         )  # fmt: skip
     if result is not None:
+        from autopeft.production.card import write_card
+
+        write_card(out, recipe, result, source.record)
         display.finish(recipe, result)
     return 0
 
@@ -211,7 +217,8 @@ def _read_study(args: argparse.Namespace) -> _Source:
     )  # fmt: skip
     places = LocalPlaces(model=local["model"], data_dir=local["data_dir"], files=find_task_files(record.config.task))
     # Conditions such as vram<24GB make no name for a folder.
-    return _Source(recipe, places, None, re.sub(r"[^\w.-]+", "-", f"{record.config.name}-{args.pick}"))
+    name = re.sub(r"[^\w.-]+", "-", f"{record.config.name}-{args.pick}")
+    return _Source(recipe, places, None, name, record)
 
 
 def _places(source: _Source, task_text: str, model: str, data_dir: str | None) -> LocalPlaces:

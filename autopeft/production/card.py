@@ -324,9 +324,9 @@ def _say_costs(result: TrainingResult, study: StudyRecord | None) -> str:
         f"{f' by {result.processes} processes' if result.processes > 1 else ''}{memory}.",
         f"- Weights on disk: {format_bytes(result.adapter_bytes)}.",
     ]
-    inference: Inference | None = getattr(result, "inference", None)
-    if inference is not None:
-        lines.append(f"- Latency on {escape_markdown(inference.device)}: {describe_latency(inference)}.")
+    if result.inference is not None:
+        device = escape_markdown(result.inference.device)
+        lines.append(f"- Latency on {device}: {describe_latency(result.inference)}.")
     if study is not None:
         ledger = study.ledger
         seconds = ledger.search_seconds + ledger.confirm_seconds + ledger.baseline_seconds + ledger.lost_seconds

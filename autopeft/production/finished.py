@@ -13,19 +13,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
-from autopeft.errors import DataError, ModelError, RecordError
+from autopeft.errors import RecordError
 from autopeft.production import plain
-from autopeft.production.recipe import (
-    LocalPlaces,
-    Recipe,
-    TrainingResult,
-    find_task_files,
-    read_local,
-    read_recipe,
-    read_result,
-)
+from autopeft.production.places import find_model, find_task
+from autopeft.production.recipe import Recipe, TrainingResult, read_local, read_recipe, read_result
 from autopeft.tasks.spec import TaskSpec, parse_task
 
 ADAPTER = "adapter"
@@ -51,63 +43,30 @@ class Finished(NamedTuple):
     @property
     def num_labels(self) -> int | None:
         """None for a language model."""
-        return len(self.task.labels) or None
+        return self.task.num_labels
 
 
 def open_finished(folder: Path, *, model: str | None = None, data_dir: str | None = None) -> Finished:
     """Reads the folder. `model` and `data_dir` say where base and rows lie on this machine, where it has moved.
 
-    Raises RecordError where it is no finished training, ModelError where nobody knows the base's folder.
+    Raises RecordError where it is no finished training, ModelError where nobody knows the base's folder, DataError
+    where the task's own files are nowhere.
     """
     if not folder.is_dir():
         raise RecordError(f"'{folder}' must be a folder that autopeft train has finished, but there is none.")
     recipe, result, places = read_recipe(folder), read_result(folder), read_local(folder)
     if not (folder / ADAPTER).is_dir():
         raise RecordError(f"'{folder}' must hold the trained weights in {ADAPTER}/, but does not. Train it again.")
-    base = model or places.model or recipe.model
-    if base.startswith("local:"):
-        raise ModelError(
-            f"'{folder}' was trained on the local model '{base.removeprefix('local:')}', and where that lies on this "
-            "machine is not known. Name its folder: --model FOLDER."
-        )
-    if places.model is not None and model is None and "/" in base.strip("/") and not _may_be_had(base):
-        raise ModelError(
-            f"The base model of '{folder}' lay in '{base}', which is no longer there. Name its folder: --model FOLDER."
-        )
+    data_dir = data_dir or os.environ.get("AUTOPEFT_DATA_DIR") or places.data_dir
+    beside = [folder, *([Path(data_dir), Path(data_dir) / recipe.task_name] if data_dir else [])]
     return Finished(
         folder=folder,
         recipe=recipe,
         result=result,
-        task=parse_task(place_task(recipe.task, places, folder), f"{folder}/training.yaml: task"),
-        model=base,
-        data_dir=data_dir or places.data_dir,
+        task=parse_task(find_task(recipe, places, beside), recipe.task_name),
+        model=find_model(recipe, places, model),
+        data_dir=data_dir,
     )
-
-
-def _may_be_had(base: str) -> bool:
-    """Whether it is a folder here, or a name that the hub could know."""
-    return Path(base).is_dir() or not Path(base).is_absolute()
-
-
-def place_task(text: str, places: LocalPlaces, folder: Path) -> str:
-    """The task file's text with its own data files as this machine names them.
-
-    Those that `local.json` does not know are looked for beside it. Raises DataError with the first that is missing.
-    """
-    names = find_task_files(text)
-    if not names:
-        return text
-    data = yaml.safe_load(text)
-    found = {}
-    for key, name in data["files"].items():
-        place = Path(places.files.get(name, folder / "data" / name))
-        if not place.is_file():
-            raise DataError(
-                f"The task '{data.get('name')}' needs its own data file '{name}', which is not at '{place}'. Put it "
-                f"there, or correct {folder / 'local.json'}."
-            )
-        found[key] = str(place)
-    return yaml.safe_dump(data | {"files": found}, sort_keys=False, allow_unicode=True)
 
 
 # --- jobs for `plain`
@@ -121,7 +80,7 @@ def make_job(finished: Finished, data: Any, rows: Sequence[int], *, device: str,
     from autopeft.backends.hf.base_model import describe_base, find_head, resolve_model
 
     recipe = finished.recipe
-    base = describe_base(finished.model, num_labels=len(finished.task.labels), bits=recipe.spec.bits)
+    base = describe_base(finished.model, num_labels=finished.num_labels, bits=recipe.spec.bits)
     return {
         "saved_as": finished.result.saved_as,
         "saved": str(finished.adapter.resolve()),
@@ -145,7 +104,11 @@ def load_data(finished: Finished) -> Any:
     from autopeft.backends.hf.data import TaskData
 
     return TaskData(
-        finished.task, model=str(finished.adapter), data_dir=finished.data_dir, split_seed=finished.recipe.split_seed
+        finished.task,
+        model=finished.model,
+        data_dir=finished.data_dir,
+        split_seed=finished.recipe.split_seed,
+        tokenizer=str(finished.adapter),
     )
 
 

@@ -13,27 +13,24 @@ from autopeft.backends.hf.data import TaskData
 from autopeft.backends.hf.latency import measure_latencies
 from autopeft.executors.devices import describe_cpu
 from autopeft.methods import find_method
-from autopeft.records import Inference, Latency, TrialSpec
+from autopeft.records import Bits, Inference, Latency, TrialSpec
 
 
 def measure_inference(
-    model: Any, base: BaseModel, spec: TrialSpec, data: TaskData, *, name: str, adapter: Path, batch_size: int
+    model: Any, base: BaseModel | None, spec: TrialSpec, data: TaskData, *, name: str, adapter: Path, batch_size: int
 ) -> Inference:
     """Of a trained model on rows of the test split, alone and in batches of `batch_size`; on the device that it is on.
 
-    `base` is what it was built on, `name` the base as transformers can load it, `adapter` the folder that it was saved
-    to. Merging leaves the base's modules with other values in them, so the merged model's latency is measured on the
-    unquantized base, the two models taking turns on the same batches. Where that base does not fit beside a quantized
-    one, nothing is measured of it.
+    `base` is what it was built on, None where it was not kept; `name` is the base as transformers can load it,
+    `adapter` the folder that it was saved to. Merging leaves the base's modules with other values in them, so the
+    merged model's latency is measured on the unquantized base, the two models taking turns on the same batches. Where
+    that base does not fit beside a quantized one, nothing is measured of it.
     """
     parameter = next(model.parameters())
     device = str(parameter.device)
-    plain: Any = base.model
-    if spec.bits < 16:
-        plain = _load_unquantized(name, base, data, device)
-    elif find_method(spec.method).writes_base(spec):
-        # On a GPU it may have been moved aside for the copy that trains.
-        plain = plain.to(device)
+    # On a GPU a base that was kept may have been moved aside for a copy that trains.
+    at_hand = base is not None and spec.bits >= 16
+    plain = base.model.to(device) if base is not None and at_hand else _load_unquantized(name, data, device)
     models = [model] if plain is None else [model, plain]
     test = data.test
     latencies: list[Latency | None] = [
@@ -57,11 +54,11 @@ def measure_inference(
     )
 
 
-def _load_unquantized(name: str, base: BaseModel, data: TaskData, device: str) -> Any:
+def _load_unquantized(name: str, data: TaskData, device: str) -> Any:
     """The base in the precision that it would be merged in; None where there is no room for it."""
     try:
-        bits = 16 if device.startswith("cuda") else 32
-        return load_base(name, num_labels=len(data.task.labels), bits=bits, device=device).model  # type: ignore[arg-type]
+        bits: Bits = 16 if device.startswith("cuda") else 32
+        return load_base(name, num_labels=data.task.num_labels, bits=bits, device=device).model
     except torch.OutOfMemoryError:
         gc.collect()
         torch.cuda.empty_cache()

@@ -26,6 +26,7 @@ from autopeft.errors import RecordError, SpecError, suggest_nearest
 from autopeft.methods import check_spec, fill_settings
 from autopeft.records import (
     Cost,
+    Inference,
     Optimizer,
     Provenance,
     StudyRecord,
@@ -221,6 +222,8 @@ class TrainingResult:
     packages: dict[str, str]
     finished_at: str
     """UTC, ISO 8601."""
+    inference: Inference | None = dataclasses.field(default=None, metadata={"leave_out_default": True})
+    """None where the trained model is in pieces on several devices."""
     schema_version: int = RECIPE_VERSION
 
 

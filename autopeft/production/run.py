@@ -19,7 +19,8 @@ from autopeft.errors import ModelError, RecordError, SpecError, TrainingError
 from autopeft.methods import find_method
 from autopeft.production import checkpoints
 from autopeft.production.checkpoints import CheckpointMeta, Evaluation
-from autopeft.production.finish import Built, make_result, save_weights
+from autopeft.production.finish import ADAPTER, Built, make_result, save_weights
+from autopeft.production.latency import measure_inference
 from autopeft.production.recipe import (
     LocalPlaces,
     Recipe,
@@ -137,6 +138,12 @@ def train(
         steps=steps_done, best=best, num_train=len(train_split.features), seconds=seconds, peak=peak, built=built,
         processes=session.arguments.world_size, device=session.device,
     )  # fmt: skip
+    if not is_sharded():
+        inference = measure_inference(
+            built.model, built.base, recipe.training_spec(), data, name=model, adapter=out / ADAPTER,
+            batch_size=scoring_batch,
+        )  # fmt: skip
+        result = dataclasses.replace(result, inference=inference)
     write_result(result, out)
     session.close()
     return result

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from autopeft.backends.hf.base_model import digest_file
+from autopeft.backends.hf.language import match_answer
 from autopeft.backends.hf.trial import digest_weights
 from autopeft.errors import VerificationError
 from autopeft.production.finished import Finished, ask_fresh_process, load_data, make_job
@@ -58,11 +59,21 @@ def verify(finished: Finished, *, device: str | None = None) -> Verification:
     _check_digests(finished, data.splits.digest)
     test = data.test
     job = make_job(finished, data, range(len(test.labels)), device=device, batch_size=_BATCH_SIZE)
+    if finished.task.scorer == "exact_match":
+        job |= {
+            "prompts": [test.prompt_ids(i) for i in range(len(test.labels))],
+            "max_new_tokens": finished.task.max_new_tokens,
+            "eos_token_id": data.tokenizer.eos_token_id,
+        }
     answers = ask_fresh_process("score", job)
     recorded = _read_recorded(finished)
     predictions: npt.NDArray[Any] = answers["predictions"]
     if finished.num_labels is not None:
         predictions = predictions.astype(np.int64)
+    elif "written" in answers:
+        texts = data.tokenizer.batch_decode(answers["written"].astype(np.int64), skip_special_tokens=True)
+        pairs = zip(texts, test.completions, strict=True)
+        predictions = np.array([match_answer(finished.task, text, known) for text, known in pairs], dtype=np.float64)
     result = finished.result
     found = Verification(
         recorded_quality=result.test_quality,

@@ -201,12 +201,12 @@ def test_a_base_that_has_moved_is_asked_for(lora: Path, tmp_path: Path) -> None:
 
     folder = Path(shutil.copytree(lora, tmp_path / "done"))
     (folder / "local.json").unlink()
-    with pytest.raises(ModelError, match=r"local model 'llama'.*--model FOLDER"):
+    with pytest.raises(ModelError, match=r"folder 'llama' of another machine.*--model DIR"):
         open_finished(folder)
     with contextlib.suppress(FileNotFoundError):
         (folder / "local.json").unlink()
     (folder / "local.json").write_text(json.dumps({"model": str(tmp_path / "gone")}))
-    with pytest.raises(ModelError, match=r"no longer there.*--model FOLDER"):
+    with pytest.raises(ModelError, match=r"does not exist.*--model DIR"):
         open_finished(folder)
 
 

@@ -98,10 +98,8 @@ def fails(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> 
 
 
 def change_weights(path: Path) -> None:
-    tensors = load_file(path)
-    name = next(name for name in tensors if "lora_B" in name)
-    tensors[name] = tensors[name] + 1.0
-    save_file(tensors, path, metadata={"format": "pt"})
+    changed = {name: t + 1.0 if "lora_B" in name else t for name, t in load_file(path).items()}
+    save_file(changed, path, metadata={"format": "pt"})
 
 
 def test_changed_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,7 +149,7 @@ def test_a_folder_that_does_not_load_says_why(folder: Path) -> None:
 def test_files_of_the_task_that_are_gone_are_asked_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_local(dataclasses.replace(read_local(folder), files={}), folder)
     assert main(["verify", str(folder)]) == 2
-    assert "needs its own data file 'train.jsonl'" in capsys.readouterr().err
+    assert "reads the file 'train.jsonl', which is not there" in capsys.readouterr().err
 
 
 # --- the tolerance

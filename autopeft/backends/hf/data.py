@@ -43,9 +43,12 @@ class TokenizedSplit(NamedTuple):
 class TaskData:
     """Tokenized once per worker and shared by all its trials."""
 
-    def __init__(self, task: TaskSpec, *, model: str, data_dir: str | None, split_seed: int) -> None:
+    def __init__(
+        self, task: TaskSpec, *, model: str, data_dir: str | None, split_seed: int, tokenizer: str | None = None
+    ) -> None:
+        """`tokenizer` is where that is loaded from, if not from the model."""
         self.task = task
-        self.tokenizer = load_tokenizer(model)
+        self.tokenizer = load_tokenizer(tokenizer or model)
         self._most_positions: int | None = None
         if task.kind == "generation":
             self._most_positions = getattr(load_config(model, None), "max_position_embeddings", None)
