@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 PARALLEL_SCALE = 4.0
-"""The factor of arXiv:2110.04366, section 4.5, on the update beside the feed-forward."""
+"""On the update beside the feed-forward; the authors' (github.com/jxhe/unify-parameter-efficient-tuning)."""
 
 
 def put_after(model: nn.Module, names: list[str], context: BuildContext, *, size: int, activation: str) -> None:
-    """Each projection's output h becomes h + up(activation(down(h))) (arXiv:1902.00751, section 2.1)."""
+    """Each projection's output h becomes h + up(activation(down(h))) (arXiv:1902.00751)."""
     from torch import nn
 
     class BottleneckAdapter(nn.Module):
@@ -45,7 +45,7 @@ def put_after(model: nn.Module, names: list[str], context: BuildContext, *, size
 def put_beside_feed_forward(
     model: nn.Module, context: BuildContext, *, size: int, activation: str, scale: float
 ) -> None:
-    """Each feed-forward's output becomes ffn(x) + scale * up(activation(down(x))) (arXiv:2110.04366, section 4)."""
+    """Each feed-forward's output becomes ffn(x) + scale * up(activation(down(x))) (arXiv:2110.04366)."""
     from torch import nn
 
     class ParallelAdapter(nn.Module):

@@ -1,7 +1,7 @@
 """LoRA on attention and a parallel adapter on the feed-forward, together: after the mix-and-match adapter.
 
-That paper found parallel updates of the feed-forward worth the most parameters, and attention served well by few
-(arXiv:2110.04366, section 4.6); on attention it has prefix tuning, which in its unified view is close to LoRA.
+That adapter (arXiv:2110.04366) gives most parameters to parallel updates of the feed-forward (512 wide) and few to
+attention (30); there it has prefix tuning, which in its unified view is close to LoRA.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ LORA_BOTTLENECK = Method(
         },
         target_modules=None,
         learning_rate=1e-3,
-        source="placements, ReLU and scale of arXiv:2110.04366, section 4; sizes and rate of LoRA's and bottleneck's",
+        source="placement and scale of arXiv:2110.04366; sizes and rate of LoRA's and bottleneck's",
     ),
     build=_build,
     parameter_groups=split_by_rate,

@@ -33,7 +33,7 @@ FULL = Method(
         settings={},
         target_modules=None,
         learning_rate=1e-4,
-        source="arXiv:1810.04805, appendix A.3, raised for short runs as measured on MiniLM",
+        source="above arXiv:1810.04805's rates, as short runs on MiniLM wanted",
     ),
     merges=True,
     writes_base=lambda spec: True,

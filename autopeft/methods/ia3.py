@@ -35,7 +35,7 @@ IA3 = Method(
         settings={"feedforward": True},
         target_modules=None,
         learning_rate=3e-2,
-        source=f"placement of arXiv:2205.05638, section 3.3; {MEASURED}",
+        source=f"placement of arXiv:2205.05638; {MEASURED}",
     ),
     peft=_peft,
 )

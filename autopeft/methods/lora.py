@@ -75,7 +75,7 @@ def _peft(spec: TrialSpec, context: BuildContext) -> PeftCall:
     if init in _TITLES:
         _check_decomposition(_TITLES[init], int(spec.settings["rank"]), context)
     # Four subspace iterations instead of a full SVD: seconds instead of minutes on large layers
-    # (PiSSA, arXiv:2404.02948, section 3).
+    # (peft's documentation of `pissa_niter_4`).
     in_peft: dict[str, Any] = {"default": True, "pissa": "pissa_niter_4", "olora": "olora"}
     return PeftCall(
         "LoraConfig",

@@ -51,7 +51,7 @@ BITFIT = Method(
         settings={},
         target_modules=None,
         learning_rate=3e-3,
-        source="all biases, at a rate above full fine-tuning's, as in arXiv:2106.10199, section 4",
+        source="all biases, at a rate above full fine-tuning's, as in arXiv:2106.10199",
     ),
     build=_unfreeze_biases,
     why_not_peft=(

@@ -12,7 +12,7 @@ from bitsandbytes.autograd._functions import MatMul8bitLt
 from torch import nn
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-# NF4 with double quantization (QLoRA, arXiv:2305.14314, section 3), laid out as by bitsandbytes' quantize_4bit.
+# NF4 with double quantization (QLoRA, arXiv:2305.14314), laid out as by bitsandbytes' quantize_4bit.
 _WEIGHTS_PER_SCALE = 64
 _SCALES_PER_SCALE = 256
 _NUMBERS_IN_A_CODE = 256
@@ -69,7 +69,7 @@ class _FakeLinear8bit(bitsandbytes.nn.Linear8bitLt):
 class _FakeLinear8bitOnGpu(_FakeLinear8bit):
     """bitsandbytes picks the function by the tensor's device: on CPU it would dequantize the weight instead.
 
-    Without outlier columns, whose number depends on the data: a few in thousands (arXiv:2208.07339, section 4).
+    Without outlier columns, whose number depends on the data: a few in thousands (arXiv:2208.07339).
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
