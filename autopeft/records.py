@@ -363,6 +363,8 @@ class StudyConfig:
     max_params: int | None = _optional()
     """The most trainable parameters that a configuration may have, the head left out."""
     task_kind: TaskKind = dataclasses.field(default="classification", metadata={"leave_out_default": True})
+    model_kind: Literal["encoder", "decoder", "encoder-decoder"] | None = _optional()
+    """Told from the model's configuration; None where it was not at hand, and in studies from before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

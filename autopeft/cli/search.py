@@ -142,8 +142,10 @@ def _print_costs(plan: Plan) -> None:
     if plan.splits is None:
         return
     executor = LocalExecutor(plan.setup(STUDIES), list(plan.devices))
-    on_gpu = plan.config.device_kind == "cuda"
-    limits = Limits(plan.config, [], find_free_bytes(plan.config.workers) if on_gpu else None)
+    free = plan.planned_gpu_bytes
+    if free is None and plan.config.device_kind == "cuda":
+        free = find_free_bytes(plan.config.workers)
+    limits = Limits(plan.config, [], free)
     fitting = total = 0
     try:
         print(f"\n{'peak VRAM, estimated':>20}  {'trainable':>10}  first trials, one a method")

@@ -29,6 +29,7 @@ from autopeft.executors.devices import (
     plan_cpu_workers,
     plan_gpu_workers,
 )
+from autopeft.methods.kinds import read_model_kind
 from autopeft.records import Provenance, StudyConfig
 from autopeft.search.front import parse_objectives
 from autopeft.search.lengths import (
@@ -64,6 +65,8 @@ class Plan:
     """One device's, as records keep it."""
     device_title: str
     """All of them, as the plan prints it."""
+    planned_gpu_bytes: int | None
+    """Memory of the GPU that is planned for, where it is not the one that is here."""
     data_dir: str | None
     model_argument: str
     """What workers load; the config keeps no local path."""
@@ -132,9 +135,10 @@ def make_plan(request: Request, *, studies: Path, dry_run: bool = False) -> Plan
     fixed = parse_fixed(request.fix)
     space_name, space_text = find_space(request.space)
     methods = tuple(part.strip() for part in request.methods.split(",")) if request.methods else None
+    model_kind = read_model_kind(model)
     space = parse_space(
         space_text, name=space_name, device_kind=device_kind, max_steps=max_steps, seed=request.seed,
-        methods=methods, fixed=fixed, task_kind=task.kind,
+        methods=methods, fixed=fixed, model_kind=model_kind, task_kind=task.kind,
     )  # fmt: skip
     notes += [f"{method} is left out of the space: {rule}" for method, rule in space.left_out.items()]
     included = tuple(
@@ -169,6 +173,7 @@ def make_plan(request: Request, *, studies: Path, dry_run: bool = False) -> Plan
         majority_test_quality=majority_test,
         scorer=task.scorer,
         task_kind=task.kind,
+        model_kind=model_kind,
     )
     return Plan(
         config=config,
@@ -180,6 +185,7 @@ def make_plan(request: Request, *, studies: Path, dry_run: bool = False) -> Plan
         threads=threads,
         device_name=gpu.title if gpu else describe_cpu(),
         device_title=title,
+        planned_gpu_bytes=gpu.total_bytes if gpu and (request.plan_for or not find_gpus()) else None,
         data_dir=data_dir,
         model_argument=model,
         wall_seconds_limit=limit,
@@ -317,7 +323,8 @@ def restore_space(config: StudyConfig) -> SearchSpace:
     """The space of a stored study."""
     return parse_space(
         config.space, name=config.space_name, device_kind=config.device_kind, max_steps=config.rungs[-1],
-        seed=config.seed, methods=config.methods, fixed=config.fixed, task_kind=config.task_kind,
+        seed=config.seed, methods=config.methods, fixed=config.fixed, model_kind=config.model_kind,
+        task_kind=config.task_kind,
     )  # fmt: skip
 
 

@@ -18,14 +18,11 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from autopeft.errors import ModelError
+from autopeft.methods import kinds
 from autopeft.methods.base import ModelKind
 from autopeft.records import Bits
 
@@ -105,11 +102,9 @@ def is_language_model(model: Any) -> bool:
 
 
 def find_kind(config: Any) -> ModelKind:
-    """Encoders are what transformers trains on masked words or on images."""
-    if getattr(config, "is_encoder_decoder", False):
-        return "encoder-decoder"
-    encoders = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES}
-    return "encoder" if config.model_type in encoders else "decoder"
+    """A decoder where the table does not know the type: nearly every new one is."""
+    both = bool(getattr(config, "is_encoder_decoder", False))
+    return kinds.find_kind(config.model_type, is_encoder_decoder=both) or "decoder"
 
 
 def _check_writes(name: str, config: Any) -> None:
