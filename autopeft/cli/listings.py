@@ -50,7 +50,7 @@ def list_methods(args: argparse.Namespace) -> int:
 
     from autopeft.cli.method_table import render_method, render_table
     from autopeft.methods import METHODS, find_method
-    from autopeft.methods.excluded import EXCLUDED
+    from autopeft.methods.excluded import LEFT_OUT
     from autopeft.methods.facts import describe_method
 
     if args.name is not None:
@@ -59,9 +59,9 @@ def list_methods(args: argparse.Namespace) -> int:
         text = json.dumps(describe_method(method, origin), indent=2) if args.json else render_method(method, origin)
     elif args.json:
         methods = [describe_method(method, METHODS.origin(name)) for name, method in METHODS.items()]
-        text = json.dumps({"methods": methods, "excluded": dict(EXCLUDED)}, indent=2)
+        text = json.dumps({"methods": methods, "excluded": dict(LEFT_OUT)}, indent=2)
     else:
-        text = render_table(METHODS, EXCLUDED.items())
+        text = render_table(METHODS, LEFT_OUT.items())
     print(text)
     return 0
 

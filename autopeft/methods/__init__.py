@@ -15,7 +15,7 @@ from autopeft.methods.base import Method, refuse_optimizer
 from autopeft.methods.bottleneck import BOTTLENECK
 from autopeft.methods.combined import LORA_BOTTLENECK
 from autopeft.methods.decomposed import DECOMPOSED
-from autopeft.methods.excluded import EXCLUDED
+from autopeft.methods.excluded import LEFT_OUT
 from autopeft.methods.full import FULL, HEAD
 from autopeft.methods.ia3 import IA3
 from autopeft.methods.lora import LORA
@@ -60,8 +60,8 @@ def find_method(name: str) -> Method:
     left_out = METHODS.why_left_out(name)
     if left_out is not None:
         raise SpecError(left_out)
-    if name.upper() in EXCLUDED:
-        raise SpecError(f"The method '{name}' is in peft, but is no method of autopeft: {EXCLUDED[name.upper()]}.")
+    if name.upper() in LEFT_OUT:
+        raise SpecError(f"The method '{name}' is in peft, but is no method of autopeft: {LEFT_OUT[name.upper()]}.")
     known = [method.name for method in METHODS.values() if method.searched]
     raise SpecError(f"There is no method '{name}'. {suggest_nearest(name, known)}")
 

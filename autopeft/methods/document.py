@@ -249,6 +249,6 @@ def _escape(text: str) -> str:
 
 if __name__ == "__main__":
     from autopeft.methods import METHODS
-    from autopeft.methods.excluded import EXCLUDED
+    from autopeft.methods.excluded import LEFT_OUT
 
-    print(render_document(METHODS.shipped.values(), EXCLUDED), end="")
+    print(render_document(METHODS.shipped.values(), LEFT_OUT), end="")

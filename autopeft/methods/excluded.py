@@ -19,3 +19,25 @@ EXCLUDED: dict[str, str] = {
     "XLORA": "it learns to mix LoRA adapters that have been trained before, and a study starts with none",
 }
 """Names of `peft.PeftType` with the reason, as a clause."""
+
+EXCLUDED_STARTS: dict[str, str] = {
+    "CORDA": (
+        "a start for LoRA that decomposes weights by the activations of data which the user chooses for it, and a "
+        "study has its task's rows alone"
+    ),
+    "EVA": (
+        "a start for LoRA from the activations of training rows, by which peft hands ranks out among layers: "
+        "parameters and memory would be known only once a trial has run, and a search refuses by them before"
+    ),
+    "GAUSSIAN": "a start for LoRA that differs from the default in the distribution of its random numbers alone",
+    "LOFTQ": (
+        "a start for LoRA from the weights before quantization, which a worker with a quantized base does not hold, "
+        "and which peft 0.21.2 computes on a GPU alone; for unquantized bases lora.init has PiSSA and OLoRA"
+    ),
+    "MICA": "a start for LoRA that freezes B, and that needs a full decomposition of every weight",
+    "ORTHOGONAL": "a start for LoRA that differs from the default in how its random numbers are drawn alone",
+}
+"""The same for values of `init_lora_weights` in peft's `LoraConfig`; `lora.init` has the others."""
+
+LEFT_OUT: dict[str, str] = {**EXCLUDED, **EXCLUDED_STARTS}
+"""What listings tell of."""

@@ -13,7 +13,7 @@ import pytest
 from autopeft.cli.main import build_parser, main
 from autopeft.cli.method_table import WIDTH, render_method, render_table
 from autopeft.methods import METHODS
-from autopeft.methods.excluded import EXCLUDED
+from autopeft.methods.excluded import LEFT_OUT
 from autopeft.methods.faults import FAMILIES
 from autopeft.methods.table import OURS, MethodTable
 
@@ -85,8 +85,8 @@ def test_a_line_says_bits_models_merging_layers_rates_and_writes(say: Say) -> No
 
 def test_what_peft_has_besides_is_there_with_its_reason(say: Say) -> None:
     printed = " ".join(say("methods").split())
-    assert EXCLUDED
-    for name, reason in EXCLUDED.items():
+    assert LEFT_OUT
+    for name, reason in LEFT_OUT.items():
         assert f"{name} {reason}" in printed
 
 
@@ -144,7 +144,7 @@ def test_an_unknown_method_gets_the_nearest(capsys: pytest.CaptureFixture[str]) 
 
 def test_an_excluded_type_gets_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "xlora"]) == 2
-    assert EXCLUDED["XLORA"] in capsys.readouterr().err
+    assert LEFT_OUT["XLORA"] in capsys.readouterr().err
 
 
 # --- for programs
@@ -165,7 +165,7 @@ def test_the_keys_are_those_that_the_help_explains(say: Say) -> None:
 def test_all_and_one_are_told_alike(say: Say) -> None:
     data = json.loads(say("methods", "--json"))
     assert set(data) == {"methods", "excluded"}
-    assert data["excluded"] == EXCLUDED
+    assert data["excluded"] == LEFT_OUT
     assert [entry["name"] for entry in data["methods"]] == list(METHODS)
     assert json.loads(say("methods", "qlora", "--json")) == data["methods"][list(METHODS).index("qlora")]
 

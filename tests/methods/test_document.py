@@ -10,14 +10,14 @@ import pytest
 import autopeft
 from autopeft.methods import METHODS
 from autopeft.methods.document import COMMAND, render_document, to_markdown
-from autopeft.methods.excluded import EXCLUDED
+from autopeft.methods.excluded import LEFT_OUT
 
 PAGE = Path(autopeft.__file__).parent.parent / "docs" / "methods.md"
 
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return render_document(METHODS.shipped.values(), EXCLUDED)
+    return render_document(METHODS.shipped.values(), LEFT_OUT)
 
 
 def test_the_page_is_up_to_date(page: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import peft
 import pytest
@@ -11,7 +11,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from autopeft.methods import METHODS
 from autopeft.methods.base import BuildContext, Method
-from autopeft.methods.excluded import EXCLUDED
+from autopeft.methods.excluded import EXCLUDED, EXCLUDED_STARTS
 from autopeft.methods.faults import make_recipe_spec
 from autopeft.methods.targets import find_roles
 
@@ -52,3 +52,13 @@ def test_what_is_left_out_is_a_type_of_peft_and_has_a_reason() -> None:
 
 def test_peft_still_asks_for_the_tokens_of_cpts_prompt() -> None:
     assert {"cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask"} <= {f.name for f in dataclasses.fields(peft.CPTConfig)}
+
+
+def test_every_start_that_peft_has_for_lora_is_a_choice_or_left_out_for_a_reason() -> None:
+    hint = get_type_hints(peft.LoraConfig)["init_lora_weights"]
+    in_peft = {value for choice in get_args(hint) for value in get_args(choice)}
+    (init,) = (dimension for dimension in METHODS["lora"].dimensions if dimension.name == "init")
+    # peft's word for the fast form is a pattern.
+    offered = {*init.choices, "pissa_niter_[number of iters]"} - {"default"}
+    assert in_peft - offered == {name.lower() for name in EXCLUDED_STARTS}
+    assert all(reason and not reason.endswith(".") for reason in EXCLUDED_STARTS.values())
