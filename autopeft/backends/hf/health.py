@@ -11,13 +11,15 @@ import torch
 class TorchFacts(NamedTuple):
     has_cuda: bool
     detail: str
+    built_for: str | None
+    """The CUDA version that torch was compiled for; None for a build without."""
 
 
 def examine_torch() -> TorchFacts:
     has_cuda = torch.cuda.is_available()
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     seen = f", sees {torch.cuda.device_count()} GPUs" if has_cuda else ""
-    return TorchFacts(has_cuda, f"{torch.__version__}, {build}{seen}")
+    return TorchFacts(has_cuda, f"{torch.__version__}, {build}{seen}", torch.version.cuda)
 
 
 def examine_bitsandbytes(device: str) -> str | None:
