@@ -136,14 +136,19 @@ class _GroupedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input_SK: torch.Tensor, weight_EKN: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(input_SK, weight_EKN)
+        needs_input, needs_weight = ctx.needs_input_grad
+        # As the real one: frozen experts need no input, and what is not differentiated no weight.
+        ctx.save_for_backward(input_SK if needs_weight else None, weight_EKN if needs_input else None)
+        # A gradient laid out otherwise than its parameter would be copied.
+        ctx.layouts = (input_SK.shape, input_SK.stride()), (weight_EKN.shape, weight_EKN.stride())
         return input_SK.new_empty(input_SK.shape[0], weight_EKN.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad_SN: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        input_SK, weight_EKN = ctx.saved_tensors
+        _ = ctx.saved_tensors
         needs_input, needs_weight = ctx.needs_input_grad
+        of_input, of_weight = ctx.layouts
         return (
-            torch.empty_like(input_SK) if needs_input else None,
-            torch.empty_like(weight_EKN) if needs_weight else None,
+            grad_SN.new_empty_strided(*of_input) if needs_input else None,
+            grad_SN.new_empty_strided(*of_weight) if needs_weight else None,
         )

@@ -219,3 +219,20 @@ def list_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
         states += [getattr(state, "state2", None) for state in states]
         for state in states:
             yield from (value for value in getattr(state, "__dict__", {}).values() if isinstance(value, torch.Tensor))
+
+
+def list_loose_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    """What methods keep in plain dictionaries of their modules: FourierFT, WaveFT and SHiRA the places that they train,
+    AdaMSS its clusters."""
+    for module in model.modules():
+        for _, kept in find_loose(module):
+            yield from (value for value in kept.values() if isinstance(value, torch.Tensor))
+
+
+def find_loose(module: nn.Module) -> list[tuple[str, dict[Any, Any]]]:
+    """Attributes that are dictionaries with tensors; those of nn.Module itself begin with an underscore."""
+    return [
+        (name, value)
+        for name, value in vars(module).items()
+        if isinstance(value, dict) and not name.startswith("_") and any(map(torch.is_tensor, value.values()))
+    ]

@@ -1,7 +1,7 @@
 """What a training step and a scoring pass hold at their fullest, and in which moment of which layer that is.
 
-A moment is a stretch of the step between two marks: a layer's forward pass, its backward pass, clipping, the update.
-Peaks are kept for each moment, because only so can they be extrapolated to deeper models (see `depth`).
+A moment is a stretch of the step between two marks: a layer's forward pass, its backward pass, the loss, clipping, the
+update. Peaks are kept for each moment, because only so can they be extrapolated to deeper models (see `depth`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from autopeft.backends.hf.cuda_rules import GpuRules, OnGpu, cuda_workspaces
 from autopeft.backends.hf.data import Batch
-from autopeft.backends.hf.live_bytes import Held, LiveBytes, Part, cpu_workspaces, list_tensors
+from autopeft.backends.hf.live_bytes import Held, LiveBytes, Part, cpu_workspaces, list_loose_tensors, list_tensors
 from autopeft.backends.hf.steps import bind_after_step, build_optimizer, score_batch, train_step
 from autopeft.methods import find_method
 from autopeft.records import TrialSpec
@@ -109,17 +109,25 @@ class Rehearsal:
         assert self._optimizer is not None
         live = self._count(batch)
         with self._rules(), _marks(self.model, self._optimizer, live), live:
-            train_step(
-                self._runner,
-                self._optimizer,
-                batch,
-                learning_rate=0.0,
-                device="cpu",
-                after_step=self._after_step,
-                micro_batches=micro_batches,
-            )
+            self.step(batch, micro_batches=micro_batches)
         self.wasted_bytes = live.wasted_bytes
         return live.peaks
+
+    def step(self, batch: Batch, *, micro_batches: int = 1) -> None:
+        """The training loop's step, not counted."""
+        train_step(
+            self._runner,
+            self._optimizer,
+            batch,
+            learning_rate=0.0,
+            device="cpu",
+            after_step=self._after_step,
+            micro_batches=micro_batches,
+        )
+
+    def count_held(self, batch: Batch) -> int:
+        """Bytes that are there before a step: model, states and batch."""
+        return self._count(batch).live_bytes
 
     def score(self, batch: Batch) -> Peaks:
         """The peaks of one batch's evaluation, the optimizer's states being there as in a search."""
@@ -144,6 +152,8 @@ class Rehearsal:
         live.mark("begin")
         for tensor in list_tensors(self.model):
             live.add(tensor, self._part_of(tensor))
+        for tensor in list_loose_tensors(self.model):
+            live.add(tensor, "adapter")
         for tensor in self._states:
             live.add(tensor, "optimizer")
         for tensor in batch.values():
@@ -211,6 +221,10 @@ def _marks(model: nn.Module, optimizer: torch.optim.Optimizer | None, live: Live
         backward = False
         live.mark("begin")
 
+    def end_forward(*_: Any) -> None:
+        # From here on caches of keys and the like are gone, so that less grows with the layers than before.
+        live.mark("loss")
+
     def begin_update(*_: Any) -> None:
         live.mark("update")
 
@@ -219,6 +233,7 @@ def _marks(model: nn.Module, optimizer: torch.optim.Optimizer | None, live: Live
             live.move(parameter.grad, "gradients")
 
     handles.append(model.register_forward_pre_hook(begin_forward))
+    handles.append(model.register_forward_hook(end_forward))
     for stack, layers in enumerate(find_stacks(model)):
         for index, layer in enumerate(layers):
             handles.append(layer.register_forward_pre_hook(enter(Moment("forward", stack, index))))

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import peft.tuners.boft.layer as boft
-import peft.tuners.fourierft.layer as fourierft
 import peft.tuners.shira.config as shira_config
 import peft.tuners.shira.layer as shira
 import peft.tuners.waveft.layer as waveft
 import torch
 from peft.utils.quantization_utils import Bnb4bitBackend
+from torch.overrides import TorchFunctionMode
 
 # N = butterfly factors, D = blocks of each, H = width of a block
 
@@ -46,8 +46,8 @@ def shapes_without_values() -> Iterator[None]:
         (boft.BOFTLayer, "block_butterfly_perm", lambda self, width, *rest: torch.empty(width, dtype=torch.int64)),
         (boft.BOFTLayer, "perm2mat", lambda self, order: torch.empty(len(order), len(order))),
         (shira_config, "random_mask", lambda *arguments, **keywords: None),
-        (shira.Linear, "get_delta_weight", _dense_update),
-        (fourierft.FourierFTLayer, "get_delta_weight", _fourier_update),
+        (shira.ShiraLayer, "update_layer", _update_shira_layer),
+        (shira.Linear, "get_delta_weight", lambda layer, adapter: _SparseUpdate(layer, adapter)),
         (waveft.WaveFTLayer, "get_delta_weight", _wavelet_update),
         # A fake parameter is never a `Params4bit`, by which peft would know it (`_FakeLinear4bit`).
         (Bnb4bitBackend, "get_base_weight", lambda self, layer: layer.dequantize()),
@@ -62,33 +62,84 @@ def shapes_without_values() -> Iterator[None]:
             setattr(owner, name, original)
 
 
-def _dense_update(layer: Any, adapter: str) -> torch.Tensor:
-    """SHiRA's update without its sparse tensor, which fake tensors cannot differentiate."""
-    return _scatter(layer.shira_weight[adapter], layer.out_features, layer.in_features)
+def _update_shira_layer(layer: Any, adapter: str, mask: None, r: int, *arguments: Any, **keywords: Any) -> None:
+    _UPDATE_SHIRA_LAYER(layer, adapter, mask, r, *arguments, **keywords)
+    layer.shira_indices[adapter] = torch.empty(2, layer.shira_weight[adapter].numel(), dtype=torch.int32)
 
 
-def _fourier_update(layer: Any, adapter: str) -> torch.Tensor:
-    """FourierFT's update without its places, which peft keeps where nothing that fakes a model finds them."""
-    spectrum = layer.fourierft_spectrum[adapter]
-    dense = _scatter(spectrum.float(), layer.out_features, layer.in_features)
-    update: torch.Tensor = torch.fft.ifft2(dense).real * layer.fourierft_scaling[adapter]
-    return update.to(spectrum.dtype)
+_UPDATE_SHIRA_LAYER = shira.ShiraLayer.update_layer
+
+
+class _SparseUpdate:
+    """SHiRA's update, a sparse tensor, which fake tensors cannot differentiate: what is kept of it, to be added."""
+
+    def __init__(self, layer: Any, adapter: str) -> None:
+        # PyTorch's sparse tensors take indices of 64 bits, and peft keeps 32.
+        self.indices = layer.shira_indices[adapter].long()
+        self.values = layer.shira_weight[adapter] * layer.scaling[adapter]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        assert func in (torch.Tensor.__iadd__, torch.Tensor.add_), func
+        dense, update = args
+        return _AddSparse.apply(dense, update.values, update.indices)
+
+
+class _AddSparse(torch.autograd.Function):
+    """dense += sparse, in which dense gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, dense: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        ctx.mark_dirty(dense)
+        ctx.save_for_backward(values, indices)
+        return dense
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None]:
+        values, indices = ctx.saved_tensors
+        # The gradient at those places, as a sparse tensor with indices of its own.
+        taken, _ = torch.empty_like(values), indices.clone()
+        return None, taken, None
 
 
 def _wavelet_update(layer: Any, adapter: str) -> torch.Tensor:
-    """WaveFT's update without its check that every place lies inside, which asks for the places' values."""
-    family = layer.waveft_wavelet_family[adapter]
-    rows, columns = (
-        size + lost + (size + lost) % 2
-        for size, lost in zip((layer.out_features, layer.in_features), waveft.WAVELET_REDUCTIONS[family], strict=True)
-    )
-    upper, lower = _scatter(layer.waveft_spectrum[adapter], rows, columns).chunk(2)
-    (average, horizontal), (vertical, diagonal) = upper.chunk(2, dim=1), lower.chunk(2, dim=1)
-    update = waveft.waverec2d((average, (horizontal, vertical, diagonal)), family) * layer.waveft_scaling[adapter]
-    cropped: torch.Tensor = update[: layer.out_features, : layer.in_features]
-    return cropped
+    with _EveryPlaceIsInside():
+        update: torch.Tensor = _WAVELET_UPDATE(layer, adapter)
+    return update
 
 
-def _scatter(values: torch.Tensor, num_rows: int, num_columns: int) -> torch.Tensor:
-    places = torch.empty(values.shape, dtype=torch.int64)
-    return torch.zeros(num_rows * num_columns, dtype=values.dtype).index_put((places,), values).view(num_rows, -1)
+_WAVELET_UPDATE = waveft.WaveFTLayer.get_delta_weight
+
+
+class _EveryPlaceIsInside(TorchFunctionMode):
+    """WaveFT selects by a mask the places that lie inside of its padded spectrum, which are all."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.__getitem__:
+            values, index = args
+            if _is_mask(index):
+                return _SelectAll.apply(values, index)
+            if isinstance(index, tuple) and _is_mask(index[-1]):
+                return values.clone()
+        return func(*args, **(kwargs or {}))
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype == torch.bool
+
+
+class _SelectAll(torch.autograd.Function):
+    """Selection by a mask that leaves nothing out: keeps what the real one keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(mask)
+        return values.new_empty(values.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient.new_zeros(gradient.shape), None

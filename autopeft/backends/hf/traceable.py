@@ -19,6 +19,8 @@ from peft.tuners.unilora.model import UniLoraModel
 from peft.utils.integrations import dequantize_bnb_weight
 from torch.overrides import TorchFunctionMode
 
+from autopeft.backends.hf.live_bytes import find_loose
+
 
 @contextlib.contextmanager
 def building_without_values() -> Iterator[None]:
@@ -33,12 +35,7 @@ def building_without_values() -> Iterator[None]:
 @contextlib.contextmanager
 def stepping_without_values(model: torch.nn.Module) -> Iterator[None]:
     """For a step of `model` on fake tensors. What a value would decide goes as in almost every real step."""
-    for module in model.modules():
-        if isinstance(module, adamss_layer.AdamssLayer):
-            # Kept in a plain dictionary, where making a model fake does not find it.
-            module.scatter_index = {
-                name: torch.empty(index.shape, dtype=index.dtype) for name, index in module.scatter_index.items()
-            }
+    _fake_loose_tensors(model)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_Decided())
         if importlib.util.find_spec("bitsandbytes") is not None:
@@ -46,6 +43,20 @@ def stepping_without_values(model: torch.nn.Module) -> Iterator[None]:
             hira_bnb = importlib.import_module("peft.tuners.hira.bnb")
             stack.enter_context(mock.patch.object(hira_bnb, "dequantize_bnb_weight", _dequantize))
         yield
+
+
+def _fake_loose_tensors(model: torch.nn.Module) -> None:
+    """Those in plain dictionaries, where nothing else that fakes a model finds them."""
+    fakes: dict[int, torch.Tensor] = {}
+
+    def fake(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return fakes.setdefault(id(value), torch.empty(value.shape, dtype=value.dtype))
+
+    for module in model.modules():
+        for name, kept in find_loose(module):
+            setattr(module, name, {key: fake(value) for key, value in kept.items()})
 
 
 class _Decided(TorchFunctionMode):
