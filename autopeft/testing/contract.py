@@ -20,6 +20,7 @@ from autopeft.methods.base import Method
 from autopeft.methods.faults import find_faults
 from autopeft.records import Bits, Scalar
 from autopeft.testing.fresh_process import CannotLoad, describe_modules, load_logits, save_for_use
+from autopeft.testing.memory import SAME_BYTES
 from autopeft.testing.subject import (
     NUM_STEPS,
     PAUSE_AT,
@@ -126,6 +127,13 @@ class MethodContract:
                 f"{cost.trainable_parameters:,} and trains {built.adapter:,}, the task head apart. Shapes must follow "
                 "from the model's and the settings alone, not from values or devices."
             )
+        in_peft = subject.count_by_peft()
+        if in_peft is not None and in_peft != built.adapter + built.head:
+            _break(
+                f"{subject} must train as many parameters as peft's `get_nb_trainable_parameters` tells, the task head "
+                f"included, but trains {built.adapter + built.head:,} and peft tells {in_peft:,}. A parameter must "
+                "stand once in the model and say by `requires_grad` whether it trains."
+            )
         whole = sum(
             p.numel() for name in subject.base.head for p in subject.base.model.get_submodule(name).parameters()
         )
@@ -134,6 +142,29 @@ class MethodContract:
                 f"{subject} must train the whole task head, which has {whole:,} parameters in "
                 f"{', '.join(subject.base.head)}, but trains {built.head:,} of them. The head is new: whatever of it "
                 "stays frozen stays random. With peft, give `context.head` as `modules_to_save`."
+            )
+
+    @pytest.mark.parametrize("bits", [4, 8, 32])
+    def test_its_memory_is_estimated_without_weights(self, subject: Subject, bits: Bits) -> None:
+        """Configurations are refused by their estimate before they start."""
+        if bits not in subject.method.bits:
+            pytest.skip(f"'{subject.method.name}' does not claim a base of {bits} bits")
+        _trained(subject)
+        other = subject if bits == subject.case.bits else Subject(subject.case._replace(bits=bits))
+        try:
+            agreement = other.compare_memory()
+        except Exception as exc:
+            # Other laws say so: the one about counts, and the one about quantized bases.
+            pytest.skip(f"{other} cannot be estimated or does not train: {exc}")
+        finally:
+            if other is not subject:
+                other.close()
+        if agreement.worst > SAME_BYTES:
+            _break(
+                f"{other} must hold as many bytes as are estimated without weights, within {SAME_BYTES:.0%}, but a "
+                f"training step holds {agreement.training_counted:,} and {agreement.training_estimated:,} are "
+                f"estimated, a scoring pass {agreement.scoring_counted:,} and {agreement.scoring_estimated:,}. What a "
+                "method keeps in plain dictionaries or makes on real tensors alone is not seen: keep it in buffers."
             )
 
     def test_it_starts_as_the_base_exactly_if_it_says_so(self, subject: Subject) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import peft
 import torch
 from torch import nn
 
@@ -19,12 +20,14 @@ from autopeft.backends.base import Ended, Finished, Stretch, WorkerSetup
 from autopeft.backends.hf.base_model import BaseModel, digest_model, draw_head, lend_model
 from autopeft.backends.hf.build import ParameterCount, build_trial_model, count_trainable
 from autopeft.backends.hf.cost import HfCostModel
+from autopeft.backends.hf.data import Batch
 from autopeft.backends.hf.steps import bind_after_step, build_optimizer, train_step
 from autopeft.backends.hf.trial import HfBackend
 from autopeft.errors import SpecError
 from autopeft.methods.base import Method
 from autopeft.methods.faults import DEVICE_BITS, make_recipe_spec
-from autopeft.records import Bits, Cost, Scalar, TrialSpec
+from autopeft.records import Bits, Cost, Estimate, Scalar, StepSettings, TrialSpec
+from autopeft.testing.memory import Agreement, compare_with_real_steps
 from autopeft.testing.tiny_models import (
     NUM_LABELS,
     ArchitectureName,
@@ -37,6 +40,7 @@ from autopeft.testing.tiny_models import (
 
 NUM_STEPS = 10
 PAUSE_AT, MAX_STEPS = 6, 12
+_ONE_STEP = StepSettings()
 
 
 class Case(NamedTuple):
@@ -133,6 +137,20 @@ class Subject:
     def cost(self) -> Cost:
         return self._costs.cost(self.spec)
 
+    def estimate(self, settings: StepSettings = _ONE_STEP) -> Estimate:
+        return self._costs.estimate(self.spec, settings)
+
+    def batch(self) -> Batch:
+        """The fixed batch with all that the model's own tokenizer would give."""
+        batch = tiny_batch()
+        if (getattr(self.base.model.config, "type_vocab_size", None) or 0) > 1:
+            batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+        return batch
+
+    def compare_memory(self, settings: StepSettings = _ONE_STEP) -> Agreement:
+        """The estimate beside real steps on a model of its own."""
+        return compare_with_real_steps(self.estimate(settings), self.build(), self.spec, settings, self.batch())
+
     @functools.cached_property
     def _costs(self) -> HfCostModel:
         # Not shared with other subjects: it remembers costs by the method's name, which two of them may have.
@@ -140,6 +158,11 @@ class Subject:
 
     def parameters(self) -> ParameterCount:
         return count_trainable(self.build(), self.base.head)
+
+    def count_by_peft(self) -> int | None:
+        """Trainable parameters as peft itself tells them, the head included; None where the model is not peft's."""
+        model = self.build()
+        return int(model.get_nb_trainable_parameters()[0]) if isinstance(model, peft.PeftModel) else None
 
     def build(self) -> Any:
         return build_trial_model(self.base, self.spec)

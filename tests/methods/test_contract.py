@@ -112,6 +112,13 @@ class CountedOtherwise(Gate):
         return self.base_layer(input_BTD) * (1 + self.gate[: self.base_layer.out_features] + self.gate[-1])
 
 
+class Hoards(Gate):
+    def __init__(self, base_layer: nn.Module, width: int) -> None:
+        super().__init__(base_layer, width)
+        if not self.gate.is_meta:
+            self.register_buffer("hoard", torch.zeros(10_000), persistent=False)
+
+
 class AsksForAValue(Gate):
     def forward(self, input_BTD: torch.Tensor) -> torch.Tensor:
         return super().forward(input_BTD) if self.gate[0] < 1e6 else input_BTD
@@ -203,6 +210,7 @@ def refuse_model(model: nn.Module, spec: TrialSpec, context: BuildContext) -> nn
 # Constants, because a fresh process imports a method by its name.
 HAS_NO_TITLE = make_toy(title="")
 COUNTED_OTHERWISE = make_toy(CountedOtherwise)
+HOARDS = make_toy(Hoards)
 ASKS_FOR_A_VALUE = make_toy(AsksForAValue)
 STARTS_ELSEWHERE = make_toy(StartsElsewhere)
 DENIES_ITS_START = make_toy(starts_as_base=False)
@@ -223,6 +231,7 @@ LAWS = sorted(name for name in dir(MethodContract) if name.startswith("test_"))
 SOUND = "test_its_row_is_sound"
 BUILDS = "test_it_builds_and_trains"
 COUNTED = "test_its_parameters_are_counted_without_weights"
+MEMORY = "test_its_memory_is_estimated_without_weights"
 STARTS = "test_it_starts_as_the_base_exactly_if_it_says_so"
 LEARNS = "test_ten_steps_lower_the_loss"
 GRADIENTS = "test_gradients_reach_every_trainable_parameter_and_no_frozen_one"
@@ -234,6 +243,10 @@ RESUMES = "test_a_resumed_trial_ends_to_the_bit_like_one_that_went_on"
 UNTOUCHED = "test_its_base_is_untouched_once_it_is_gone"
 
 
+_WIDTHS = {QUANTIZED: (4,), MEMORY: (32,)}
+"""Of the laws that are tried at several widths."""
+
+
 def find_broken_laws(method: Method, architecture: ArchitectureName = "bert") -> dict[str, str]:
     """Each law that the method breaks on a tiny model, with the message that its author gets."""
     broken: dict[str, str] = {}
@@ -241,7 +254,7 @@ def find_broken_laws(method: Method, architecture: ArchitectureName = "bert") ->
         subject = Subject(Case(method, architecture, 32))
         for law in LAWS:
             try:
-                getattr(MethodContract(), law)(subject, *([4] if law == QUANTIZED else []))
+                getattr(MethodContract(), law)(subject, *_WIDTHS.get(law, ()))
             except pytest.skip.Exception:
                 continue
             except pytest.fail.Exception as exc:
@@ -257,6 +270,7 @@ def find_broken_laws(method: Method, architecture: ArchitectureName = "bert") ->
         (TOY, {}),
         (HAS_NO_TITLE, {SOUND: "title must not be empty"}),
         (COUNTED_OTHERWISE, {COUNTED: "counts 128 and trains 130"}),
+        (HOARDS, {MEMORY: "must hold as many bytes as are estimated"}),
         (ASKS_FOR_A_VALUE, {COUNTED: "neither may ask for a value.*in forward\n.*self.gate.0. < 1e6"}),
         (STARTS_ELSEWHERE, {STARTS: "`starts_as_base` is true, but they differ by"}),
         (DENIES_ITS_START, {STARTS: "but `starts_as_base` is false"}),
@@ -302,6 +316,7 @@ def test_the_laws_of_these_tests_are_all_there_are() -> None:
         SOUND,
         BUILDS,
         COUNTED,
+        MEMORY,
         STARTS,
         LEARNS,
         GRADIENTS,
