@@ -46,7 +46,8 @@ def test_a_config_alone_is_enough(config, capsys):
 def test_the_text_names_every_part_and_what_was_modelled(config, capsys):
     assert main(["estimate", "--model", config, "--seq-len", "32", "--device", "a100", "--max-vram", "24GB"]) == 0
     printed = capsys.readouterr().out
-    for words in ("base weights", "gradients", "optimizer", "activations", "cuBLAS", "context", "A100", "within --max-vram"):
+    names = ("base weights", "gradients", "optimizer", "activations", "cuBLAS", "context", "A100", "within --max-vram")
+    for words in names:
         assert words in printed
 
 
