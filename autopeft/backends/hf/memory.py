@@ -106,7 +106,6 @@ class Rehearsal:
 
     def train(self, batch: Batch, *, micro_batches: int = 1) -> Peaks:
         """The peaks of one step of the training loop; afterwards `wasted_bytes` is known."""
-        assert self._optimizer is not None
         live = self._count(batch)
         with self._rules(), _marks(self.model, self._optimizer, live), live:
             self.step(batch, micro_batches=micro_batches)
@@ -115,6 +114,7 @@ class Rehearsal:
 
     def step(self, batch: Batch, *, micro_batches: int = 1) -> None:
         """The training loop's step, not counted."""
+        assert self._optimizer is not None
         train_step(
             self._runner,
             self._optimizer,
