@@ -89,6 +89,9 @@ def open_session(recipe: Recipe, out: Path, options: Options) -> Session:
             "The recipe computes in bfloat16, which is for GPUs, but this machine has none. Train where there is one, "
             "or set precision: float32 in training.yaml; the result will then differ a little from the study's."
         )
+    if "tensorboard" in options.report_to:
+        # Else its files would lie among the checkpoints.
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(out / "runs"))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     micro, accumulation = split_effective_batch(recipe, processes)
     arguments = transformers.TrainingArguments(

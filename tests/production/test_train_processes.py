@@ -136,3 +136,10 @@ def test_one_process_killed_at_any_moment_goes_on(source: Path, tmp_path: Path) 
         kill(process)
     launch(source, killed, *rhythm, processes=1)
     assert distance(tmp_path / "unbroken", killed) == 0
+
+
+def test_what_is_wrong_is_said_once(source: Path, tmp_path: Path) -> None:
+    process = start(source, tmp_path / "out", "--report-to", "nothing")
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode != 0
+    assert output.count("--report-to knows") == 1
