@@ -156,7 +156,7 @@ def _make_metadata(
 
 
 def _short_name(recipe: Recipe) -> str:
-    return recipe.model.removeprefix("local:").split("/")[-1]
+    return (find_base_id(recipe) or recipe.model.removeprefix("local:")).split("/")[-1]
 
 
 # --- the text, section by section
@@ -241,7 +241,7 @@ def _say_how_chosen(recipe: Recipe, result: TrainingResult, study: StudyRecord |
             quality = format_quality(prediction.validation_quality, prediction.scorer)
             measured = f" There it had {quality} on {prediction.num_validation:,} search-validation examples."
         return "\n".join([*lines, f"{origin}.{measured} The study's record, and with it its front, was not at hand."])
-    why = next((pick.why for pick in study.picks if pick.name == recipe.pick), "")
+    why = next((pick.why.rstrip(".") for pick in study.picks if pick.name == recipe.pick), "")
     methods = {trial.spec.method for trial in study.trials if trial.rungs}
     tried = sum(bool(trial.rungs) for trial in study.trials)
     objectives = ", ".join(study.config.objectives)

@@ -151,7 +151,7 @@ def test_the_front_is_a_table_with_this_one_in_it(
     assert f"| **{knee.number}, this one** |" in "\n".join(table)
     for member in study.front:
         assert any(line.startswith((f"| {member.number} |", f"| **{member.number},")) for line in table)
-    assert knee.why in text
+    assert knee.why.rstrip(".") in text
     assert "The search that chose it:" in text
 
 
