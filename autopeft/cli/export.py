@@ -4,32 +4,64 @@ from __future__ import annotations
 
 import argparse
 
+_TARGETS = "peft, trainer, trl, llama-factory, axolotl, unsloth, ms-swift"
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "export",
         help="write a chosen configuration for a trainer",
-        description="Writes a chosen configuration in the form that a trainer reads.",
+        description="Writes a chosen configuration with its rows in the form that a trainer reads, ready to run.",
     )
     parser.add_argument("study", help="the study's name")
-    parser.add_argument("--pick", required=True, help="best, knee, smallest, or a trial's number")
-    parser.add_argument("--to", default="peft", help="the target: peft")
+    parser.add_argument(
+        "--pick",
+        required=True,
+        help="best, knee, smallest, a trial's number, or the best with 'vram<24GB', 'params<1M' or both with a comma",
+    )
+    parser.add_argument("--to", default="peft", help=f"the target: {_TARGETS}")
     parser.add_argument("--out", required=True, help="a folder that does not exist yet, or is empty")
+    parser.add_argument("--data-dir", help="folder with the task's rows, where it is not the one that the study had")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument(
+        "--epochs", type=float, help="length over all rows; 3, but no less than the trial, unless given"
+    )
+    length.add_argument("--steps", help="length in optimizer steps, or 'trial' for the trial's own")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    import os
     from pathlib import Path
 
     from autopeft.cli.session import STUDIES, read_local
+    from autopeft.errors import ExportError
     from autopeft.export import export_trial, find_trial
     from autopeft.search.results import build_record
     from autopeft.search.store import StudyStore
 
     store = StudyStore.open(STUDIES, args.study)
     record = build_record(store)
-    model = read_local(store)["model"]
+    trial = find_trial(record, args.pick)
+    steps = None
+    if args.steps is not None:
+        if args.steps != "trial" and not args.steps.isdecimal():
+            raise ExportError(f"--steps takes a number of steps, or 'trial', but was given '{args.steps}'.")
+        steps = trial.spec.max_steps if args.steps == "trial" else int(args.steps)
+    local = read_local(store)
+    model = local["model"]
     assert model is not None
-    for path in export_trial(record, find_trial(record, args.pick), model=model, target=args.to, out=Path(args.out)):
+    paths = export_trial(
+        record,
+        trial,
+        pick=args.pick,
+        model=model,
+        target=args.to,
+        out=Path(args.out),
+        data_dir=args.data_dir or local["data_dir"] or os.environ.get("AUTOPEFT_DATA_DIR"),
+        epochs=args.epochs,
+        steps=steps,
+    )
+    for path in paths:
         print(path)
     return 0

@@ -2,41 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from autopeft.errors import ExportError, suggest_nearest
-from autopeft.export.peft import export_to_peft
+from autopeft.export import axolotl, llama_factory, ms_swift, peft, trainer, trl, unsloth
+from autopeft.export.bundle import Bundle, make_bundle
+from autopeft.export.files import Files, check_out, provenance, write_export
+from autopeft.export.picks import find_trial
+from autopeft.export.readme import write_readme
+from autopeft.export.settings import Unsaid
+from autopeft.export.target import Target
+from autopeft.methods import find_method
+from autopeft.production.recipe import Recipe, make_recipe
 from autopeft.records import StudyRecord, TrialRecord
+from autopeft.tasks.spec import TaskSpec, parse_task
 
-TARGETS: dict[str, Callable[[StudyRecord, TrialRecord, str, Path], list[Path]]] = {"peft": export_to_peft}
-"""(study, trial, model, folder) -> files written. Each refuses what it cannot express before it writes anything."""
-
-
-def find_trial(record: StudyRecord, pick: str) -> TrialRecord:
-    """The trial a pick's name or a number means. Raises ExportError with what there is."""
-    if pick.isdecimal():
-        for trial in record.trials:
-            if trial.number == int(pick):
-                return trial
-        raise ExportError(
-            f"The study '{record.config.name}' has trials 0 to {len(record.trials) - 1}, but --pick is {pick}."
-        )
-    picks = {chosen.name: chosen.number for chosen in record.picks}
-    if pick in picks:
-        return next(trial for trial in record.trials if trial.number == picks[pick])
-    if pick in ("best", "knee", "smallest"):
-        raise ExportError(
-            f"The study '{record.config.name}' has no '{pick}' yet: no trial has reached its full length. Go on with "
-            f"autopeft resume {record.config.name}, or pick a trial by number."
-        )
-    raise ExportError(f"There is no pick '{pick}'. {suggest_nearest(pick, ['best', 'knee', 'smallest'])} Or a number.")
+TARGETS: dict[str, Target] = {
+    "peft": peft.TARGET,
+    "trainer": trainer.TARGET,
+    "trl": trl.TARGET,
+    "llama-factory": llama_factory.TARGET,
+    "axolotl": axolotl.TARGET,
+    "unsloth": unsloth.TARGET,
+    "ms-swift": ms_swift.TARGET,
+}
+_BY_NEARNESS = ("trl", "llama-factory", "axolotl", "ms-swift", "unsloth", "trainer", "peft")
+"""In which another target is looked for: trainers with a file of settings first."""
 
 
-def export_trial(record: StudyRecord, trial: TrialRecord, *, model: str, target: str, out: Path) -> list[Path]:
-    """Writes the configuration for `target` into the new folder `out`."""
+def refuse_export(target: str, recipe: Recipe, task: TaskSpec) -> str | None:
+    """Why a target cannot say a configuration, or None."""
+    try:
+        return TARGETS[target].refuse(recipe, task)
+    except Unsaid as exc:
+        return str(exc)
+
+
+def find_nearest(recipe: Recipe, task: TaskSpec, *, but: str) -> str | None:
+    """Another target that can say the configuration, as far as can be told without the model."""
+    others = (name for name in _BY_NEARNESS if name != but)
+    return next((name for name in others if refuse_export(name, recipe, task) is None), None)
+
+
+def export_trial(
+    record: StudyRecord,
+    trial: TrialRecord,
+    *,
+    model: str,
+    target: str,
+    out: Path,
+    pick: str | None = None,
+    data_dir: str | None = None,
+    epochs: float | None = None,
+    steps: int | None = None,
+) -> list[Path]:
+    """Writes everything that `target` needs to train the trial on all rows into the new folder `out`.
+
+    `model` and `data_dir` say where model and rows lie on this machine. Without `epochs` or `steps` the length is the
+    recipe's own (`production.recipe.lay_out`). Raises ExportError where the target cannot say it, and writes nothing.
+    """
     if target not in TARGETS:
         raise ExportError(f"There is no export target '{target}'. {suggest_nearest(target, TARGETS)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExportError(f"--out must be a new or empty folder, but '{out}' is not. Nothing was overwritten.")
-    return TARGETS[target](record, trial, model, out)
+    check_out(out)
+    pick = pick or str(trial.number)
+    task = parse_task(record.config.task, record.config.task_name)
+    # Refused before rows and model are read, of which the latter may have to be fetched.
+    draft = make_recipe(
+        record, trial, pick=pick, num_train=record.provenance.num_train, epochs=epochs, steps=steps, model=model
+    )
+    reason = refuse_export(target, draft, task)
+    if reason is not None:
+        raise _refusal(target, draft, task, reason)
+    bundle = make_bundle(record, trial, pick=pick, model=model, data_dir=data_dir, epochs=epochs, steps=steps)
+    return write_bundle(bundle, target, out, model=model, data_dir=data_dir)
+
+
+def write_bundle(bundle: Bundle, target: str, out: Path, *, model: str, data_dir: str | None) -> list[Path]:
+    """The files of one target. Raises ExportError where the model or the rows are what it cannot say."""
+    try:
+        export = TARGETS[target].write(bundle)
+    except Unsaid as exc:
+        raise _refusal(target, bundle.recipe, bundle.task, str(exc)) from exc
+    files: Files = {
+        "README.md": write_readme(bundle, TARGETS[target], export),
+        "provenance.json": provenance(bundle, export.files, target=target, checked_with=TARGETS[target].package),
+        **export.files,
+    }
+    return write_export(files, bundle, out, model=model, data_dir=data_dir)
+
+
+def _refusal(target: str, recipe: Recipe, task: TaskSpec, reason: str) -> ExportError:
+    nearest = find_nearest(recipe, task, but=target)
+    title = find_method(recipe.spec.method).title
+    remedy = (
+        f"The nearest target that can: --to {nearest}."
+        if nearest
+        else f"No target can; train it with: autopeft train {recipe.study} --pick {recipe.trial} --out DIR."
+    )
+    return ExportError(
+        f"Trial {recipe.trial} ({title}, {recipe.spec.bits} bits, {task.kind}) cannot be exported to {target}: "
+        f"{reason} {remedy}"
+    )
+
+
+__all__ = ["TARGETS", "Target", "export_trial", "find_nearest", "find_trial", "refuse_export", "write_bundle"]

@@ -295,6 +295,8 @@ def test_a_damaged_study_is_refused(refuse: Refusal, study: str, folder: Path) -
         (["--pick", "best", "--out", "new"], ["no 'best' yet", "autopeft resume mine"]),
         (["--pick", "kne", "--out", "new"], ["'kne'", "Did you mean 'knee'?"]),
         (["--pick", "99", "--out", "new"], ["99"]),
+        (["--pick", "vram<24GB", "--out", "new"], ["full length", "autopeft resume mine"]),
+        (["--pick", "vram<lots", "--out", "new"], ["'lots'", "24GB"]),
     ],
 )
 def test_a_bad_export_is_refused(refuse: Refusal, study: str, arguments: list[str], words: list[str]) -> None:

@@ -16,7 +16,7 @@ OPTIONS = {
     ],
     "resume": ["--budget", "STUDY"],
     "report": ["STUDY"],
-    "export": ["--out", "--pick", "--to", "STUDY"],
+    "export": ["--data-dir", "--epochs", "--out", "--pick", "--steps", "--to", "STUDY"],
     "train": [
         "--all-rows", "--batch-size", "--cycles", "--data-dir", "--epochs", "--eval-every", "--from",
         "--gradient-checkpointing", "--micro-batch", "--model", "--out", "--patience", "--pick", "--report-to",

