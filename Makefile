@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-all gpu check format clean docs
+.PHONY: install demo test test-all gpu check export-check format clean docs
 
 install: $(STAMP)
 
@@ -33,6 +33,22 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Exports of every method, width and kind of task, read by each trainer's own parser in an environment of its own, and
+# trained for a few steps where that takes no GPU; writes benchmarks/results/export-check.md.
+EXPORT_CHECKS := trl llama-factory axolotl ms-swift unsloth
+
+.venvs/%/.installed: tests/export/requirements-%.txt
+	test -x .venvs/$*/bin/python || $(PYTHON) -m venv .venvs/$*
+	.venvs/$*/bin/python -m pip install --quiet --requirement $<
+	test ! -f tests/export/requirements-$*-alone.txt || \
+		.venvs/$*/bin/python -m pip install --quiet --no-deps --requirement tests/export/requirements-$*-alone.txt
+	touch $@
+
+export-check: $(STAMP) $(EXPORT_CHECKS:%=.venvs/%/.installed)
+	rm -rf .venvs/cases
+	PYTHONPATH=.:tests $(BIN)/python tests/export/make_cases.py .venvs/cases > .venvs/cases.log
+	$(BIN)/python tests/export/run_checks.py .venvs > benchmarks/results/export-check.md
+
 docs: $(STAMP)
 	$(BIN)/python -m autopeft.methods.document > docs/methods.md
 
@@ -41,4 +57,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venvs .mypy_cache .pytest_cache .ruff_cache .hypothesis
