@@ -75,11 +75,10 @@ def list_runs(trial: TrialRecord) -> Iterator[Run]:
 
 def run_script(folder: Path, trial: TrialRecord, seed: int) -> dict[str, npt.NDArray[np.float32]]:
     spec = trial.spec
-    warmup = math.ceil(spec.warmup_ratio * spec.max_steps)
     out = folder / f"seed{seed}"
     command = [
-        sys.executable, "train.py", "--max-steps", str(spec.max_steps), "--warmup-steps", str(warmup),
-        "--seed", str(seed), "--out", str(out), "--save-steps", str(spec.max_steps),
+        sys.executable, "train.py", "--max-steps", str(spec.max_steps), "--seed", str(seed), "--out", str(out),
+        "--save-steps", str(spec.max_steps),
     ]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run(command, cwd=folder, env=environment, check=True)

@@ -85,15 +85,3 @@ def to_yaml(content: Mapping[str, Any], head: str = "") -> str:
     """`head` becomes comment lines above it."""
     comment = "".join(f"# {line}\n" for line in head.splitlines())
     return comment + yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=100)
-
-
-def nest(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """`training.seed: 0` -> `training: {seed: 0}`."""
-    nested: dict[str, Any] = {}
-    for key, value in entries.items():
-        *path, last = key.split(".")
-        inner = nested
-        for part in path:
-            inner = inner.setdefault(part, {})
-        inner[last] = value
-    return nested

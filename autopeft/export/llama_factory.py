@@ -7,7 +7,7 @@ import json
 from autopeft.export.bundle import Bundle
 from autopeft.export.common import training_arguments
 from autopeft.export.files import to_yaml
-from autopeft.export.lora import ORDER, WARMUP, describe_cuts, refuse_classifier
+from autopeft.export.lora import ORDER, WARMUP, describe_cuts, install, refuse_classifier
 from autopeft.export.rows import SPLITS, Row, write_rows
 from autopeft.export.settings import (
     Entries,
@@ -129,7 +129,7 @@ def write(bundle: Bundle) -> Export:
             "data/dataset_info.json": json.dumps(info, indent=2) + "\n",
             **write_rows(bundle, to_row),
         },
-        commands=("pip install 'llamafactory[torch,bitsandbytes]==0.9.5'", "llamafactory-cli train train.yaml"),
+        commands=(install(bundle, "llamafactory==0.9.5"), "llamafactory-cli train train.yaml"),
         notes=(
             f"Completions in the rows end in {words.end}, because LLaMA-Factory's template `empty` adds no end.",
             *describe_cuts(bundle),

@@ -37,6 +37,12 @@ def describe_cuts(bundle: Bundle) -> list[str]:
     ]
 
 
+def install(bundle: Bundle, package: str) -> str:
+    """The command that installs a trainer, and bitsandbytes where the configuration needs it."""
+    extra = " bitsandbytes" if bundle.recipe.spec.bits < 16 or bundle.recipe.optimizer != "adamw" else ""
+    return f"pip install '{package}'{extra}"
+
+
 WARMUP = "Warm-up starts at zero, the trial's one step above it."
 ORDER = "Rows come in an order of the trainer's own, and batches are not put together by length."
 """Notes that hold for every trainer but our own script."""

@@ -7,7 +7,7 @@ from typing import Any
 from autopeft.export.bundle import Bundle
 from autopeft.export.common import training_arguments
 from autopeft.export.files import to_yaml
-from autopeft.export.lora import ORDER, WARMUP, describe_cuts
+from autopeft.export.lora import ORDER, WARMUP, describe_cuts, install
 from autopeft.export.rows import Row, write_rows
 from autopeft.export.settings import (
     Entries,
@@ -171,7 +171,7 @@ def write(bundle: Bundle) -> Export:
             "train.yaml": to_yaml(content, "Run in this folder: swift sft train.yaml"),
             **write_rows(bundle, _to_row),
         },
-        commands=("pip install 'ms-swift==4.6.0'", "swift sft train.yaml"),
+        commands=(install(bundle, "ms-swift==4.6.0"), "swift sft train.yaml"),
         notes=tuple(notes),
     )
 

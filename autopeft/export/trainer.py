@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 from autopeft.export.bundle import Bundle
@@ -125,7 +124,6 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
         "is_minilm": recipe.model == "minilm",
         "is_local": recipe.model.startswith("local:"),
         "minilm_version": MINILM_VERSION,
-        "trial_warmup": math.ceil(spec.warmup_ratio * spec.max_steps),
         "measured": _describe_prediction(recipe),
         "predicted": {"validation": recipe.prediction.validation_quality, "test": recipe.prediction.test_quality},
         "drawn": "head and adapter" if classification else "adapter",

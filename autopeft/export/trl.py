@@ -5,7 +5,15 @@ from __future__ import annotations
 from autopeft.export.bundle import Bundle
 from autopeft.export.common import training_arguments
 from autopeft.export.files import to_yaml
-from autopeft.export.lora import ORDER, WARMUP, describe_cuts, no_initialisation, no_lora_plus, refuse_classifier
+from autopeft.export.lora import (
+    ORDER,
+    WARMUP,
+    describe_cuts,
+    install,
+    no_initialisation,
+    no_lora_plus,
+    refuse_classifier,
+)
 from autopeft.export.rows import to_neutral, to_tokens, write_rows
 from autopeft.export.settings import Entries, Rule, Values, choose, product, say_all, to
 from autopeft.export.target import Export, Target
@@ -79,7 +87,7 @@ def write(bundle: Bundle) -> Export:
         notes.append("On a quantized base TRL keeps the adapter in bfloat16, the trial in float32.")
     return Export(
         files={"sft.yaml": to_yaml(content, "Run in this folder: trl sft --config sft.yaml"), **rows},
-        commands=("pip install 'trl[peft,quantization]==1.16.0'", "trl sft --config sft.yaml"),
+        commands=(install(bundle, "trl[peft]==1.16.0"), "trl sft --config sft.yaml"),
         notes=(*notes, *describe_cuts(bundle), WARMUP, ORDER),
     )
 
@@ -88,13 +96,11 @@ def text_or_tokens(bundle: Bundle) -> tuple[dict[str, str], list[str]]:
     """Text where TRL makes the study's tokens of it, else tokens."""
     words = bundle.words
     assert words is not None
-    if not bundle.task.prompt:
-        return write_rows(bundle, _to_text), []
     if words.joins:
-        return write_rows(bundle, to_neutral), []
+        return write_rows(bundle, to_neutral if bundle.task.prompt else _to_text), []
     note = (
-        "Rows are tokens, not text: TRL would tokenize prompt and completion together, of which this tokenizer makes "
-        "other tokens than the study, which took them apart."
+        "Rows are tokens, not text: TRL tokenizes a row as one text, of which this tokenizer makes other tokens than "
+        "of prompt, completion and end apart, as the study took them."
     )
     return write_rows(bundle, to_tokens(bundle)), [note]
 
