@@ -63,7 +63,7 @@ def _expectation(recipe: Recipe) -> str:
     if not parts:
         return "The study has not scored this configuration."
     return (
-        f"After {recipe.spec.max_steps:,} steps the study measured a {scorer} of {' and '.join(parts)}. "
+        f"After {recipe.spec.max_steps:,} steps the study measured {scorer}: {' and '.join(parts)}. "
         "Margins are standard deviations between seeds."
     )
 

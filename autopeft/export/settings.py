@@ -72,7 +72,7 @@ def whole(key: str, title: str) -> Rule:
     """A number for a field that holds whole ones."""
 
     def rule(value: Any, values: Values) -> Entries:
-        if round(value, 9) != round(value):
+        if not _is_whole(value):
             raise Unsaid(f"{title}'s {key} is a whole number, but it would be {value:g}.")
         return {key: round(value)}
 
@@ -80,8 +80,18 @@ def whole(key: str, title: str) -> Rule:
 
 
 def product(key: str, other: str, convert: Callable[[str], Rule] = to) -> Rule:
-    """The value times that of another setting, such as alpha over rank times rank."""
-    return lambda value, values: convert(key)(value * values[other], values)
+    """The value times that of another setting, such as alpha over rank times rank; an int where it is whole."""
+
+    def rule(value: Any, values: Values) -> Entries:
+        result = value * values[other]
+        return convert(key)(round(result) if _is_whole(result) else result, values)
+
+    return rule
+
+
+def _is_whole(value: float) -> bool:
+    """But for the rounding of products."""
+    return round(value, 9) == round(value)
 
 
 def choose(answers: Mapping[Any, Entries], why: str) -> Rule:

@@ -18,7 +18,7 @@ def check(case: Path, expected: Expected) -> str:
     parts = get_train_args({**given, "use_cpu": True, "bf16": False})
     model, data, training, finetuning, _ = parts
     for key, value in given.items():
-        if key in ("bf16", "dataset", "eval_dataset", "lora_target", "oft_target"):
+        if key in ("bf16", "report_to", "dataset", "eval_dataset", "lora_target", "oft_target"):
             continue
         theirs = [getattr(part, key) for part in parts if hasattr(part, key)]
         assert theirs, key

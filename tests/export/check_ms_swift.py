@@ -24,7 +24,7 @@ def check(case: Path, expected: Expected) -> str:
     compare("unknown", [], rest)
     for key, value in given.items():
         theirs = getattr(arguments, key)
-        if key in ("bf16", "torch_dtype", "output_dir", "dataset", "val_dataset", "init_weights"):
+        if key in ("bf16", "report_to", "torch_dtype", "output_dir", "dataset", "val_dataset", "init_weights"):
             continue
         compare(key, value, getattr(theirs, "value", theirs))
     _, processor = arguments.get_model_processor(load_model=False)
