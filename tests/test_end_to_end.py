@@ -67,7 +67,7 @@ def read_decisions(folder: Path) -> list[dict[str, Any]]:
         record = to_record(trial)
         del record["device_seconds"]
         for score in [*record["rungs"], *record["confirmations"]]:
-            for name in ("device_seconds", "train_seconds", "scores_digest"):
+            for name in ("device_seconds", "train_seconds", "scores_digest", "inference"):
                 score.pop(name, None)
         trials.append(record)
     return trials

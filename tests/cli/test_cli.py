@@ -22,6 +22,9 @@ OPTIONS = {
         "--gradient-checkpointing", "--micro-batch", "--model", "--out", "--patience", "--pick", "--report-to",
         "--save-every", "--schedule", "--seed", "--stage", "--steps", "--text", "SOURCE",
     ],
+    "merge": ["--data-dir", "--dtype", "--model", "--out", "DIR"],
+    "push": ["--data-dir", "--dry-run", "--dtype", "--merged", "--model", "--private", "--to", "DIR"],
+    "verify": ["--data-dir", "--model", "DIR"],
     "estimate": [
         "--accumulate", "--batch-size", "--bits", "--count", "--device", "--fix", "--gradient-checkpointing", "--json",
         "--max-vram", "--method", "--model", "--num-labels", "--optimizer", "--rank", "--seq-len", "--space", "--study",

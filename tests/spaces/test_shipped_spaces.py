@@ -54,7 +54,7 @@ def test_a_shipped_space_can_be_planned_with(
     arguments = ["search", "--task", "demo", "--model", "minilm", "--space", name, "--max-steps", "160", "--dry-run"]
     arguments += ["--budget", "20trials"] if device == "cpu" else ["--budget", "2gpu-h", "--plan-for", device]
     assert main(arguments) == 0
-    space = parse_space(find_space(name)[1], name=name, device_kind="cpu", max_steps=160)
+    space = parse_space(find_space(name)[1], name=name, device_kind="cpu", max_steps=160, model_kind="encoder")
     assert f"{name}: {', '.join(space.methods)} (" in capsys.readouterr().out
 
 
