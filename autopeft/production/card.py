@@ -310,6 +310,7 @@ def _say_configuration(recipe: Recipe, result: TrainingResult) -> str:
         ["Batch", f"{recipe.effective_batch}{accumulated}"],
         ["Steps", f"{result.steps:,} of {recipe.steps:,}; the weights are those of step {result.best_step:,}"],
         ["Precision", recipe.precision],
+        *([["Adapter begun by", f"continued pre-training, digest `{recipe.pretrained}`"]] if recipe.pretrained else []),
         ["Seed", str(recipe.seed)],
     ]
     return "\n".join(["## Configuration", "", *_table(rows, numbers=0)])
