@@ -187,9 +187,8 @@ class RecipeTrainer(transformers.Trainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(_Hooks(self))
-        # The loss is weighed here, by rows or tokens, and not once more inside the model.
+        # The loss is weighed here, by rows or tokens: nothing has to be counted beforehand.
         self.model_accepts_loss_kwargs = False
-        self.loss_is_scaled_for_ga = True
 
     @property
     def seconds(self) -> float:
@@ -232,7 +231,12 @@ class RecipeTrainer(transformers.Trainer):
         return loss * share.to(loss.dtype)
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        # Trainer's own divides the loss by the number of parts; when it does depends on its version.
+        model.train()
+        with self.compute_loss_context_manager():
+            loss: torch.Tensor = self.compute_loss(model, self._prepare_inputs(inputs))
+        self.accelerator.backward(loss)
+        loss = loss.detach()
         # Reading the loss waits for the GPU, so only every eighth step there.
         step = self.state.global_step
         if (loss.device.type == "cpu" or step % 8 == 7) and not torch.isfinite(loss):
