@@ -25,7 +25,7 @@ Bits = Literal[4, 8, 16, 32]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 VramSource = Literal["estimated", "measured"]
 FailureReason = Literal["out_of_memory", "diverged", "worker_died", "error"]
-TrialSource = Literal["recipe", "included", "sampler", "baseline"]
+TrialSource = Literal["recipe", "included", "prior", "sampler", "baseline"]
 TaskKind = Literal["classification", "generation"]
 """A class for a text, by a head on the model; or text after a prompt, by the model itself."""
 TrialState = Literal["waiting", "running", "paused", "stopped", "complete", "failed", "refused"]
@@ -327,6 +327,18 @@ class Provenance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WarmStart:
+    """What a study takes over from others: what to try first, and nothing of their results."""
+
+    sources: tuple[str, ...]
+    """Who they are, for a reader."""
+    first: tuple[TrialSpec, ...]
+    """Moved into the study's own space, the most promising first."""
+    weighed: tuple[str, ...]
+    """Methods that the sources have trained: what did well of them is among `first`, so they need no recipe."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StudyConfig:
     """What was asked for. Enough, with the study's folder, to resume it."""
 
@@ -365,6 +377,9 @@ class StudyConfig:
     task_kind: TaskKind = dataclasses.field(default="classification", metadata={"leave_out_default": True})
     model_kind: Literal["encoder", "decoder", "encoder-decoder"] | None = _optional()
     """Told from the model's configuration; None where it was not at hand, and in studies from before."""
+    least_gain: float | None = _optional()
+    """The search ends once what is left of the budget is expected to add less than this share to the hypervolume."""
+    warm_start: WarmStart | None = dataclasses.field(default=None, metadata={"leave_out_default": True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -398,7 +413,7 @@ class FrontMember:
 
     number: int
     confidence: float
-    """Share of bootstrap resamples of the validation examples in which it is on the front, in [0, 1]."""
+    """Share of bootstrap resamples, of validation examples and seeds, in which it is on the front, in [0, 1]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -408,6 +423,37 @@ class Pick:
     name: Literal["best", "knee", "smallest"]
     number: int
     why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GainForecast:
+    """What a larger budget is expected to bring."""
+
+    device_seconds: float
+    """More of search; where the budget is in trials, what so many would take."""
+    trials: float
+    """More to start, about."""
+    gain: float
+    """Expected growth of the front's hypervolume, as a share of what it is."""
+    low: float
+    high: float
+    """Between which four in five such gains lie."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """What a search left undone. All of it is estimated, see `search/outlook.py`; nothing was measured."""
+
+    stopped_seconds: float
+    """Device-seconds spent on trials that were stopped."""
+    saved_seconds: float
+    """Device-seconds that bringing those to their full length would have taken beside."""
+    stopped_members: float
+    """How many of them would have been on the front, on average."""
+    stopped_gain: float
+    """At most what they would have added to the front's hypervolume on average, as a share of what it is."""
+    forecasts: tuple[GainForecast, ...]
+    """Of larger budgets, ascending; empty where too little was tried to say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -430,6 +476,9 @@ class StudyRecord:
     finished: bool
     reference: dict[str, float] = dataclasses.field(default_factory=dict)
     """The hypervolume's fixed reference: the worst quality and costs that count, by objective."""
+    ties: tuple[tuple[int, ...], ...] = dataclasses.field(default=(), metadata={"leave_out_default": True})
+    """Groups of the front's members whose quality cannot be told apart, the best first."""
+    outlook: Outlook | None = dataclasses.field(default=None, metadata={"leave_out_default": True})
     schema_version: int = SCHEMA_VERSION
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -22,6 +23,9 @@ def run(args: argparse.Namespace) -> int:
     store = StudyStore.open(STUDIES, args.study)
     if args.budget:
         store.save_config(with_budget(store.config, args.budget))
+    elif store.finished and store.config.least_gain is not None:
+        # It may have ended early; whoever resumes it all the same wants the rest.
+        store.save_config(replace(store.config, least_gain=None))
     config = store.config
     devices, threads = restore_devices(config)
     local = read_local(store)

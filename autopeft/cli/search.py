@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from autopeft.records import WarmStart
     from autopeft.search.plan import Plan
     from autopeft.search.request import Request
 
@@ -41,6 +42,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--include", action="append", default=[], metavar="FILE", help="a configuration of your own to race; repeatable"
     )
+    parser.add_argument(
+        "--warm-start",
+        nargs="*",
+        metavar="STUDY",
+        help="try first what did well before: in these studies or leaderboard files, or with none named in the shipped "
+        "ones",
+    )
+    parser.add_argument(
+        "--stop-when-gain-below",
+        metavar="SHARE",
+        help="end once the rest of the budget is expected to improve the front by less, such as 0.5%% of its "
+        "hypervolume (default: never)",
+    )
     parser.add_argument("--until", metavar="HH:MM", help="end by this time of day")
     parser.add_argument("--price", metavar="AMOUNT", help="for the report: 2.5/gpu-h")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
@@ -54,7 +68,12 @@ def run(args: argparse.Namespace) -> int:
     from autopeft.cli.session import STUDIES, run_new_study
     from autopeft.search.plan import make_plan
 
-    plan = make_plan(_request(args), studies=STUDIES, dry_run=args.dry_run)
+    sources = None
+    if args.warm_start is not None:
+        from autopeft.report.priors import read_sources
+
+        sources = read_sources(args.warm_start, STUDIES)
+    plan = make_plan(_request(args), studies=STUDIES, dry_run=args.dry_run, sources=sources)
     print_plan(plan)
     if args.dry_run:
         _print_costs(plan)
@@ -81,8 +100,10 @@ def print_plan(plan: Plan) -> None:
         "base model": config.model,
         "devices": plan.device_title,
         "budget": f"{config.budget}" + (f", until {config.until}" if config.until else "")
+        + (f", or until the rest promises less than {config.least_gain:.2%}" if config.least_gain else "")
         + f", {config.confirm_share:.0%} kept for confirmation",
         "space": f"{config.space_name}: {', '.join(plan.space.methods)} ({plan.space.count_dimensions()} dimensions)",
+        "warm start": _describe_warm_start(config.warm_start),
         "objectives": ", ".join(config.objectives),
         "full length": f"{config.rungs[-1]} steps, compared at {', '.join(map(str, config.rungs))}",
         "estimate": _describe_estimate(plan, format_seconds),
@@ -90,7 +111,14 @@ def print_plan(plan: Plan) -> None:
     for note in plan.notes:
         print(f"note: {note}")
     for key, value in lines.items():
-        print(f"{key:<12} {value}")
+        if value:
+            print(f"{key:<12} {value}")
+
+
+def _describe_warm_start(warm_start: WarmStart | None) -> str:
+    if warm_start is None:
+        return ""
+    return f"{len(warm_start.first)} configurations first, by {', '.join(warm_start.sources)}"
 
 
 def _describe_kind(plan: Plan) -> str:
@@ -137,6 +165,7 @@ def _print_costs(plan: Plan) -> None:
     from autopeft.executors.local import LocalExecutor
     from autopeft.report.words import describe_spec, format_bytes, format_count
     from autopeft.search.limits import Limits
+    from autopeft.search.plan import first_specs
     from autopeft.search.store import Trial
 
     if plan.splits is None:
@@ -148,8 +177,8 @@ def _print_costs(plan: Plan) -> None:
     limits = Limits(plan.config, [], free)
     fitting = total = 0
     try:
-        print(f"\n{'peak VRAM, estimated':>20}  {'trainable':>10}  first trials, one a method")
-        for spec in (*plan.config.included, *plan.space.recipes):
+        print(f"\n{'peak VRAM, estimated':>20}  {'trainable':>10}  first trials")
+        for _, spec in first_specs(plan.config, plan.space):
             reply = executor.cost(spec)
             if reply.cost is None:
                 print(f"{'-':>20}  {'-':>10}  {describe_spec(spec)}: {reply.refused}")

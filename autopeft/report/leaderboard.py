@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from autopeft.errors import RecordError
 from autopeft.records import StudyRecord, from_record, to_record
@@ -19,6 +20,14 @@ from autopeft.report.tables import render_csv, render_markdown
 
 LEADERBOARD_VERSION = 1
 """Raised when the JSON changes in a way that older code would misread."""
+
+
+class Leaderboard(NamedTuple):
+    """What is kept of one task and model."""
+
+    task_name: str
+    model: str
+    entries: list[Entry]
 
 
 def update_leaderboard(study: StudyRecord, root: Path) -> Path:
@@ -48,25 +57,37 @@ def _encode(task_name: str, model: str, entries: list[Entry]) -> str:
     return json.dumps(content, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
 
 
+def read_leaderboard(path: Path) -> Leaderboard:
+    """Raises RecordError where the file cannot be read, is no leaderboard, or is of a newer schema."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise RecordError(f"A leaderboard is a readable JSON file, but {path} is not: {exc.strerror}.") from exc
+    except ValueError as exc:
+        raise RecordError(f"A leaderboard must be JSON, but {path} is not: {exc}.") from exc
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if not isinstance(version, int) or not isinstance(content.get("entries"), list):
+        raise RecordError(f"A leaderboard holds a schema_version and a list of entries, but {path} does not.")
+    if version > LEADERBOARD_VERSION:
+        raise RecordError(
+            f"{path} was written with leaderboard schema {version}, and this autopeft reads schemas up to "
+            f"{LEADERBOARD_VERSION}. Nothing was changed. Install a newer autopeft to read it."
+        )
+    entries = [from_record(Entry, item, f"{path}, entry {i}") for i, item in enumerate(content["entries"])]
+    return Leaderboard(str(content.get("task_name")), str(content.get("model")), entries)
+
+
 def _read_entries(path: Path, task_name: str, model: str) -> list[Entry]:
     if not path.exists():
         return []
     keep = "Nothing was changed. Move the file away to begin a new leaderboard."
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as exc:
-        raise RecordError(f"A leaderboard must be JSON, but {path} is not: {exc}. {keep}") from exc
-    version = content.get("schema_version") if isinstance(content, dict) else None
-    if not isinstance(version, int) or not isinstance(content.get("entries"), list):
-        raise RecordError(f"A leaderboard holds a schema_version and a list of entries, but {path} does not. {keep}")
-    if version > LEADERBOARD_VERSION:
+        board = read_leaderboard(path)
+    except RecordError as exc:
+        raise RecordError(f"{exc} {keep}") from exc
+    if (board.task_name, board.model) != (task_name, model):
         raise RecordError(
-            f"{path} was written with leaderboard schema {version}, and this autopeft reads schemas up to "
-            f"{LEADERBOARD_VERSION}. Nothing was changed. Install a newer autopeft to add to it."
+            f"A leaderboard belongs to one task and model, but {path} is that of {board.task_name!r} on "
+            f"{board.model!r}, and this study is of {task_name!r} on {model!r}. {keep}"
         )
-    if (content.get("task_name"), content.get("model")) != (task_name, model):
-        raise RecordError(
-            f"A leaderboard belongs to one task and model, but {path} is that of {content.get('task_name')!r} on "
-            f"{content.get('model')!r}, and this study is of {task_name!r} on {model!r}. {keep}"
-        )
-    return [from_record(Entry, item, f"{path}, entry {i}") for i, item in enumerate(content["entries"])]
+    return board.entries

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -30,7 +31,7 @@ from autopeft.executors.devices import (
     plan_gpu_workers,
 )
 from autopeft.methods.kinds import read_model_kind
-from autopeft.records import Provenance, StudyConfig
+from autopeft.records import Provenance, StudyConfig, TrialSource, TrialSpec, WarmStart
 from autopeft.search.front import parse_objectives
 from autopeft.search.lengths import (
     AUTO_GPU_DECODER,
@@ -40,8 +41,9 @@ from autopeft.search.lengths import (
     guess_seconds_per_step,
     plan_rungs,
 )
-from autopeft.search.request import Request, parse_bytes, parse_count, parse_fixed, read_included
+from autopeft.search.request import Request, parse_bytes, parse_count, parse_fixed, parse_share, read_included
 from autopeft.search.store import check_new_study
+from autopeft.search.warm_start import Source, choose_first
 from autopeft.spaces.load import find_space, parse_space
 from autopeft.spaces.space import SearchSpace
 from autopeft.tasks.data import Splits, load_splits, majority_predictions
@@ -106,8 +108,13 @@ def make_setup(
     )
 
 
-def make_plan(request: Request, *, studies: Path, dry_run: bool = False) -> Plan:
-    """Everything that can be known before a worker starts. Raises a UsageError for whatever the user can mend."""
+def make_plan(
+    request: Request, *, studies: Path, dry_run: bool = False, sources: Sequence[Source] | None = None
+) -> Plan:
+    """Everything that can be known before a worker starts. Raises a UsageError for whatever the user can mend.
+
+    `sources` are what a warm start chooses from; None for a start from recipes alone.
+    """
     if request.name is not None:
         check_new_study(studies, request.name)
     budget = parse_budget(request.budget)
@@ -132,6 +139,9 @@ def make_plan(request: Request, *, studies: Path, dry_run: bool = False) -> Plan
         max_steps = choose_max_steps(wall * len(devices), per_step, splits)
     if max_steps < 4:
         raise SpecError(f"--max-steps must be at least 4, but is {max_steps}.")
+    least_gain = None
+    if request.stop_when_gain_below is not None:
+        least_gain = parse_share(request.stop_when_gain_below, "--stop-when-gain-below")
     fixed = parse_fixed(request.fix)
     space_name, space_text = find_space(request.space)
     methods = tuple(part.strip() for part in request.methods.split(",")) if request.methods else None
@@ -145,6 +155,9 @@ def make_plan(request: Request, *, studies: Path, dry_run: bool = False) -> Plan
         read_included(Path(path), device_kind=device_kind, max_steps=max_steps, seed=request.seed, task_kind=task.kind)
         for path in request.include
     )
+    warm_start = None
+    if sources is not None:
+        warm_start = choose_first(sources, space, objectives=objectives, max_steps=max_steps, seed=request.seed)
     # What a generation task must beat is the untrained base, which the search scores first.
     majority, majority_test = (0.0, 0.0) if task.kind == "generation" else _majority_qualities(task, splits)
     config = StudyConfig(
@@ -174,6 +187,8 @@ def make_plan(request: Request, *, studies: Path, dry_run: bool = False) -> Plan
         scorer=task.scorer,
         task_kind=task.kind,
         model_kind=model_kind,
+        warm_start=warm_start,
+        least_gain=least_gain,
     )
     return Plan(
         config=config,
@@ -317,6 +332,18 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
+
+
+def first_specs(config: StudyConfig, space: SearchSpace) -> list[tuple[TrialSource, TrialSpec]]:
+    """What is tried before the sampler is asked, in that order: the user's own, what did well elsewhere, and recipes of
+    the methods of which nothing is known."""
+    warm = config.warm_start or WarmStart(sources=(), first=(), weighed=())
+    recipes = [spec for spec in space.recipes if spec.method not in warm.weighed]
+    return [
+        *(("included", spec) for spec in config.included),
+        *(("prior", spec) for spec in warm.first),
+        *(("recipe", spec) for spec in recipes),
+    ]
 
 
 def restore_space(config: StudyConfig) -> SearchSpace:

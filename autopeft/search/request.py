@@ -35,6 +35,7 @@ class Request:
     name: str | None = None
     data_dir: str | None = None
     include: Sequence[str] = ()
+    stop_when_gain_below: str | None = None
     until: str | None = None
     price: str | None = None
     plan_for: str | None = None
@@ -66,6 +67,18 @@ def parse_count(text: str) -> int:
     if not 1 <= count < math.inf:
         raise SpecError(f"--max-params must be at least 1, but is '{text}'.")
     return round(count)
+
+
+def parse_share(text: str, option: str) -> float:
+    """`0.5%` and `0.005` -> 0.005. Raises SpecError where it is no share above 0 and below 1."""
+    cleaned = text.strip()
+    try:
+        share = float(cleaned.removesuffix("%")) / (100 if cleaned.endswith("%") else 1)
+    except ValueError:
+        raise SpecError(f"{option} takes a share such as 0.5%, but was given '{text}'.") from None
+    if not 0 < share < 1:
+        raise SpecError(f"{option} must be above 0% and below 100%, but is '{text}'.")
+    return share
 
 
 def parse_fixed(items: Sequence[str]) -> dict[str, Scalar]:

@@ -39,7 +39,9 @@ from autopeft.records import (
 from autopeft.search.account import Account
 from autopeft.search.front import cost_value, cost_vector
 from autopeft.search.limits import Limits
-from autopeft.search.policy import Promote, Situation, Speed, StartNew, choose_next, next_rung
+from autopeft.search.outlook import GainModel
+from autopeft.search.plan import first_specs
+from autopeft.search.policy import Promote, Situation, Speed, StartNew, Wait, choose_next, next_rung
 from autopeft.search.racing import Contender, LossCurve, PairedRacing, RacingRule, Verdict, beats_majority, paired_z
 from autopeft.search.results import analyze, build_record, plan_confirmations
 from autopeft.search.sampler import Observation, suggest_spec
@@ -81,6 +83,13 @@ class _Running(NamedTuple):
     step: int
 
 
+class _Rest(NamedTuple):
+    """What the rest of the budget was expected to bring when so many scores and ends were recorded."""
+
+    scored: int
+    gain: float | None
+
+
 class Search:
     """Runs one study on one executor."""
 
@@ -113,6 +122,8 @@ class Search:
         self._refused_in_a_row = 0
         self._idle_deaths = 0
         self._confirm_queue: list[tuple[Trial, int]] = []
+        self._rest = _Rest(-1, None)
+        self._ends_early = False
         self._costs: dict[str, CostReply] = {}
         self._latencies: dict[str, float] = {}
         self._base_latency: float | None = None
@@ -161,11 +172,10 @@ class Search:
         if not self.store.reference and not self._awaits_base():
             self._fix_reference()
         if all(trial.source != "sampler" for trial in self.store.trials):
-            for spec in self.config.included:
-                self._add_first(spec, "included")
-            for spec in self.space.recipes:
-                if sum(trial.state == "waiting" for trial in self.store.trials) < self.account.ledger.trials_left():
-                    self._add_first(spec, "recipe")
+            for source, spec in first_specs(self.config, self.space):
+                waiting = sum(trial.state == "waiting" for trial in self.store.trials)
+                if source == "included" or waiting < self.account.ledger.trials_left():
+                    self._add_first(spec, source)
         # A driver killed between a score and its consequences left them to its successor.
         self._race_all()
 
@@ -280,6 +290,9 @@ class Search:
             return None
         while True:
             choice = choose_next(self._situation(), self.speed)
+            self._ends_early = not isinstance(choice, Wait) and self._is_enough()
+            if self._ends_early:
+                return None
             if isinstance(choice, Promote):
                 return self._stretch_of(self._trial(choice.number))
             if not isinstance(choice, StartNew):
@@ -294,6 +307,33 @@ class Search:
             elif trial.source == "sampler":
                 self._refused_in_a_row += 1
                 self._can_suggest = self._refused_in_a_row < _MOST_REFUSED
+
+    def _is_enough(self) -> bool:
+        """Whether what is left of the budget promises less than the user wants of it.
+
+        Asked anew when a trial has ended or paused: where a running one then adds more than was expected, the search
+        goes on.
+        """
+        least = self.config.least_gain
+        if least is None or any(trial.state == "waiting" for trial in self.store.trials):
+            return False
+        scored = sum(len(trial.rungs) + (trial.outcome is not None) for trial in self.store.trials)
+        if self._rest.scored != scored:
+            self._rest = _Rest(scored, self._estimate_rest())
+        return self._rest.gain is not None and self._rest.gain < least
+
+    def _estimate_rest(self) -> float | None:
+        """Expected growth of the front with the rest of the search's budget; None where too little was tried to say."""
+        model = GainModel(self.store.trials, self.config.rungs, self.store.reference)
+        if not model.can_tell:
+            return None
+        seconds, trials = self.account.search_seconds_left(), self.account.ledger.trials_left()
+        gains = []
+        if math.isfinite(seconds):
+            gains.append(model.estimate(max(0.0, seconds) * self.executor.device_rate * self.executor.num_workers))
+        if math.isfinite(trials):
+            gains.append(model.estimate_trials(max(0.0, trials)))
+        return min((gain.expected for gain in gains), default=None)
 
     def _situation(self) -> Situation:
         return Situation(
@@ -728,6 +768,13 @@ class Search:
             )
         elif self._confirm_queue:
             notes.append(f"{len(self._confirm_queue)} planned confirmations did not fit into the budget.")
+        if self._ends_early:
+            assert self._rest.gain is not None
+            notes.append(
+                f"The search was ended early: the rest of its budget was expected to enlarge the front's hypervolume "
+                f"by {self._rest.gain:.2%}, less than --stop-when-gain-below {self.config.least_gain:.2%}. To go on "
+                f"all the same: autopeft resume {self.config.name}."
+            )
         overrun = -self.account.budget_seconds_left()
         if overrun > 0 and math.isfinite(overrun):
             notes.append(f"The budget was overrun by {overrun:.0f} s of wall time, the end of the last stretch.")

@@ -70,7 +70,7 @@ class SearchSpace:
         space = self.methods.get(spec.method)
         if space is None:
             return None
-        values = _values(spec)
+        values = spec_values(spec)
         answers: dict[str, Scalar] = {"method": spec.method}
         for name, value in space.fixed.items():
             if values.get(name) != value:
@@ -106,7 +106,8 @@ def _suggest(suggester: Suggester, name: str, dimension: Dimension) -> Scalar:
     return suggester.suggest_float(name, dimension.low, dimension.high, log=dimension.log)
 
 
-def _values(spec: TrialSpec) -> dict[str, Scalar]:
+def spec_values(spec: TrialSpec) -> dict[str, Scalar]:
+    """All settings of a configuration by name, shared ones among them: what `make_spec` makes it from."""
     values: dict[str, Scalar] = dict(spec.settings)
     for name in SHARED:
         value = getattr(spec, name)

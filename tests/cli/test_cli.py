@@ -11,8 +11,8 @@ from autopeft.cli.main import build_parser, main
 OPTIONS = {
     "search": [
         "--budget", "--data-dir", "--dry-run", "--fix", "--include", "--max-params", "--max-steps", "--max-vram",
-        "--methods", "--model", "--name", "--objectives", "--plan-for", "--price", "--seed", "--space", "--task",
-        "--until", "--workers",
+        "--methods", "--model", "--name", "--objectives", "--plan-for", "--price", "--seed", "--space",
+        "--stop-when-gain-below", "--task", "--until", "--warm-start", "--workers",
     ],
     "resume": ["--budget", "STUDY"],
     "report": ["STUDY"],

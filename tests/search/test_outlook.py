@@ -1,0 +1,206 @@
+"""What a search left undone: against processes whose gains are known, and in whole studies."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autopeft.records import Completed, Cost, Outcome, RungScore, Stopped, TrialSpec, TrialState
+from autopeft.search.front import hypervolume, scale_point
+from autopeft.search.outlook import FEWEST_DRAWS, GainModel, find_outlook, judge_stopped
+from autopeft.search.store import Trial
+
+if TYPE_CHECKING:
+    from conftest import FakeStudies
+
+RUNGS = (40, 80, 160)
+REFERENCE = {"quality": 0.5, "vram": 1000.0, "params": 1000.0}
+MakeTrial = Callable[..., Trial]
+
+
+@pytest.fixture(scope="session")
+def make_trial(make_spec: Callable[..., TrialSpec]) -> MakeTrial:
+    def make_trial(
+        *qualities: float, vram: int = 500, params: int = 100, state: TrialState | None = None, seconds: float = 10.0
+    ) -> Trial:
+        rungs = [
+            RungScore(
+                rung=rung, step=RUNGS[rung], quality=quality, loss=1.0, num_examples=10_000, device_seconds=1.0,
+                train_seconds=1.0, scores_file="x", scores_digest="x",
+            )
+            for rung, quality in enumerate(qualities)
+        ]  # fmt: skip
+        state = state or ("complete" if len(qualities) == len(RUNGS) else "paused")
+        outcome: Outcome | None = {
+            "complete": Completed(), "stopped": Stopped(rung=0, rival=0, detail="")
+        }.get(state)  # fmt: skip
+        return Trial(
+            number=0, spec=make_spec(), source="sampler", state=state, rungs=rungs, device_seconds=seconds,
+            cost=Cost(trainable_parameters=params, head_parameters=1, peak_vram_bytes=vram, vram_source="estimated"),
+            outcome=outcome,
+        )  # fmt: skip
+
+    return make_trial
+
+
+def model(trials: list[Trial]) -> GainModel:
+    return GainModel(trials, RUNGS, REFERENCE)
+
+
+def random_trials(make_trial: MakeTrial, number: int, seed: int) -> list[Trial]:
+    """Complete ones from one distribution: the cheaper, the worse, give or take."""
+    rng = np.random.default_rng(seed)
+    trials = []
+    for _ in range(number):
+        size = rng.uniform()
+        quality = min(0.99, 0.6 + 0.3 * size + 0.05 * rng.standard_normal())
+        trials.append(make_trial(0.5, 0.5, quality, vram=int(100 + 800 * size), params=int(10 ** (3 * size))))
+    return trials
+
+
+@given(st.integers(FEWEST_DRAWS, 30), st.integers(0, 5), st.randoms())
+def test_the_order_of_trials_says_nothing(make_trial: MakeTrial, number: int, seed: int, random: Any) -> None:
+    trials = random_trials(make_trial, number, seed)
+    trials += [make_trial(0.6), make_trial(0.7, 0.7), make_trial(0.55, state="stopped")]
+    shuffled = random.sample(trials, len(trials))
+    assert find_outlook(shuffled, RUNGS, REFERENCE) == find_outlook(trials, RUNGS, REFERENCE)
+
+
+@given(st.integers(FEWEST_DRAWS, 30), st.integers(0, 5), st.floats(0, 500), st.floats(0, 500))
+def test_more_budget_never_promises_less_and_none_promises_nothing(
+    make_trial: MakeTrial, number: int, seed: int, some: float, more: float
+) -> None:
+    found = model(random_trials(make_trial, number, seed))
+    assert found.estimate(0.0).expected == 0.0
+    assert 0.0 <= found.estimate(some).expected <= found.estimate(some + more).expected + 1e-12
+    assert found.estimate_trials(0.0).expected == 0.0
+
+
+def test_more_of_the_same_process_brings_what_was_expected_on_average(make_trial: MakeTrial) -> None:
+    expected, realised = [], []
+    for seed in range(60):
+        trials = random_trials(make_trial, 48, seed)
+        first = model(trials[:24])
+        expected.append(first.estimate_trials(24).expected)
+        realised.append(model(trials).volume / first.volume - 1)
+    assert np.mean(expected) == pytest.approx(np.mean(realised), rel=0.25)
+
+
+def test_four_in_five_gains_lie_between_low_and_high(make_trial: MakeTrial) -> None:
+    inside = 0
+    for seed in range(100):
+        trials = random_trials(make_trial, 48, seed)
+        first = model(trials[:24])
+        gain = first.estimate_trials(24)
+        inside += gain.low <= model(trials).volume / first.volume - 1 <= gain.high
+    assert 55 <= inside <= 95
+
+
+def test_trials_that_all_end_alike_promise_nothing_more(make_trial: MakeTrial) -> None:
+    found = model([make_trial(0.5, 0.6, 0.8) for _ in range(20)])
+    assert found.estimate(1000.0).expected == pytest.approx(0.0, abs=1e-12)
+
+
+def test_too_few_trials_say_nothing(make_trial: MakeTrial) -> None:
+    trials = random_trials(make_trial, FEWEST_DRAWS - 1, 0)
+    assert not model(trials).can_tell
+    assert find_outlook(trials, RUNGS, REFERENCE) is None
+
+
+def test_a_paused_trial_that_promises_much_is_worth_its_time(make_trial: MakeTrial) -> None:
+    trials = random_trials(make_trial, 16, 0)
+    promising = make_trial(0.96, 0.97, vram=200, params=10, seconds=5.0)
+    # It has half of its length left: as long as it took.
+    before, after = model(trials).estimate(5.0).expected, model([*trials, promising]).estimate(5.0).expected
+    assert after > before + 0.02
+    assert model([*trials, promising]).estimate(4.0).expected < after
+
+
+def test_a_stopped_trial_that_ends_level_with_its_rival_counts_half(make_trial: MakeTrial) -> None:
+    # Both complete trials grow by 0.1 a rung, so the stopped one is forecast exactly where the cheaper rival is.
+    trials = [make_trial(0.6, 0.7, 0.8, vram=400), make_trial(0.6, 0.7, 0.8, vram=400)]
+    stopped = make_trial(0.6, state="stopped", vram=400)
+    members, gain = judge_stopped([*trials, stopped], RUNGS, REFERENCE)
+    assert members == pytest.approx(0.5, abs=0.05)
+    assert gain > 0
+
+
+def test_a_stopped_trial_far_behind_would_have_been_on_no_front(make_trial: MakeTrial) -> None:
+    trials = [make_trial(0.7 + i / 100, 0.8 + i / 100, 0.9 + i / 100, vram=400) for i in range(9)]
+    members, gain = judge_stopped([*trials, make_trial(0.3, state="stopped", vram=500)], RUNGS, REFERENCE)
+    assert members < 0.01
+    assert gain < 0.001
+
+
+def test_the_outlook_adds_up_what_stopped_trials_took_and_saved(make_trial: MakeTrial) -> None:
+    trials = random_trials(make_trial, 10, 0)
+    stopped = [make_trial(0.6, state="stopped", seconds=3.0), make_trial(0.6, 0.6, state="stopped", seconds=6.0)]
+    found = find_outlook([*trials, *stopped], RUNGS, REFERENCE)
+    assert found is not None
+    assert found.stopped_seconds == 9.0
+    # 40 of 160 steps took 3 s, so the rest takes 9; 80 took 6, so the rest takes 6.
+    assert found.saved_seconds == pytest.approx(15.0)
+    assert [round(forecast.device_seconds, 6) for forecast in found.forecasts] == [27.25, 54.5, 109.0]
+    assert all(f.low <= f.gain <= f.high for f in found.forecasts)
+
+
+def test_the_volume_is_the_fronts(make_trial: MakeTrial) -> None:
+    trials = random_trials(make_trial, 12, 0)
+    points = np.array([scale_point(t.rungs[-1].quality, t.cost, REFERENCE) for t in trials if t.cost])
+    assert model(trials).volume == pytest.approx(hypervolume(points, [1.0] * 3))
+
+
+# --- ending early
+
+
+def run(studies: FakeStudies, **changes: Any) -> Any:
+    return studies.run(studies.create(**changes))
+
+
+def test_a_search_ends_once_the_rest_promises_less_than_is_asked(make_studies: Callable[[], FakeStudies]) -> None:
+    whole = run(make_studies(), budget="40trials")
+    early = run(make_studies(), budget="40trials", least_gain=0.2)
+    assert early.ledger.search_seconds < whole.ledger.search_seconds
+    assert any("ended early" in note and "autopeft resume study" in note for note in early.notes)
+    assert not any("ended early" in note for note in whole.notes)
+    # Until then it decided as it would have decided anyway.
+    assert [t.spec for t in early.trials] == [t.spec for t in whole.trials[: len(early.trials)]]
+
+
+def test_a_threshold_that_is_never_met_changes_nothing(make_studies: Callable[[], FakeStudies]) -> None:
+    whole, same = (run(make_studies(), budget="12trials", least_gain=least) for least in (None, 1e-9))
+    assert [(t.spec, t.state) for t in same.trials] == [(t.spec, t.state) for t in whole.trials]
+    assert same.notes == whole.notes
+
+
+def test_a_clocked_search_that_ends_early_confirms_and_leaves_time_unspent(
+    make_studies: Callable[[], FakeStudies],
+) -> None:
+    early = run(make_studies(), budget="60min", least_gain=0.2)
+    assert any("ended early" in note for note in early.notes)
+    assert early.ledger.wall_seconds < 50 * 60
+    assert any(trial.confirmations for trial in early.trials)
+
+
+def test_a_study_that_ended_early_goes_on_without_its_threshold(studies: FakeStudies) -> None:
+    early = run(studies, budget="40trials", least_gain=0.2)
+    assert any("ended early" in note for note in early.notes)
+    store = studies.open()
+    store.save_config(dataclasses.replace(store.config, least_gain=None))
+    went_on = studies.run(store)
+    assert went_on.ledger.search_seconds > early.ledger.search_seconds
+    assert not any("ended early" in note for note in went_on.notes)
+
+
+def test_every_study_of_some_trials_has_an_outlook(studies: FakeStudies) -> None:
+    record = run(studies, budget="16trials")
+    assert record.outlook is not None
+    assert [forecast.trials for forecast in record.outlook.forecasts] == [4.0, 8.0, 16.0]
+    assert all(math.isfinite(forecast.gain) for forecast in record.outlook.forecasts)
