@@ -125,6 +125,7 @@ def write_outputs(record: StudyRecord) -> None:
 
 def print_summary(record: StudyRecord) -> None:
     """The picks, and what they are worth, in a few lines."""
+    from autopeft.report.certainty import say_more, say_stopped, say_ties
     from autopeft.report.words import describe_spec, format_bytes, format_count, format_quality
 
     scorer = record.config.scorer
@@ -153,6 +154,8 @@ def print_summary(record: StudyRecord) -> None:
             f"          {describe_spec(trial.spec)}"
         )
     if record.picks:
+        for sentence in filter(None, [*say_ties(record), say_stopped(record), say_more(record)]):
+            print(sentence)
         print(
             f"\nexport with: autopeft export {record.config.name} --pick knee --to peft --out {record.config.name}-knee"
         )

@@ -13,8 +13,9 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from autopeft.methods import METHODS
-from autopeft.records import StudyRecord, TrialSpec
+from autopeft.records import StudyRecord, TrialSpec, WarmStart
 from autopeft.report.cards import Exportable, list_cards
+from autopeft.report.certainty import list_extensions, say_stopped, say_ties
 from autopeft.report.charts import Figure
 from autopeft.report.figures import PURPOSES, curves_figure, timeline_figure
 from autopeft.report.files import write_atomically
@@ -71,6 +72,9 @@ def build_page(study: StudyRecord, *, exportable: Exportable = refuse_peft_expor
         columns=list_columns(study),
         rows=rows,
         row_states=list_states(rows),
+        ties=say_ties(study),
+        stopped=say_stopped(study),
+        extensions=list_extensions(study),
         spending=list_spending(study),
         purposes={segment.purpose: PURPOSES[segment.purpose] for segment in study.segments},
         marks=marks.values(),
@@ -156,6 +160,11 @@ def _list_notes(study: StudyRecord) -> list[str]:
     return [*study.notes, *([] if study.finished else [unfinished])]
 
 
+def _describe_warm_start(warm_start: WarmStart) -> str:
+    number = len(warm_start.first)
+    return f"{number} first configurations by {', '.join(warm_start.sources)}; none of their results are in this study"
+
+
 def _list_origins(study: StudyRecord) -> list[tuple[str, str]]:
     """What a sceptic would ask for: versions, digests, device, seeds, splits."""
     config, provenance = study.config, study.provenance
@@ -174,6 +183,7 @@ def _list_origins(study: StudyRecord) -> list[tuple[str, str]]:
         ),
         ("Search", f"space {config.space_name}, objectives {', '.join(config.objectives)}, {config.workers} workers"),
         ("Memory", describe_memory(study)),
+        *([("Warm start", _describe_warm_start(config.warm_start))] if config.warm_start else []),
         ("Seed", f"{config.seed}; finalists confirmed with up to {config.confirm_seeds} more"),
         ("Packages", ", ".join(f"{name} {version}" for name, version in sorted(provenance.packages.items())) or "none"),
     ]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from autopeft.records import Failed, Refused, Stopped, StudyRecord, TrialRecord
+from autopeft.report.certainty import tie_letter
 from autopeft.report.palette import Mark
 from autopeft.report.scores import Score, all_trials, held_out_score, serving_seconds, validation_score, vram_title
 from autopeft.report.words import (
@@ -66,7 +67,11 @@ def list_columns(study: StudyRecord) -> list[Column]:
         *_serving_columns(study),
         Column("Steps", "number", "Optimizer steps reached, of the full length"),
         Column("Device time", "number", "All stretches, confirmations included"),
-        Column("On front", "number", "Share of bootstrap resamples in which it is on the front"),
+        Column(
+            "On front",
+            "number",
+            "Share of bootstrap resamples in which it is on the front; members of a tie cannot be told apart",
+        ),
     ]
 
 
@@ -105,7 +110,7 @@ def list_rows(study: StudyRecord, marks: dict[str, Mark]) -> list[Row]:
                 *_scores(study, trial),
                 *_costs(trial, mixed, has_head(study)),
                 *_serving(study, trial),
-                *_effort(trial, confidence),
+                *_effort(trial, confidence, tie_letter(study, trial.number)),
             ],
             trial.state,
             trial.number in confidence,
@@ -129,7 +134,9 @@ def _annotate_state(trial: TrialRecord) -> str:
     """Who stopped a trial, else where it came from."""
     if isinstance(trial.outcome, Stopped):
         return f"lost to #{trial.outcome.rival}"
-    return {"included": "yours", "baseline": "baseline", "recipe": "recipe"}.get(trial.source, "")
+    return {"included": "yours", "prior": "warm start", "baseline": "baseline", "recipe": "recipe"}.get(
+        trial.source, ""
+    )
 
 
 def _what(trial: TrialRecord, mark: Mark) -> list[Cell]:
@@ -185,14 +192,14 @@ def _serving(study: StudyRecord, trial: TrialRecord) -> list[Cell]:
     return cells
 
 
-def _effort(trial: TrialRecord, confidence: dict[int, float]) -> list[Cell]:
+def _effort(trial: TrialRecord, confidence: dict[int, float], tie: str) -> list[Cell]:
     steps = trial.rungs[-1].step if trial.rungs else 0
     seconds = trial.device_seconds + sum(c.device_seconds for c in trial.confirmations)
     share = confidence.get(trial.number)
     return [
         Cell(f"{steps:,}", steps, "" if steps >= trial.spec.max_steps else f"of {trial.spec.max_steps:,}"),
         Cell(format_seconds(seconds), seconds) if seconds else EMPTY,
-        EMPTY if share is None else Cell(f"{share:.0%}", share),
+        EMPTY if share is None else Cell(f"{share:.0%}", share, f"tie {tie}" if tie else ""),
     ]
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from autopeft.records import Cost
 from autopeft.report.entries import Entry
-from autopeft.report.scores import undominated
+from autopeft.report.scores import standard_error, undominated
 from autopeft.report.words import title_method
 
 _BASELINES = {
@@ -18,12 +19,20 @@ _BASELINES = {
 }
 
 
+_CLEAR = 2.0
+"""A difference counts as clear from this many standard errors on."""
+_NO_GAP = 1e-12
+"""Of two scores without any spread: equal ones are level, others are not."""
+
+
 class Standing(NamedTuple):
     """An entry with what follows from its runs and its rivals."""
 
     entry: Entry
     rank: int | None
     """From 1; None for baselines."""
+    places: tuple[int, int] | None
+    """The first and the last rank that it may have: those that are not clearly better or worse may swap with it."""
     on_front: bool
     quality: float
     quality_sd: float | None
@@ -71,6 +80,7 @@ def _stand(entry: Entry) -> Standing:
     return Standing(
         entry=entry,
         rank=None,
+        places=None,
         on_front=False,
         quality=statistics.fmean(qualities),
         quality_sd=_deviation(qualities),
@@ -113,4 +123,44 @@ def _rank_group(group: Sequence[Standing]) -> list[Standing]:
     front = {standing.entry.key for (standing, _), keep in zip(priced, kept, strict=True) if keep}
     front &= {standing.entry.key for standing in rivals}
     ranks = {standing.entry.key: place for place, standing in enumerate(rivals, start=1)}
-    return [s._replace(rank=ranks.get(s.entry.key), on_front=s.entry.key in front) for s in ordered]
+    places = _find_places(rivals)
+    return [
+        s._replace(rank=ranks.get(s.entry.key), places=places.get(s.entry.key), on_front=s.entry.key in front)
+        for s in ordered
+    ]
+
+
+def _find_places(rivals: Sequence[Standing]) -> dict[str, tuple[int, int]]:
+    """By key, for rivals from the best to the worst.
+
+    A difference is clear from two standard errors on. Leaderboards keep no answers, so it is judged as if the examples
+    were not the same for all, which is rather too careful. What seeds change is known of rivals with several; a single
+    run is taken to vary as they do on average.
+    """
+    variances = _find_variances(rivals)
+    places = {}
+    for standing in rivals:
+        clear = [
+            (rival.quality - standing.quality)
+            / max(_CLEAR * math.sqrt(variances[rival.entry.key] + variances[standing.entry.key]), _NO_GAP)
+            for rival in rivals
+        ]
+        better, worse = sum(gap > 1 for gap in clear), sum(gap < -1 for gap in clear)
+        places[standing.entry.key] = (1 + better, len(rivals) - worse)
+    return places
+
+
+def _find_variances(rivals: Sequence[Standing]) -> dict[str, float]:
+    """Squared standard errors of the rivals' qualities, by key: over examples and seeds."""
+    known = [standing.quality_sd**2 for standing in rivals if standing.quality_sd is not None]
+    of_seeds = statistics.fmean(known) if known else 0.0
+    return {
+        standing.entry.key: (_example_error(standing) or 0.0) ** 2
+        + (of_seeds if standing.quality_sd is None else standing.quality_sd**2) / standing.num_seeds
+        for standing in rivals
+    }
+
+
+def _example_error(standing: Standing) -> float | None:
+    examples = min(run.num_examples for run in standing.entry.runs)
+    return standard_error(standing.quality, examples, standing.entry.scorer)

@@ -22,6 +22,8 @@ from autopeft.report.words import (
 
 _COLUMNS = (
     "rank",
+    "first_place",
+    "last_place",
     "method",
     "configuration",
     "bits",
@@ -79,6 +81,7 @@ def _csv_row(standing: Standing) -> list[object]:
     entry, spec, cost = standing.entry, standing.entry.spec, standing.cost
     return [
         standing.rank,
+        *(standing.places or (None, None)),
         standing.title if spec is None or entry.kind != "trial" else spec.method,
         "" if spec is None else describe_settings(spec),
         None if spec is None else spec.bits,
@@ -109,9 +112,10 @@ def _explain(standings: Sequence[Standing]) -> list[str]:
     scorer = title_scorer(standings[0].entry.scorer) if standings else "quality"
     return [
         f"Ranked by {escape_markdown(scorer)} on search-validation, mean over seeds ± standard deviation; test scores "
-        "stand beside it and rank nothing. Only full-length runs are here. Front: no other row is at least as good in "
-        "quality, peak VRAM and trainable parameters, and better in one; baselines are not ranked. Device time is that "
-        "of one run.",
+        "stand beside it and rank nothing. In brackets after a rank, where the data leave it open: the ranks that it "
+        "may have, for differences below two standard errors, over examples and seeds. Only full-length runs are here. "
+        "Front: no other row is at least as good in quality, peak VRAM and trainable parameters, and better in one; "
+        "baselines are not ranked. Device time is that of one run.",
     ]
 
 
@@ -131,7 +135,7 @@ def _markdown_table(group: Sequence[Standing]) -> list[str]:
 def _markdown_row(standing: Standing, *, mixed: bool) -> list[str]:
     entry, spec, cost = standing.entry, standing.entry.spec, standing.cost
     cells = [
-        NOTHING if standing.rank is None else str(standing.rank),
+        _place(standing),
         standing.title,
         (describe_settings(spec) if spec else "") or NOTHING,
         str(spec.bits) if spec else NOTHING,
@@ -153,6 +157,14 @@ def _markdown_row(standing: Standing, *, mixed: bool) -> list[str]:
         standing.date,
     ]
     return [escape_markdown(cell) for cell in cells]
+
+
+def _place(standing: Standing) -> str:
+    """`2 (1\u20134)`: the rank, and those that it cannot be told from."""
+    if standing.rank is None:
+        return NOTHING
+    first, last = standing.places or (standing.rank, standing.rank)
+    return str(standing.rank) if first == last else f"{standing.rank} ({first}\u2013{last})"
 
 
 def _score(mean: float | None, deviation: float | None, num_seeds: int | None, scorer: str) -> str:

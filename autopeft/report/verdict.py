@@ -6,6 +6,7 @@ import math
 from collections import Counter
 
 from autopeft.records import StudyRecord, TrialRecord, TrialState
+from autopeft.report.certainty import say_best_tie, say_more
 from autopeft.report.scores import all_trials, held_out_score, standard_error, validation_score
 from autopeft.report.words import (
     describe_settings,
@@ -23,13 +24,19 @@ _ORDER: tuple[TrialState, ...] = ("complete", "stopped", "paused", "running", "w
 
 
 def write_verdict(study: StudyRecord) -> str:
-    """Two to four sentences."""
+    """A few sentences, the answer first."""
     best = picked_trial(study, "best")
     if best is None or not best.rungs:
         return " ".join([_say_nothing_won(study), _say_baselines(study)])
-    return " ".join(
-        [_say_best(study, best), _say_smallest(study, best), _say_baselines(study), _say_doubt(study, best)]
-    )
+    sentences = [
+        _say_best(study, best),
+        say_best_tie(study, best.number),
+        _say_smallest(study, best),
+        _say_baselines(study),
+        _say_doubt(study, best),
+        say_more(study),
+    ]
+    return " ".join(filter(None, sentences))
 
 
 def picked_trial(study: StudyRecord, name: str) -> TrialRecord | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,14 +31,16 @@ class Run(NamedTuple):
     """One full-length training of a configuration: the answers it gave on the search-validation split."""
 
     number: int
-    predictions: npt.NDArray[np.int64]
-    """(N,) class indices."""
+    predictions: npt.NDArray[Any]
+    """(N,) as the task's scorer takes them, such as class indices."""
 
 
 class Front(NamedTuple):
     members: tuple[FrontMember, ...]
     picks: tuple[Pick, ...]
     hypervolume: float
+    ties: tuple[tuple[int, ...], ...] = ()
+    """Groups of members whose quality cannot be told apart, the best first."""
 
 
 def parse_objectives(text: str) -> tuple[str, ...]:
@@ -134,8 +136,7 @@ def analyze_front(
 
     What the trained-head baseline dominates is on no front: nobody needs an adapter that is worse than none.
 
-    Confidence comes from a bootstrap over validation examples and, where a configuration was trained with several
-    seeds, over its runs.
+    Confidence and ties come from a bootstrap over validation examples and seeds, see `_resample_qualities`.
     """
     complete = [trial for trial in trials if trial.state == "complete" and trial.cost and trial.quality is not None]
     if not complete:
@@ -157,7 +158,8 @@ def analyze_front(
         if on
     ]
     volume = hypervolume(scaled_points(complete, reference), [1.0] * len(reference))
-    return Front(tuple(members), _pick(complete, on_front, resampled, objectives), volume)
+    ties = _group_ties(complete, on_front, resampled)
+    return Front(tuple(members), _pick(complete, on_front, resampled, objectives), volume, ties)
 
 
 def _points(qualities: Sequence[float] | Points, costs: Sequence[tuple[float, ...]]) -> Points:
@@ -167,18 +169,58 @@ def _points(qualities: Sequence[float] | Points, costs: Sequence[tuple[float, ..
 def _resample_qualities(
     trials: Sequence[TrialRecord], runs: Sequence[Run], labels: npt.NDArray[np.int64], scorer: str, seed: int
 ) -> Points:
-    """(resamples, trials): the quality each trial would have shown on other examples, with another of its seeds."""
+    """(resamples, trials): the quality each trial might have shown on other examples, trained with other seeds.
+
+    Each resample draws examples, the same for all trials, so that differences are paired. Seeds add what retraining was
+    seen to change: of all trials with several runs, how far each run is from its trial's mean. Drawing from a trial's
+    own runs alone would call a single one certain, and three nearly so.
+    """
     rng = np.random.default_rng(seed)
     by_trial = [[run.predictions for run in runs if run.number == trial.number] for trial in trials]
-    qualities = np.empty((_RESAMPLES, len(trials)))
-    for b in range(_RESAMPLES):
-        rows = rng.integers(0, len(labels), len(labels))
-        for t, predictions in enumerate(by_trial):
-            # Seeds are few; drawing as many as there are, with replacement, keeps the mean's own variance.
-            chosen = rng.integers(0, len(predictions), len(predictions)) if len(predictions) > 1 else [0]
-            scores = [score_predictions(scorer, labels[rows], predictions[i][rows]) for i in chosen]
-            qualities[b, t] = np.mean(scores)
+    rows = rng.integers(0, len(labels), (_RESAMPLES, len(labels)))
+    qualities = np.column_stack(
+        [
+            np.mean([_resample_run(scorer, labels, predictions, rows) for predictions in predicted], axis=0)
+            for predicted in by_trial
+        ]
+    )
+    residuals = _seed_residuals([[score_predictions(scorer, labels, p) for p in predicted] for predicted in by_trial])
+    if len(residuals):
+        for t, predicted in enumerate(by_trial):
+            qualities[:, t] += rng.choice(residuals, (_RESAMPLES, len(predicted))).mean(axis=1)
     return qualities
+
+
+def _resample_run(scorer: str, labels: npt.NDArray[np.int64], predictions: npt.NDArray[Any], rows: Any) -> Points:
+    """(resamples,) qualities of one run, on the examples of each of `rows`."""
+    if scorer == "accuracy":
+        return np.asarray((labels == predictions)[rows].mean(axis=1))
+    return np.array([score_predictions(scorer, labels[chosen], predictions[chosen]) for chosen in rows])
+
+
+def _seed_residuals(qualities: Sequence[Sequence[float]]) -> Points:
+    """How far runs lie from their trial's mean, widened by what taking the mean of few narrows."""
+    several = [np.asarray(values) for values in qualities if len(values) > 1]
+    return np.concatenate([*((v - v.mean()) * math.sqrt(len(v) / (len(v) - 1)) for v in several), []])
+
+
+def _group_ties(
+    trials: Sequence[TrialRecord], on_front: npt.NDArray[np.bool_], resampled: Points
+) -> tuple[tuple[int, ...], ...]:
+    """Members of the front that cannot be told from the best of them, then of the rest, and so on.
+
+    Two are told apart where 95% of the resamples have one of them ahead of the other by more than nothing (a two-sided
+    bootstrap test of 5%). A group is what cannot be told from its first; two others in it may differ clearly.
+    """
+    order = sorted(map(int, np.flatnonzero(on_front)), key=lambda i: (-(trials[i].quality or 0.0), trials[i].number))
+    groups = []
+    while order:
+        best = order[0]
+        low, high = np.quantile(resampled[:, [best]] - resampled[:, order], [0.025, 0.975], axis=0)
+        tied = [i for i, a, b in zip(order, low, high, strict=True) if i == best or a <= 0 <= b]
+        groups.append(tuple(trials[i].number for i in tied))
+        order = [i for i in order if i not in tied]
+    return tuple(group for group in groups if len(group) > 1)
 
 
 def _pick(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-
 from autopeft.budget import Ledger, parse_budget
 from autopeft.records import StudyRecord
 from autopeft.search.front import Front, Run, analyze_front
+from autopeft.search.outlook import find_outlook
 from autopeft.search.store import StudyStore, is_ended, scored_runs
 
 MAX_FINALISTS = 5
@@ -21,10 +20,7 @@ def analyze(store: StudyStore, *, confirmed: bool = True) -> Front:
     while it confirms goes on with the same ones.
     """
     trials = store.trials if confirmed else [replace(trial, confirmations=[]) for trial in store.trials]
-    runs = [
-        Run(number, store.read_scores(file, "validation_predictions").astype(np.int64))
-        for number, file in scored_runs(trials)
-    ]
+    runs = [Run(number, store.read_scores(file, "validation_predictions")) for number, file in scored_runs(trials)]
     return analyze_front(
         [trial.to_record() for trial in trials],
         store.baseline.to_record() if store.baseline is not None else None,
@@ -69,4 +65,6 @@ def build_record(store: StudyStore) -> StudyRecord:
         notes=tuple(store.notes),
         finished=store.finished,
         reference=store.reference,
+        ties=front.ties,
+        outlook=find_outlook(store.trials, store.config.rungs, store.reference),
     )

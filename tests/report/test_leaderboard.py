@@ -215,3 +215,34 @@ def test_a_study_without_a_complete_trial_leaves_only_baselines(study_of, tmp_pa
 
 def test_csv_of_nothing_is_a_header():
     assert render_csv([]).count("\n") == 1
+
+
+def rank_of(study_of, trial_of, *finals, **changes):
+    trials = [dataclasses.replace(trial_of(n), rungs=trial_of(n, final=0.8).rungs) for n in range(len(finals))]
+    for n, final in enumerate(finals):
+        last = dataclasses.replace(trials[n].rungs[-1], quality=final, num_examples=changes.get("num_examples", 500))
+        trials[n] = dataclasses.replace(trials[n], rungs=(*trials[n].rungs[:-1], last))
+    study = study_of(trials=trials, with_picks=False, with_baseline=False)
+    return [(s.rank, s.places) for s in rank_entries(list_entries(study)) if s.rank is not None]
+
+
+def test_ranks_within_two_standard_errors_may_be_exchanged(study_of, trial_of):
+    # 500 examples: a standard error of 1.6 points each, so differences are clear from 4.6 points on.
+    assert rank_of(study_of, trial_of, 0.85, 0.84, 0.70) == [(1, (1, 2)), (2, (1, 2)), (3, (3, 3))]
+
+
+def test_more_examples_tell_apart_what_few_cannot(study_of, trial_of):
+    assert rank_of(study_of, trial_of, 0.85, 0.84, num_examples=50_000) == [(1, (1, 1)), (2, (2, 2))]
+
+
+def test_places_hold_the_rank_and_never_cross(study_of):
+    ranked = [s for s in rank_entries(list_entries(study_of(40))) if s.rank is not None]
+    assert all(s.places[0] <= s.rank <= s.places[1] for s in ranked)
+
+
+def test_open_ranks_are_written_out_and_settled_ones_stand_alone(study_of, trial_of):
+    ranked = rank_entries(list_entries(study_of(trials=[trial_of(0, final=0.85), trial_of(1, final=0.84)])))
+    table = render_markdown("t", "m", ranked)
+    assert "| 1 (1\u20132) |" in table
+    (alone,) = [s for s in rank_entries(list_entries(study_of(trials=[trial_of(0)]))) if s.rank]
+    assert "| 1 |" in render_markdown("t", "m", [alone])

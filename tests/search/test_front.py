@@ -18,6 +18,7 @@ from autopeft.records import Completed, Confirmation, Cost, RungScore, TrialReco
 from autopeft.search.front import (
     Front,
     Run,
+    _resample_qualities,
     analyze_front,
     cost_vector,
     find_nondominated,
@@ -276,3 +277,57 @@ def test_best_and_knee_come_from_the_front_and_hypervolume_is_a_share(
         assert {pick(front, "best"), pick(front, "knee")} <= set(numbers(front))
     assert 0 <= front.hypervolume <= 1
     assert math.isfinite(front.hypervolume)
+
+
+# --- seeds and ties
+
+
+def test_two_that_differ_by_one_answer_are_tied_and_one_far_behind_is_not(analyze: Callable[..., Front]) -> None:
+    front = analyze((0.805, 500, 100, 0), (0.80, 400, 50, 0), (0.55, 100, 10, 0))
+    assert front.ties == ((0, 1),)
+
+
+def test_members_that_all_differ_clearly_make_no_tie(analyze: Callable[..., Front]) -> None:
+    assert analyze((0.95, 500, 100, 0), (0.75, 400, 50, 0), (0.55, 100, 10, 0)).ties == ()
+
+
+def test_a_tie_is_led_by_the_best_and_holds_members_of_the_front_alone(analyze: Callable[..., Front]) -> None:
+    front = analyze((0.80, 500, 90, 0), (0.81, 600, 100, 0), (0.80, 700, 100, 0))
+    assert front.ties == ((1, 0),)
+
+
+def resampled_deviation(make_spec: Callable[..., TrialSpec], *qualities: list[float]) -> npt.NDArray[np.float64]:
+    """Over the resamples, of each trial, given the accuracies of its runs."""
+    trials = [make_trial(make_spec(), n, values[0], 500, 100, len(values) - 1) for n, values in enumerate(qualities)]
+    runs = [Run(n, answers(q, seed)) for n, values in enumerate(qualities) for seed, q in enumerate(values)]
+    return np.asarray(_resample_qualities(trials, runs, LABELS, "accuracy", 0).std(axis=0))
+
+
+def test_without_a_second_seed_resamples_spread_as_examples_do(make_spec: Callable[..., TrialSpec]) -> None:
+    # sqrt(0.8 * 0.2 / 200)
+    assert resampled_deviation(make_spec, [0.8])[0] == pytest.approx(0.0283, rel=0.15)
+
+
+def test_what_seeds_change_in_one_trial_makes_a_single_run_of_another_less_certain(
+    make_spec: Callable[..., TrialSpec],
+) -> None:
+    alone, steady, shaky = (
+        resampled_deviation(make_spec, [0.8], values)[0] for values in ([0.7], [0.7, 0.7, 0.7], [0.6, 0.7, 0.8])
+    )
+    assert steady == pytest.approx(alone, rel=0.1)
+    # Three runs 0.1 apart have a standard deviation of 0.1; the residuals widened by sqrt(3 / 2) are drawn with it.
+    assert shaky == pytest.approx(math.hypot(0.0283, 0.1), rel=0.15)
+
+
+def test_a_mean_over_seeds_is_surer_than_a_single_run(make_spec: Callable[..., TrialSpec]) -> None:
+    single, mean = resampled_deviation(make_spec, [0.7], [0.6, 0.7, 0.8])
+    assert mean < single
+
+
+@pytest.mark.parametrize("scorer", ["accuracy", "matthews_correlation"])
+def test_any_scorer_is_resampled_over_the_same_examples(make_spec: Callable[..., TrialSpec], scorer: str) -> None:
+    trials = [make_trial(make_spec(), n, 0.8, 500, 100) for n in range(2)]
+    runs = [Run(n, answers(0.8, 3)) for n in range(2)]
+    qualities = _resample_qualities(trials, runs, LABELS, scorer, 0)
+    assert (qualities[:, 0] == qualities[:, 1]).all()
+    assert qualities[:, 0].std() > 0
