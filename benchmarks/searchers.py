@@ -14,6 +14,7 @@ from tables import Table
 
 from autopeft.backends.replay import ReplayBackend, ReplayCostModel
 from autopeft.executors.inline import InlineExecutor
+from autopeft.records import WarmStart
 from autopeft.search.plan import restore_space
 from autopeft.search.racing import LearnedRacing, PairedRacing, RacingRule
 from autopeft.search.sampler import suggest_spec
@@ -78,9 +79,15 @@ class OurSearch:
 
     source: Source = "given"
     racing: RacingRule | None = None
+    warm_start: WarmStart | None = None
+    """Of recorded configurations."""
 
     def play(self, table: Table, seed: int, share: float | None = None) -> Trace:
         """`share` of the time that training everything takes is the budget; None bounds the search by trials alone."""
+        return read_trace(self.search(table, seed, share), table)
+
+    def search(self, table: Table, seed: int, share: float | None = None) -> list[Trial]:
+        """The trials as the search left them."""
         specs = [curve.spec for curve in table.curves]
         random.Random(seed).shuffle(specs)
         recorded = table.recording.curves
@@ -89,7 +96,7 @@ class OurSearch:
             budget += f",{share * table.total_seconds / recorded.device_rate / 60:.6f}min"
         config = replace(
             recorded.config, name="replay", budget=budget, workers=1, seed=seed, confirm_share=0.0, confirm_seeds=0,
-            included=tuple(specs) if self.source == "given" else (),
+            included=tuple(specs) if self.source == "given" else (), warm_start=self.warm_start,
         )  # fmt: skip
         backend = ReplayBackend(table.recording)
         store = MemoryStore(backend, config)
@@ -102,7 +109,7 @@ class OurSearch:
         search.table = table
         search.pool = make_pool(table) if self.source == "suggested" else None
         search.drive()
-        return read_trace(store.trials, table)
+        return store.trials
 
 
 def find_rule(table: Table) -> RacingRule:

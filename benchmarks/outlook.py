@@ -1,0 +1,178 @@
+"""Is the outlook true? What more budget was expected to bring, beside what it did bring, on recorded runs.
+
+    python benchmarks/outlook.py metamathqa benchmarks/results/table-*.npz --seeds 20 --out outlook
+
+A search with a budget is played, asked what a larger one would bring, and played again with the larger one, on one
+worker with a simulated clock. What became of the trials that it had stopped is read from the recording.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from machine import describe_machine
+from searchers import OurSearch, Source
+from tables import Table, read_metamathqa, read_table
+
+from autopeft.search.front import find_nondominated, hypervolume, scale_point
+from autopeft.search.outlook import GainModel, judge_stopped
+from autopeft.search.store import Trial
+
+RESULTS = Path(__file__).parent / "results"
+SHARES = (1 / 10, 1 / 6, 1 / 4, 1 / 3)
+"""Budgets, of what training everything takes."""
+MORE = (0.25, 0.5, 1.0)
+"""Of the budget."""
+_METAMATHQA_RUNGS = (250, 500, 1000, 2000, 5000)
+
+
+class Asked(NamedTuple):
+    """One budget of one seed, and a larger one."""
+
+    share: float
+    more: float
+    expected: float
+    low: float
+    high: float
+    realised: float
+
+
+class Fate(NamedTuple):
+    """The stopped trials of one budget of one seed."""
+
+    stopped: int
+    expected_members: float
+    members: int
+    expected_gain: float
+    gain: float
+
+
+def main() -> None:
+    arguments = _parse_arguments()
+    lines, record = [], []
+    for name in arguments.tables:
+        table = _read(name, arguments.data_dir)
+        asked, fates = measure(table, arguments.seeds)
+        text = describe(table, asked, fates)
+        lines.append(text)
+        record.append(
+            {"table": table.name, "asked": [a._asdict() for a in asked], "fates": [f._asdict() for f in fates]}
+        )
+        print(text, "\n", file=sys.stderr, flush=True)
+    text = f"{arguments.seeds} seeds.\n\n" + "\n\n".join(lines)
+    print(text)
+    if arguments.out:
+        data = {"made_at": datetime.now(UTC).isoformat(timespec="seconds"), "machine": describe_machine(),
+                "result": record}  # fmt: skip
+        (RESULTS / f"{arguments.out}.json").write_text(json.dumps(data) + "\n", encoding="utf-8")
+        (RESULTS / f"{arguments.out}.md").write_text(text + "\n", encoding="utf-8")
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="+", help="`metamathqa`, or recordings made by racing.py record")
+    parser.add_argument("--data-dir", type=Path, default=os.environ.get("AUTOPEFT_DATA_DIR"))
+    parser.add_argument("--seeds", type=int, default=20, metavar="K")
+    parser.add_argument("--out", metavar="NAME", help="write results/NAME.json and results/NAME.md")
+    arguments = parser.parse_args()
+    if "metamathqa" in arguments.tables and arguments.data_dir is None:
+        parser.error("name the folder that holds peft_metamathqa with --data-dir or AUTOPEFT_DATA_DIR")
+    return arguments
+
+
+def _read(name: str, data_dir: Path | None) -> Table:
+    if name == "metamathqa":
+        assert data_dir is not None
+        return read_metamathqa(Path(data_dir), objectives=("quality", "vram"), rungs=_METAMATHQA_RUNGS)
+    return read_table(Path(name), Path(name).stem)
+
+
+def measure(table: Table, num_seeds: int) -> tuple[list[Asked], list[Fate]]:
+    # Configurations set by hand have no space to suggest from: they come in an order drawn by the seed.
+    source: Source = "one by one" if table.recording.curves.config.space_name == "listed" else "suggested"
+    search = OurSearch(source=source)
+    asked, fates = [], []
+    for seed in range(num_seeds):
+        for share in SHARES:
+            trials = search.search(table, seed, share)
+            model = GainModel(trials, table.rungs, table.recording.curves.reference)
+            fates.append(_find_fate(table, trials, model.volume))
+            if not model.can_tell:
+                continue
+            for more in MORE:
+                gain = model.estimate(more * share * table.total_seconds)
+                later = GainModel(
+                    search.search(table, seed, share * (1 + more)), table.rungs, table.recording.curves.reference
+                )
+                asked.append(Asked(share, more, *gain, later.volume / model.volume - 1))
+    return asked, fates
+
+
+def _find_fate(table: Table, trials: Sequence[Trial], volume: float) -> Fate:
+    """What the stopped ones would have been, each alone beside the complete ones."""
+    reference = table.recording.curves.reference
+    expected_members, expected_gain = judge_stopped(trials, table.rungs, reference)
+    stopped = [trial for trial in trials if trial.state == "stopped"]
+    ends = {trial.number: table.curves[table.index_of[trial.spec.key()]] for trial in trials}
+
+    def point(trial: Trial) -> list[float]:
+        curve = ends[trial.number]
+        return scale_point(curve.rungs[-1].quality, curve.cost, reference)
+
+    complete = np.array([point(trial) for trial in trials if trial.state == "complete"]).reshape(-1, len(reference))
+    members = 0
+    for trial in stopped:
+        row = np.array(point(trial))
+        members += not ends[trial.number].failed and not (complete <= row).all(axis=1).any()
+    rows = [point(trial) for trial in stopped if not ends[trial.number].failed]
+    with_them = table_volume([*complete.tolist(), *rows])
+    share = (expected_gain / volume, with_them / volume - 1) if volume > 0 else (0.0, 0.0)
+    return Fate(len(stopped), expected_members, members, *share)
+
+
+def table_volume(rows: list[list[float]]) -> float:
+    if not rows:
+        return 0.0
+    points = np.array(rows)
+    return hypervolume(points[find_nondominated(points)], [1.0] * points.shape[1])
+
+
+def describe(table: Table, asked: Sequence[Asked], fates: Sequence[Fate]) -> str:
+    lines = [
+        f"**{table.name}**: {len(table.curves)} configurations.",
+        "",
+        "| budget | more | expected | realised | realised within low and high |",
+        "|--:|--:|--:|--:|--:|",
+    ]
+    for share in SHARES:
+        for more in MORE:
+            found = [one for one in asked if (one.share, one.more) == (share, more)]
+            if not found:
+                continue
+            inside = statistics.fmean(one.low - 1e-9 <= one.realised <= one.high + 1e-9 for one in found)
+            lines.append(
+                f"| 1/{round(1 / share)} | +{more:.0%} | {statistics.fmean(one.expected for one in found):.2%} "
+                f"| {statistics.fmean(one.realised for one in found):.2%} | {inside:.0%} |"
+            )
+    total = sum(fate.stopped for fate in fates)
+    lines += [
+        "",
+        f"Of {total} trials that were stopped, {sum(fate.expected_members for fate in fates):.1f} were expected to "
+        f"have been on the front had they gone on, and {sum(fate.members for fate in fates)} would have been. Together "
+        f"they would have enlarged it by {statistics.fmean(fate.gain for fate in fates):.2%} on average; at most "
+        f"{statistics.fmean(fate.expected_gain for fate in fates):.2%} was expected.",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

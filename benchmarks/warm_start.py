@@ -1,0 +1,123 @@
+"""Does what did well on other tasks help on a new one? Searches of a recorded table with a warm start and without.
+
+    python benchmarks/warm_start.py benchmarks/results/table-*.npz --seeds 20 --out warm-start
+
+Each table is searched in turn, the others being the sources, all that was trained to its end on them. Both searches are
+the product's, on one worker with a simulated clock; a configuration that was not recorded is answered by the nearest
+that was. Hypervolumes are shares of what training everything gives, budgets shares of what that takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from machine import describe_machine
+from pool import make_pool
+from searchers import OurSearch
+from tables import Table, read_table
+
+from autopeft.records import WarmStart
+from autopeft.search.plan import restore_space
+from autopeft.search.warm_start import Source, Trained, choose_first
+
+RESULTS = Path(__file__).parent / "results"
+SHARES = (1 / 20, 1 / 10, 1 / 6, 1 / 5, 1 / 3, 1 / 2)
+
+
+def main() -> None:
+    arguments = _parse_arguments()
+    tables = [read_table(path, path.stem) for path in arguments.tables]
+    lines = [
+        "| searched | sources | start | " + " | ".join(f"at 1/{round(1 / share)}" for share in SHARES) + " |",
+        "|---|---|---|" + "--:|" * len(SHARES),
+    ]
+    record = []
+    for table in tables:
+        sources = [other for other in tables if other is not table]
+        warm = choose_recorded(table, [make_source(other) for other in sources])
+        for title, search in (
+            ("recipes", OurSearch(source="suggested")),
+            (f"warm, {len(warm.first)} first", OurSearch(source="suggested", warm_start=warm)),
+        ):
+            volumes = [measure(table, search, share, arguments.seeds) for share in SHARES]
+            cells = " | ".join(f"{volume:.3f}" for volume in volumes)
+            names = ", ".join(_name(other) for other in sources)
+            lines.append(f"| {_name(table)} | {names} | {title} | {cells} |")
+            record.append({"searched": _name(table), "sources": names, "start": title, "volumes": volumes})
+            print(f"{lines[-1]}", file=sys.stderr, flush=True)
+    text = f"Medians over {arguments.seeds} seeds.\n\n" + "\n".join(lines)
+    print(text)
+    if arguments.out:
+        data = {"made_at": datetime.now(UTC).isoformat(timespec="seconds"), "machine": describe_machine(),
+                "result": record}  # fmt: skip
+        (RESULTS / f"{arguments.out}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        (RESULTS / f"{arguments.out}.md").write_text(text + "\n", encoding="utf-8")
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="+", type=Path, help="recordings of several tasks in one space")
+    parser.add_argument("--seeds", type=int, default=20, metavar="K")
+    parser.add_argument("--out", metavar="NAME", help="write results/NAME.json and results/NAME.md")
+    arguments = parser.parse_args()
+    if len(arguments.tables) < 2:
+        parser.error("a warm start takes another table than the one that is searched")
+    return arguments
+
+
+def make_source(table: Table) -> Source:
+    """All that was trained to its end, as a study of the whole table would have left it."""
+    config = table.recording.curves.config
+    return Source(
+        title=table.name,
+        task_name=config.task_name,
+        model=config.model,
+        majority_quality=config.majority_quality,
+        trained=tuple(
+            Trained(
+                spec=curve.spec, quality=curve.rungs[-1].quality, num_seeds=1,
+                peak_vram_bytes=curve.cost.peak_vram_bytes, trainable_parameters=curve.cost.trainable_parameters,
+            )
+            for curve in table.curves
+            if curve.failed is None
+        ),
+    )  # fmt: skip
+
+
+def choose_recorded(table: Table, sources: Sequence[Source]) -> WarmStart:
+    """The portfolio, each configuration replaced by the nearest that the table holds."""
+    config = table.recording.curves.config
+    space = restore_space(config)
+    warm = choose_first(sources, space, objectives=config.objectives, max_steps=config.rungs[-1], seed=config.seed)
+    pool, unused, first = make_pool(table), set(range(len(table.curves))), []
+    for spec in warm.first:
+        answers = space.params(spec)
+        assert answers is not None
+        nearest = pool.find_nearest(answers, unused)
+        unused.remove(nearest)
+        first.append(table.curves[nearest].spec)
+    return WarmStart(sources=warm.sources, first=tuple(first), weighed=warm.weighed)
+
+
+def measure(table: Table, search: OurSearch, share: float, num_seeds: int) -> float:
+    """The median share of the hypervolume that was had by the end of the budget."""
+    volumes = []
+    for seed in range(num_seeds):
+        within = share * table.total_seconds * (1 + 1e-9)
+        places = [ended.place for ended in search.play(table, seed, share).ended if ended.at_seconds <= within]
+        volumes.append(table.volume(places) / table.total_volume)
+    return statistics.median(volumes)
+
+
+def _name(table: Table) -> str:
+    return table.recording.curves.config.task_name
+
+
+if __name__ == "__main__":
+    main()
