@@ -450,8 +450,6 @@ class Outlook:
     """Device-seconds that bringing those to their full length would have taken beside."""
     stopped_members: float
     """How many of them would have been on the front, on average."""
-    stopped_gain: float
-    """At most what they would have added to the front's hypervolume on average, as a share of what it is."""
     forecasts: tuple[GainForecast, ...]
     """Of larger budgets, ascending; empty where too little was tried to say."""
 

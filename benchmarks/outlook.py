@@ -23,8 +23,8 @@ from machine import describe_machine
 from searchers import OurSearch, Source
 from tables import Table, read_metamathqa, read_table
 
-from autopeft.search.front import find_nondominated, hypervolume, scale_point
-from autopeft.search.outlook import GainModel, judge_stopped
+from autopeft.search.front import scale_point
+from autopeft.search.outlook import GainModel, count_lost_members
 from autopeft.search.store import Trial
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,8 +52,6 @@ class Fate(NamedTuple):
     stopped: int
     expected_members: float
     members: int
-    expected_gain: float
-    gain: float
 
 
 def main() -> None:
@@ -105,7 +103,7 @@ def measure(table: Table, num_seeds: int) -> tuple[list[Asked], list[Fate]]:
         for share in SHARES:
             trials = search.search(table, seed, share)
             model = GainModel(trials, table.rungs, table.recording.curves.reference)
-            fates.append(_find_fate(table, trials, model.volume))
+            fates.append(_find_fate(table, trials))
             if not model.can_tell:
                 continue
             for more in MORE:
@@ -117,10 +115,9 @@ def measure(table: Table, num_seeds: int) -> tuple[list[Asked], list[Fate]]:
     return asked, fates
 
 
-def _find_fate(table: Table, trials: Sequence[Trial], volume: float) -> Fate:
+def _find_fate(table: Table, trials: Sequence[Trial]) -> Fate:
     """What the stopped ones would have been, each alone beside the complete ones."""
     reference = table.recording.curves.reference
-    expected_members, expected_gain = judge_stopped(trials, table.rungs, reference)
     stopped = [trial for trial in trials if trial.state == "stopped"]
     ends = {trial.number: table.curves[table.index_of[trial.spec.key()]] for trial in trials}
 
@@ -129,21 +126,11 @@ def _find_fate(table: Table, trials: Sequence[Trial], volume: float) -> Fate:
         return scale_point(curve.rungs[-1].quality, curve.cost, reference)
 
     complete = np.array([point(trial) for trial in trials if trial.state == "complete"]).reshape(-1, len(reference))
-    members = 0
-    for trial in stopped:
-        row = np.array(point(trial))
-        members += not ends[trial.number].failed and not (complete <= row).all(axis=1).any()
-    rows = [point(trial) for trial in stopped if not ends[trial.number].failed]
-    with_them = table_volume([*complete.tolist(), *rows])
-    share = (expected_gain / volume, with_them / volume - 1) if volume > 0 else (0.0, 0.0)
-    return Fate(len(stopped), expected_members, members, *share)
-
-
-def table_volume(rows: list[list[float]]) -> float:
-    if not rows:
-        return 0.0
-    points = np.array(rows)
-    return hypervolume(points[find_nondominated(points)], [1.0] * points.shape[1])
+    members = sum(
+        not ends[trial.number].failed and not (complete <= np.array(point(trial))).all(axis=1).any()
+        for trial in stopped
+    )
+    return Fate(len(stopped), count_lost_members(trials, table.rungs, reference), members)
 
 
 def describe(table: Table, asked: Sequence[Asked], fates: Sequence[Fate]) -> str:
@@ -163,13 +150,14 @@ def describe(table: Table, asked: Sequence[Asked], fates: Sequence[Fate]) -> str
                 f"| 1/{round(1 / share)} | +{more:.0%} | {statistics.fmean(one.expected for one in found):.2%} "
                 f"| {statistics.fmean(one.realised for one in found):.2%} | {inside:.0%} |"
             )
+    ratios = [one.realised / one.expected for one in asked if one.expected > 0]
+    low, middle, high = np.quantile(ratios, [0.1, 0.5, 0.9])
+    lines += ["", f"Realised over expected: {middle:.2f} in the median, four in five from {low:.2f} to {high:.2f}."]
     total = sum(fate.stopped for fate in fates)
     lines += [
         "",
         f"Of {total} trials that were stopped, {sum(fate.expected_members for fate in fates):.1f} were expected to "
-        f"have been on the front had they gone on, and {sum(fate.members for fate in fates)} would have been. Together "
-        f"they would have enlarged it by {statistics.fmean(fate.gain for fate in fates):.2%} on average; at most "
-        f"{statistics.fmean(fate.expected_gain for fate in fates):.2%} was expected.",
+        f"have been on the front had they gone on, and {sum(fate.members for fate in fates)} would have been.",
     ]
     return "\n".join(lines)
 

@@ -1,10 +1,12 @@
 """Does what did well on other tasks help on a new one? Searches of a recorded table with a warm start and without.
 
     python benchmarks/warm_start.py benchmarks/results/table-*.npz --seeds 20 --out warm-start
+    python benchmarks/warm_start.py benchmarks/results/table-trec-minilm.npz --sources leaderboards/sst2/minilm.json
 
-Each table is searched in turn, the others being the sources, all that was trained to its end on them. Both searches are
-the product's, on one worker with a simulated clock; a configuration that was not recorded is answered by the nearest
-that was. Hypervolumes are shares of what training everything gives, budgets shares of what that takes.
+Each table is searched in turn, the other tables being the sources, all that was trained to its end on them, or the
+leaderboards that `--sources` names. Both searches are the product's, on one worker with a simulated clock; a
+configuration that was not recorded is answered by the nearest that was. Hypervolumes are shares of what training
+everything gives, budgets shares of what that takes.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from searchers import OurSearch
 from tables import Table, read_table
 
 from autopeft.records import WarmStart
+from autopeft.report.priors import read_sources
 from autopeft.search.plan import restore_space
 from autopeft.search.warm_start import Source, Trained, choose_first
 
@@ -39,15 +42,16 @@ def main() -> None:
     ]
     record = []
     for table in tables:
-        sources = [other for other in tables if other is not table]
-        warm = choose_recorded(table, [make_source(other) for other in sources])
+        sources = read_sources(arguments.sources, Path()) if arguments.sources else []
+        sources = sources or [make_source(other) for other in tables if other is not table]
+        warm = choose_recorded(table, sources)
         for title, search in (
             ("recipes", OurSearch(source="suggested")),
             (f"warm, {len(warm.first)} first", OurSearch(source="suggested", warm_start=warm)),
         ):
             volumes = [measure(table, search, share, arguments.seeds) for share in SHARES]
             cells = " | ".join(f"{volume:.3f}" for volume in volumes)
-            names = ", ".join(_name(other) for other in sources)
+            names = ", ".join(source.title for source in sources)
             lines.append(f"| {_name(table)} | {names} | {title} | {cells} |")
             record.append({"searched": _name(table), "sources": names, "start": title, "volumes": volumes})
             print(f"{lines[-1]}", file=sys.stderr, flush=True)
@@ -65,9 +69,10 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("tables", nargs="+", type=Path, help="recordings of several tasks in one space")
     parser.add_argument("--seeds", type=int, default=20, metavar="K")
     parser.add_argument("--out", metavar="NAME", help="write results/NAME.json and results/NAME.md")
+    parser.add_argument("--sources", nargs="+", metavar="JSON", help="leaderboards instead of the other tables")
     arguments = parser.parse_args()
-    if len(arguments.tables) < 2:
-        parser.error("a warm start takes another table than the one that is searched")
+    if len(arguments.tables) < 2 and not arguments.sources:
+        parser.error("a warm start takes another table than the one that is searched, or --sources")
     return arguments
 
 

@@ -56,8 +56,7 @@ def say_stopped(study: StudyRecord) -> str:
         f"{len(stopped)} {'trial was' if one else 'trials were'} stopped before the full length, having taken "
         f"{format_seconds(outlook.stopped_seconds)} of device time{share}; to the end {'it' if one else 'they'} would "
         f"have taken {format_seconds(outlook.saved_seconds)} more. By {'its' if one else 'their'} last scores "
-        f"{_about(outlook.stopped_members)} of {'1' if one else f'the {len(stopped)}'} would have been on the front, "
-        f"enlarging it by at most {format_gain(outlook.stopped_gain)}."
+        f"{_about(outlook.stopped_members)} of {'1' if one else f'the {len(stopped)}'} would have been on the front."
     )
 
 

@@ -67,7 +67,8 @@ def _group(entries: Iterable[Entry], task_name: str, model: str, title: str) -> 
             task_name=task_name,
             model=model,
             majority_quality=max(
-                (run.quality for entry in group if entry.kind == "majority" for run in entry.runs), default=0.0
+                (run.quality for entry in group if entry.kind in ("majority", "base") for run in entry.runs),
+                default=0.0,
             ),
             trained=_list_trained(group),
         )

@@ -68,7 +68,8 @@ def _say_smallest(study: StudyRecord, best: TrialRecord) -> str:
     if small is None or score is None or small.cost is None or best.cost is None:
         return ""
     if small.number == best.number:
-        return "Nothing with fewer trainable parameters came within noise of it."
+        among = "None of the other confirmed ones" if best.confirmations else "Nothing"
+        return f"{among} with fewer trainable parameters came within noise of it."
     few, many = (format_count(trial.cost.trainable_parameters) for trial in (small, best) if trial.cost)
     what = (
         "A smaller one of the same method" if small.spec.method == best.spec.method else title_method(small.spec.method)

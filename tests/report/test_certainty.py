@@ -17,7 +17,6 @@ OUTLOOK = Outlook(
     stopped_seconds=590.0,
     saved_seconds=1800.0,
     stopped_members=0.31,
-    stopped_gain=0.0042,
     forecasts=(
         GainForecast(device_seconds=300.0, trials=8.0, gain=0.006, low=0.0, high=0.019),
         GainForecast(device_seconds=1200.0, trials=31.6, gain=0.014, low=0.0003, high=0.12),
@@ -68,8 +67,7 @@ def test_the_cost_of_what_was_stopped_is_told_with_what_it_might_have_been(uncer
     # 590 of 1180 s of search
     assert say_stopped(uncertain) == (
         "1 trial was stopped before the full length, having taken 9.8 min of device time (50% of the search); to the "
-        "end it would have taken 30 min more. By its last scores about 0.3 of 1 would have been on the front, "
-        "enlarging it by at most 0.4%."
+        "end it would have taken 30 min more. By its last scores about 0.3 of 1 would have been on the front."
     )
 
 
