@@ -227,6 +227,7 @@ def _seconds_to_end(trial: Trial, rungs: Sequence[int]) -> float:
 def _volume(points: Points) -> float:
     """Hypervolume; of many points a few decide, so the others are dropped first."""
     kept = []
+    points = points[(points < 1).all(axis=1)]
     while len(points):
         # Nothing that is left dominates the one with the least sum.
         least = points[np.argmin(points.sum(axis=1))]

@@ -208,14 +208,18 @@ def _is_number(value: Scalar) -> bool:
 
 
 def _scale_costs(trained: Trained, source: Source, objectives: Sequence[str]) -> npt.NDArray[np.float64]:
-    """As in a study's hypervolume: memory linear, parameters logarithmic, 1 at the dearest that was trained."""
+    """As in a study's hypervolume: memory linear, parameters logarithmic, 1 at the dearest that was trained.
+
+    Sources keep no other cost. An adapter's size goes with its parameters; latency is left out.
+    """
     most_bytes = max(other.peak_vram_bytes for other in source.trained)
     most_parameters = max(other.trainable_parameters for other in source.trained)
     shares = {
         "vram": trained.peak_vram_bytes / max(most_bytes, 1),
         "params": math.log1p(trained.trainable_parameters) / math.log1p(max(most_parameters, 1)),
     }
-    return np.array([shares[name] for name in objectives if name != "quality"])
+    wanted = {"params" if name == "size" else name for name in objectives}
+    return np.array([share for name, share in shares.items() if name in wanted])
 
 
 def _measure(source: Source, moved: Sequence[tuple[Trained, TrialSpec]]) -> _Measured:

@@ -142,6 +142,14 @@ def test_what_adds_most_to_the_front_comes_first() -> None:
     assert choose(source(best, cheaper, trained(recipe("full"), 0.6))) == [best.spec, cheaper.spec]
 
 
+@pytest.mark.parametrize("objectives", [("quality",), ("quality", "latency"), ("quality", "size"), OBJECTIVES])
+def test_any_objectives_can_be_chosen_for(objectives: tuple[str, ...]) -> None:
+    sources = [source(trained(lora(), 0.9, vram=90), trained(recipe("ia3"), 0.8, vram=50, params=10))]
+    first = choose_first(sources, SPACE, objectives=objectives, max_steps=200, seed=0).first
+    # Where nothing that is sought tells them apart but quality, the better is enough.
+    assert len(first) == (1 if objectives[1:] in ((), ("latency",)) else 2)
+
+
 def test_no_better_than_the_most_frequent_label_is_never_chosen() -> None:
     chance = trained(recipe("prompt_tuning"), 0.5, params=1)
     assert chance.spec not in choose(source(trained(lora(), 0.9), chance))
