@@ -265,7 +265,7 @@ def render(rows: Sequence[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", type=Path, help="runs.csv of the published comparison")
-    parser.add_argument("--only", default="", help="runs whose name holds this")
+    parser.add_argument("--only", default="", help="runs whose name holds this; the results of others are kept")
     parser.add_argument("--out", default="vram-published", help="name under results/; empty to print alone")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -278,6 +278,11 @@ def main() -> None:
         row = rows[-1]
         shown = row.remark or f"{row.published_bytes / 2**30:.2f} published, {(row.estimated_bytes or 0) / 2**30:.2f}"
         print(f"{row.name}: {shown}", flush=True)
+    stored = RESULTS / f"{args.out}.json"
+    if args.only and args.out and stored.is_file():
+        # The other runs stay as they were.
+        known = {row.name: row for row in (Row(**record) for record in json.loads(stored.read_text(encoding="utf-8")))}
+        rows = list((known | {row.name: row for row in rows}).values())
     text = render(rows)
     print(text)
     if args.out:
