@@ -216,7 +216,7 @@ def _draw_space(args: argparse.Namespace, device_kind: str) -> list[TrialSpec]:
     count = args.count or 20
     space = parse_space(
         text, name=name, device_kind=device_kind, max_steps=1, fixed=parse_fixed(args.fix),
-        methods=methods, model_kind=read_model_kind(args.model),
+        methods=methods, model_kind=read_model_kind(args.model), task_kind=args.task_kind or "classification",
     )  # fmt: skip
     for method, rule in space.left_out.items():
         print(f"{method} is left out of the space: {rule}", file=sys.stderr)
