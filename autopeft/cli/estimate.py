@@ -21,6 +21,10 @@ keys with --json: [{spec, settings, estimate, peak_bytes, device_bytes, fits}], 
 """
 
 
+_STEPS = 100
+"""Of the length that configurations are made for: memory does not depend on it, but AdaLoRA refuses fewer than 3."""
+
+
 class _Row(NamedTuple):
     spec: TrialSpec
     estimate: Estimate | None
@@ -197,7 +201,7 @@ def _make_spec(args: argparse.Namespace, method: Any, bits: int | None, device_k
         if name not in values:
             raise SpecError(f"{method.title} has no setting '{name}'. {suggest_nearest(name, values)}")
         values[name] = value
-    spec = make_spec(method.name, values, max_steps=1, seed=0)
+    spec = make_spec(method.name, values, max_steps=_STEPS, seed=0)
     check_feasible(spec, device_kind)
     return spec
 
@@ -215,7 +219,7 @@ def _draw_space(args: argparse.Namespace, device_kind: str) -> list[TrialSpec]:
     methods = tuple(part.strip() for part in args.method.split(",")) if args.method else None
     count = args.count or 20
     space = parse_space(
-        text, name=name, device_kind=device_kind, max_steps=1, fixed=parse_fixed(args.fix),
+        text, name=name, device_kind=device_kind, max_steps=_STEPS, fixed=parse_fixed(args.fix),
         methods=methods, model_kind=read_model_kind(args.model), task_kind=args.task_kind or "classification",
     )  # fmt: skip
     for method, rule in space.left_out.items():
@@ -225,7 +229,7 @@ def _draw_space(args: argparse.Namespace, device_kind: str) -> list[TrialSpec]:
     for _ in range(20 * count):
         if len(specs) >= count:
             break
-        spec = space.suggest(suggester, max_steps=1, seed=0)
+        spec = space.suggest(suggester, max_steps=_STEPS, seed=0)
         if refuse_spec(spec, device_kind) is None:
             specs.setdefault(spec.cost_key(), spec)
     if args.batch_size is None:

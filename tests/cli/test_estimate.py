@@ -60,6 +60,11 @@ def test_several_configurations_are_a_table(config, capsys):
     assert sum("IA3" in line for line in lines) == 2
 
 
+def test_a_method_with_a_schedule_is_estimated_like_others(config, capsys):
+    (row,) = estimate(capsys, "--model", config, "--method", "adalora", "--seq-len", "32", "--device", "cpu")
+    assert row["peak_bytes"] > 0
+
+
 def test_what_cannot_be_trained_is_told_in_its_row(config, capsys):
     # A Llama has no biases.
     rows = estimate(capsys, "--model", config, "--method", "bitfit,lora", "--seq-len", "32")
