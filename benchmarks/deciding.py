@@ -27,7 +27,6 @@ from autopeft.backends.replay import Curves, Recording, ReplayBackend, ReplayCos
 from autopeft.executors.inline import InlineExecutor
 from autopeft.records import Completed, Cost, Provenance, RungScore, Stopped, StudyConfig
 from autopeft.search.policy import choose_next
-from autopeft.search.sampler import suggest_spec
 from autopeft.search.store import Trial
 from autopeft.search.study import Search
 from autopeft.spaces.load import find_space, parse_space
@@ -81,12 +80,6 @@ def measure(count: int, repeat: int) -> dict[str, float]:
     paused = [trial for trial in search.store.trials if trial.state == "paused"]
     newcomer = paused[0]
 
-    def ask() -> None:
-        suggest_spec(
-            search.space, search._history(), objectives=search.config.objectives, known=search._known(),
-            max_steps=_RUNGS[-1], seed=0, number=count,
-        )  # fmt: skip
-
     def decide() -> None:
         choose_next(search._situation(), search.speed)
 
@@ -95,10 +88,11 @@ def measure(count: int, repeat: int) -> dict[str, float]:
         for trial in paused:
             trial.state = "paused"
 
-    return {name: _time(call, repeat) for name, call in {"ask": ask, "decide": decide, "tell": tell}.items()}
+    calls = {"ask": search._suggest, "decide": decide, "tell": tell}
+    return {name: _time(call, repeat) for name, call in calls.items()}
 
 
-def _time(call: Callable[[], None], repeat: int) -> float:
+def _time(call: Callable[[], object], repeat: int) -> float:
     call()
     times = []
     for _ in range(repeat):

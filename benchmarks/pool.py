@@ -16,6 +16,7 @@ from autopeft.search.sampler import distributions
 
 _OTHER_METHOD = 1e6
 """Farther than any two configurations of one method."""
+_COMMON = ("learning_rate", "bits", "target_modules")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,12 @@ class Pool:
 
     def _distance(self, one: Mapping[str, Scalar], other: Mapping[str, Scalar]) -> float:
         if one["method"] != other["method"]:
-            return _OTHER_METHOD
+            # Once the method has none left: what all methods have in common says more than the table's order.
+            return _OTHER_METHOD + sum(
+                _difference_of_places(self.distributions[a], one[a], self.distributions[b], other[b]) ** 2
+                for setting in _COMMON
+                if (a := f"{one['method']}.{setting}") in one and (b := f"{other['method']}.{setting}") in other
+            )
         names = (set(one) | set(other)) - {"method"}
         # A question that only one of them was asked counts as answered differently.
         return sum(
@@ -52,12 +58,23 @@ class Pool:
 
 def _difference(distribution: BaseDistribution, one: Scalar, other: Scalar) -> float:
     """In [0, 1]."""
+    return _difference_of_places(distribution, one, distribution, other)
+
+
+def _difference_of_places(first: BaseDistribution, one: Scalar, second: BaseDistribution, other: Scalar) -> float:
+    """In [0, 1], each by its own range: methods' best learning rates are magnitudes apart."""
+    places = _place(first, one), _place(second, other)
+    return float(one != other) if places[0] is None or places[1] is None else abs(places[0] - places[1])
+
+
+def _place(distribution: BaseDistribution, value: Scalar) -> float | None:
+    """In [0, 1] of a range; None for a choice."""
     if not isinstance(distribution, FloatDistribution | IntDistribution):
-        return float(one != other)
-    low, high, a, b = float(distribution.low), float(distribution.high), float(one), float(other)
+        return None
+    low, high, at = float(distribution.low), float(distribution.high), float(value)
     if distribution.log:
-        low, high, a, b = (math.log(value) for value in (low, high, a, b))
-    return abs(a - b) / (high - low) if high > low else 0.0
+        low, high, at = (math.log(number) for number in (low, high, at))
+    return (at - low) / (high - low) if high > low else 0.0
 
 
 def make_pool(table: Table) -> Pool:

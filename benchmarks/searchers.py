@@ -17,7 +17,6 @@ from autopeft.executors.inline import InlineExecutor
 from autopeft.records import WarmStart
 from autopeft.search.plan import restore_space
 from autopeft.search.racing import LearnedRacing, PairedRacing, RacingRule
-from autopeft.search.sampler import suggest_spec
 from autopeft.search.store import Trial
 from autopeft.spaces.space import SearchSpace
 
@@ -56,10 +55,7 @@ class ReplaySearch(ListedSearch):
         unused = {index for key, index in self.table.index_of.items() if key not in known}
         if not unused:
             return None
-        wanted = suggest_spec(
-            self.space, self._history(), objectives=self.config.objectives, known=known,
-            max_steps=self.config.rungs[-1], seed=self.config.seed, number=len(self.store.trials),
-        )  # fmt: skip
+        wanted = self._suggest()
         answers = None if wanted is None else self.space.params(wanted)
         index = min(unused) if answers is None else self.pool.find_nearest(answers, unused)
         return self.store.add(self.table.curves[index].spec, "sampler", self.space)

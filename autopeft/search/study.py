@@ -353,7 +353,12 @@ class Search:
         for trial in self.store.trials:
             if trial.state == "waiting":
                 return trial
-        spec = suggest_spec(
+        spec = self._suggest()
+        return self.store.add(spec, "sampler", self.space) if spec is not None else None
+
+    def _suggest(self) -> TrialSpec | None:
+        """What the sampler would try next: a function of the study's state."""
+        return suggest_spec(
             self.space,
             self._history(),
             objectives=self.config.objectives,
@@ -362,7 +367,6 @@ class Search:
             seed=self.config.seed,
             number=len(self.store.trials),
         )
-        return self.store.add(spec, "sampler", self.space) if spec is not None else None
 
     def _known(self) -> set[str]:
         for trial in self.store.trials[len(self._keys) :]:
