@@ -58,13 +58,14 @@ def open_finished(folder: Path, *, model: str | None = None, data_dir: str | Non
     if not (folder / ADAPTER).is_dir():
         raise RecordError(f"'{folder}' must hold the trained weights in {ADAPTER}/, but does not. Train it again.")
     data_dir = data_dir or os.environ.get("AUTOPEFT_DATA_DIR") or places.data_dir
+    base = find_model(recipe, places, model)
     beside = [folder, *([Path(data_dir), Path(data_dir) / recipe.task_name] if data_dir else [])]
     return Finished(
         folder=folder,
         recipe=recipe,
         result=result,
         task=parse_task(find_task(recipe, places, beside), recipe.task_name),
-        model=find_model(recipe, places, model),
+        model=base,
         data_dir=data_dir,
     )
 

@@ -73,8 +73,9 @@ def make_finished(folder: Path, llama: Path, method: str, scorer: str) -> Path:
         (rows / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     text = (
         'name: tiny\ntitle: First words\nkind: generation\nprompt: "{q} "\ncompletion: "{a}"\n'
-        f"scorer: {scorer}\nmax_new_tokens: 4\n"
-        f"files: {{train: {rows}/train.jsonl, test: {rows}/test.jsonl}}\n"
+        f"scorer: {scorer}\n"
+        + ("max_new_tokens: 4\n" if scorer == "exact_match" else "")
+        + f"files: {{train: {rows}/train.jsonl, test: {rows}/test.jsonl}}\n"
     )
     task = parse_task(text, "tiny")
     spec = dataclasses.replace(Case(METHODS[method], "llama", 32).spec(), max_steps=NUM_STEPS, learning_rate=1e-2)
