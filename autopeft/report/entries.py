@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from autopeft.methods import fill_settings
 from autopeft.records import Cost, StudyRecord, TrialRecord, TrialSpec, digest_json
 
 EntryKind = Literal["trial", "head", "majority", "base"]
@@ -64,7 +65,7 @@ def list_entries(study: StudyRecord) -> list[Entry]:
 def merge_entries(entries: Iterable[Entry]) -> list[Entry]:
     """One entry a key and each run once, a later copy replacing an earlier; the order depends on the content alone."""
     merged: dict[str, Entry] = {}
-    for entry in entries:
+    for entry in map(fill_entry, entries):
         known = merged.get(entry.key)
         runs = {run.identity(): run for run in (*(known.runs if known else ()), *entry.runs)}
         ordered = tuple(runs[identity] for identity in sorted(runs))
@@ -124,9 +125,8 @@ def _floor_entry(study: StudyRecord) -> Entry:
 
 def _entry(study: StudyRecord, kind: EntryKind, spec: TrialSpec | None, runs: tuple[Run, ...]) -> Entry:
     provenance = study.provenance
-    identity = [kind, None if spec is None else spec.key(), provenance.task_digest, provenance.model_digest]
     return Entry(
-        key=digest_json(identity),
+        key=_key(kind, spec, provenance.task_digest, provenance.model_digest),
         kind=kind,
         spec=spec,
         scorer=study.config.scorer,
@@ -134,6 +134,19 @@ def _entry(study: StudyRecord, kind: EntryKind, spec: TrialSpec | None, runs: tu
         model_digest=provenance.model_digest,
         runs=runs,
     )
+
+
+def fill_entry(entry: Entry) -> Entry:
+    """With what its method can be set to since it was written, at the defaults that it had then: the same configuration
+    has the same key again."""
+    if entry.spec is None:
+        return entry
+    spec = fill_settings(entry.spec)
+    return replace(entry, spec=spec, key=_key(entry.kind, spec, entry.task_digest, entry.model_digest))
+
+
+def _key(kind: EntryKind, spec: TrialSpec | None, task_digest: str, model_digest: str) -> str:
+    return digest_json([kind, None if spec is None else spec.key(), task_digest, model_digest])
 
 
 def _run(study: StudyRecord, *, quality: float, num_examples: int, **known: Any) -> Run:

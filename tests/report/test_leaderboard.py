@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autopeft.errors import RecordError
+from autopeft.methods import fill_settings
 from autopeft.report.entries import list_entries, merge_entries
 from autopeft.report.leaderboard import update_leaderboard
 from autopeft.report.standings import rank_entries
@@ -68,6 +69,16 @@ def test_two_studies_that_trained_the_same_configuration_share_a_row(study_of, t
     ranked = rank_entries(merge_entries([*list_entries(ours), *list_entries(theirs)]))
     (row,) = [standing for standing in ranked if standing.entry.kind == "trial"]
     assert (row.num_seeds, row.studies) == (2, ["ours", "theirs"])
+
+
+def test_a_row_from_before_its_method_had_a_setting_is_the_same_configuration(study_of, trial_of, spec_of):
+    before = study_of(trials=[trial_of(0, spec=spec_of())], uid="a", with_picks=False)
+    since = study_of(trials=[trial_of(0, spec=fill_settings(spec_of(seed=2)))], uid="b", with_picks=False)
+    assert before.trials[0].spec.key() != since.trials[0].spec.key()
+    entries = merge_entries([*list_entries(before), *list_entries(since)])
+    (entry,) = [entry for entry in entries if entry.kind == "trial"]
+    assert len(entry.runs) == 2
+    assert merge_entries(entries) == entries
 
 
 def test_a_seed_run_twice_counts_once(study_of, trial_of):
@@ -140,7 +151,7 @@ def test_markdown_says_whether_memory_was_estimated(study_of, tmp_path):
 def test_csv_holds_every_row_with_full_precision(study, tmp_path):
     path = update_leaderboard(study, tmp_path).with_suffix(".csv")
     rows = list(csv.DictReader(path.read_text().splitlines()))
-    entries = {entry.key: entry for entry in list_entries(study)}
+    entries = {entry.key: entry for entry in merge_entries(list_entries(study))}
     assert {row["key"] for row in rows} == set(entries)
     for row in rows:
         if (spec := entries[row["key"]].spec) is not None:
