@@ -274,6 +274,11 @@ def _check_generation_row(task: TaskSpec, row: Any, where: str) -> Example:
     missing = [column for column in task.prompt_without if row.get(column) in (None, "")]
     name = f"prompt_without.{missing[0]}" if missing else "prompt"
     prompt = _fill(task.prompt_without[missing[0]] if missing else task.prompt, row, f"{where}: {name} of the task")
+    if task.scorer == "exact_match" and not prompt.strip():
+        raise DataError(
+            f"{where}: a model can write by itself only after a prompt, but the prompt of this row comes out empty. "
+            "Give the task a prompt:, or score it by token_accuracy."
+        )
     completion = _fill(task.completion, row, f"{where}: completion of the task")
     if not completion.strip():
         raise DataError(

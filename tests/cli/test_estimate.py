@@ -106,6 +106,19 @@ def test_checkpointing_and_paging_show_in_the_figures(config, capsys):
     assert paged["estimate"]["optimizer_bytes"] < whole["estimate"]["optimizer_bytes"]
 
 
+def test_a_language_model_has_no_head_and_its_logits_are_counted(config, capsys):
+    arguments = ["estimate", "--model", config, "--seq-len", "32", "--device", "cpu"]
+    peaks = {}
+    for kind in ("classification", "generation"):
+        assert main([*arguments, "--task-kind", kind, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)[0]
+        peaks[kind] = found["estimate"]["activation_bytes"]
+        assert (found["estimate"]["head_parameters"] == 0) == (kind == "generation")
+    assert peaks["generation"] > peaks["classification"]
+    assert main([*arguments, "--task-kind", "generation"]) == 0
+    assert "head" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -116,6 +129,9 @@ def test_checkpointing_and_paging_show_in_the_figures(config, capsys):
         (["--model", "CONFIG", "--bits", "five"], "--bits"),
         (["--model", "CONFIG", "--device", "h10"], "Did you mean 'h100'"),
         (["--model", "CONFIG", "--batch-size", "0"], "--batch-size"),
+        (["--model", "CONFIG", "--num-labels", "0"], "--num-labels"),
+        (["--model", "CONFIG", "--task-kind", "generation", "--num-labels", "3"], "has no head"),
+        (["--study", "mine", "--task-kind", "generation"], "so --task-kind cannot go with it"),
         (["--study", "missing"], "missing"),
         (["--study", "missing", "--batch-size", "8"], "--batch-size cannot go with it"),
         (["--study", "missing", "--method", "ia3", "--fix", "rank=4"], "--method and --fix cannot go with it"),

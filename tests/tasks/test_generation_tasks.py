@@ -90,6 +90,11 @@ def test_a_completion_without_the_answer_asked_for_is_refused(make_task: MakeTas
         load_splits(task, None, seed=0)
 
 
+def test_nothing_can_be_written_after_an_empty_prompt(make_task: MakeTask) -> None:
+    with pytest.raises(DataError, match=r"train\.jsonl:1: .*only after a prompt"):
+        load_splits(make_task(prompt="", scorer="exact_match"), None, seed=0)
+
+
 # --- task files
 
 
