@@ -1,6 +1,6 @@
 """Exports of every method, width and kind of task, for the checks by the trainers' own parsers.
 
-    python tests/export/make_cases.py FOLDER
+    python tests/export/make_cases.py FOLDER [METHOD,...]
 
 Writes FOLDER/TARGET/CASE/ and FOLDER/TARGET/CASE.json, which says what the trainer must make of it: the configuration
 that plain peft would be given, and the tokens of the first rows as a trial trains on them. Prints what is refused.
@@ -44,9 +44,9 @@ TRAININGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def list_specs() -> Iterator[tuple[str, TrialSpec, dict[str, Any]]]:
+def list_specs(methods: list[str]) -> Iterator[tuple[str, TrialSpec, dict[str, Any]]]:
     """(name, configuration, changes to its recipe)."""
-    for method in METHODS.shipped:
+    for method in methods:
         for bits in METHODS[method].bits:
             yield f"{method}-{bits}bit", _spec(method, bits), {}
     for name, settings in VARIANTS.items():
@@ -85,7 +85,7 @@ def expected(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, methods: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     models = make_models(folder / "models")
     refused: dict[str, int] = {}
@@ -94,7 +94,7 @@ def main(folder: Path) -> None:
         text = text.replace("name: tiny", f"name: tiny_{kind}")
         task = parse_task(text, "tiny")
         splits = load_splits(task, None, seed=0)
-        for name, spec, changes in list_specs():
+        for name, spec, changes in list_specs(methods):
             recipe, _ = draw_recipe(spec, kind, **changes)
             try:
                 bundle = complete_bundle(recipe, task, text, splits, models[kind])
@@ -119,4 +119,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2].split(",") if len(sys.argv) > 2 else list(METHODS.shipped))
