@@ -41,6 +41,8 @@ class Bundle:
     """As on this machine, with its paths."""
     model: str
     """What transformers loads here: a hub id or a folder."""
+    architecture: str
+    """As transformers calls it: `bert`, `llama`."""
     splits: Splits
     """Prompts are cut already, from the left, where a row of a generation task is longer than the study's rows were."""
     context: BuildContext
@@ -90,6 +92,7 @@ def complete_bundle(recipe: Recipe, task: TaskSpec, task_text: str, splits: Spli
     method = find_method(spec.method)
     base = describe_base(model, num_labels=task.num_labels, bits=spec.bits)
     context = build_context(base, spec)
+    config: Any = base.model.config
     words = None
     if task.kind == "generation":
         tokenizer = load_tokenizer(model)
@@ -99,6 +102,7 @@ def complete_bundle(recipe: Recipe, task: TaskSpec, task_text: str, splits: Spli
         task=task,
         task_text=task_text,
         model=resolve_model(model),
+        architecture=str(config.model_type),
         splits=splits,
         context=context,
         call=method.peft(spec, context) if method.peft is not None else None,

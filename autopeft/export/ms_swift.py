@@ -177,10 +177,15 @@ def write(bundle: Bundle) -> Export:
 
 
 def _describe_task(bundle: Bundle) -> Entries:
+    kind: Entries = {}
+    if bundle.context.kind == "encoder":
+        # Its list of models knows few encoders by name; this type loads whatever transformers has.
+        kind = {"model_type": "bert"}
+    elif bundle.recipe.model.startswith("local:"):
+        # It knows decoders by their hub ids, and for a folder must be told; most of its types are transformers'.
+        kind = {"model_type": bundle.architecture}
     if bundle.task.kind == "generation":
-        return {"task_type": "causal_lm"}
-    # Its list of models knows few encoders by name; this type loads whatever transformers has.
-    kind: Entries = {"model_type": "bert"} if bundle.context.kind == "encoder" else {}
+        return {"task_type": "causal_lm", **kind}
     return {
         "task_type": "seq_cls",
         "num_labels": len(bundle.task.labels),

@@ -26,6 +26,7 @@ def check(case: Path, expected: Expected) -> str:
         theirs = getattr(arguments, key)
         if key in ("bf16", "report_to", "torch_dtype", "output_dir", "dataset", "val_dataset", "init_weights"):
             continue
+        theirs = json.loads(theirs) if isinstance(value, dict) and isinstance(theirs, str) else theirs
         compare(key, value, getattr(theirs, "value", theirs))
     _, processor = arguments.get_model_processor(load_model=False)
     template = arguments.get_template(processor)

@@ -119,4 +119,4 @@ def main(folder: Path, methods: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2].split(",") if len(sys.argv) > 2 else list(METHODS.shipped))
+    main(Path(sys.argv[1]).resolve(), sys.argv[2].split(",") if len(sys.argv) > 2 else list(METHODS.shipped))
