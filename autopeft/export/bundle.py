@@ -21,8 +21,6 @@ class Words(NamedTuple):
 
     begin: str | None
     """The token that it puts in front by itself, as text; None where it puts none."""
-    has_begin: bool
-    """Whether it has such a token at all: some trainers put it in front of every row then."""
     end: str
     pad: str
     joins: bool
@@ -151,7 +149,6 @@ def _fit_rows(tokenizer: Any, splits: Splits, max_length: int) -> tuple[Splits, 
     num_cut = sum(old.text != new.text for old, new in zip((e for es in before for e in es), rows, strict=True))
     words = Words(
         begin=tokenizer.bos_token if begins else None,
-        has_begin=tokenizer.bos_token is not None,
         end=tokenizer.eos_token,
         pad=tokenizer.pad_token,
         joins=_joins(tokenizer, framed[:begins], rows),

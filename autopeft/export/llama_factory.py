@@ -12,7 +12,6 @@ from autopeft.export.rows import SPLITS, Row, write_rows
 from autopeft.export.settings import (
     Entries,
     Rule,
-    Unsaid,
     Values,
     choose,
     only,
@@ -83,11 +82,6 @@ def refuse(recipe: Recipe, task: TaskSpec) -> str | None:
 def write(bundle: Bundle) -> Export:
     words, name = bundle.words, bundle.task.name
     assert words is not None
-    if words.has_begin and words.begin is None:
-        raise Unsaid(
-            "LLaMA-Factory puts the tokenizer's beginning-of-sequence token in front of every row, and this "
-            "tokenizer does not do so by itself."
-        )
     entries = say_all(bundle.recipe, METHODS, TRAINING, title=TITLE)
     kind = entries.setdefault("finetuning_type", "full")
     if kind != "full":
@@ -120,8 +114,8 @@ def write(bundle: Bundle) -> Export:
     }
 
     def to_row(example: Example) -> Row:
-        # The template "empty" ends nothing by itself.
-        return {"prompt": example.text, "completion": f"{example.completion}{words.end}"}
+        # The template "empty" begins and ends nothing by itself.
+        return {"prompt": f"{words.begin or ''}{example.text}", "completion": f"{example.completion}{words.end}"}
 
     return Export(
         files={
@@ -131,7 +125,8 @@ def write(bundle: Bundle) -> Export:
         },
         commands=(install(bundle, "llamafactory==0.9.5"), "llamafactory-cli train train.yaml"),
         notes=(
-            f"Completions in the rows end in {words.end}, because LLaMA-Factory's template `empty` adds no end.",
+            f"Completions in the rows end in {words.end}, and prompts begin as the tokenizer begins a text, because "
+            "LLaMA-Factory's template `empty` adds neither.",
             *describe_cuts(bundle),
             WARMUP,
             ORDER,
