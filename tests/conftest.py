@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,9 @@ from sqlalchemy.engine import Engine
 
 from autopeft.methods import METHODS
 from autopeft.records import TrialSpec
+
+# The hub's client reads it once, on import; set later, every look-up would wait for a network that is not there.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 settings.register_profile(
     "autopeft", deadline=None, max_examples=50, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
