@@ -185,7 +185,7 @@ def _make_spec(args: argparse.Namespace, method: Any, bits: int | None, device_k
     """The method's recipe with what the arguments say otherwise."""
     from autopeft.errors import SpecError, suggest_nearest
     from autopeft.search.request import parse_fixed
-    from autopeft.spaces.dimensions import default_dimensions
+    from autopeft.spaces.dimensions import check_value, default_dimensions
     from autopeft.spaces.space import check_feasible, make_spec
 
     dimensions = default_dimensions(method, device_kind)
@@ -200,6 +200,7 @@ def _make_spec(args: argparse.Namespace, method: Any, bits: int | None, device_k
     for name, value in given.items():
         if name not in values:
             raise SpecError(f"{method.title} has no setting '{name}'. {suggest_nearest(name, values)}")
+        check_value(dimensions[name], value, f"{name}={value}: {method.name}.{name}")
         values[name] = value
     spec = make_spec(method.name, values, max_steps=_STEPS, seed=0)
     check_feasible(spec, device_kind)

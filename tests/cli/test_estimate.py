@@ -128,6 +128,7 @@ def test_a_language_model_has_no_head_and_its_logits_are_counted(config, capsys)
         (["--model", "nowhere/nothing/no"], "nowhere"),
         (["--model", "CONFIG", "--method", "lorra"], "Did you mean 'lora'"),
         (["--model", "CONFIG", "--fix", "rnak=4"], "Did you mean 'rank'"),
+        (["--model", "CONFIG", "--fix", "batch_size=abc"], "lora.batch_size takes 1 to 4096"),
         (["--model", "CONFIG", "--bits", "five"], "--bits"),
         (["--model", "CONFIG", "--device", "h10"], "Did you mean 'h100'"),
         (["--model", "CONFIG", "--batch-size", "0"], "--batch-size"),
