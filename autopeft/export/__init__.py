@@ -7,7 +7,7 @@ from pathlib import Path
 from autopeft.errors import ExportError, suggest_nearest
 from autopeft.export import axolotl, llama_factory, ms_swift, peft, trainer, trl, unsloth
 from autopeft.export.bundle import Bundle, make_bundle
-from autopeft.export.files import Files, check_out, provenance, write_export
+from autopeft.export.files import Files, provenance, write_export
 from autopeft.export.picks import find_trial
 from autopeft.export.readme import write_readme
 from autopeft.export.settings import Unsaid
@@ -15,6 +15,7 @@ from autopeft.export.target import Target
 from autopeft.methods import find_method
 from autopeft.production.recipe import Recipe, make_recipe
 from autopeft.records import StudyRecord, TrialRecord
+from autopeft.report.files import check_new_folder
 from autopeft.tasks.spec import TaskSpec, parse_task
 
 TARGETS: dict[str, Target] = {
@@ -63,7 +64,7 @@ def export_trial(
     """
     if target not in TARGETS:
         raise ExportError(f"There is no export target '{target}'. {suggest_nearest(target, TARGETS)}")
-    check_out(out)
+    check_new_folder(out)
     pick = pick or str(trial.number)
     task = parse_task(record.config.task, record.config.task_name)
     # Refused before rows and model are read, of which the latter may have to be fetched.

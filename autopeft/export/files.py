@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,39 +14,24 @@ from autopeft.errors import ExportError
 from autopeft.export.bundle import Bundle
 from autopeft.production.recipe import LocalPlaces, find_task_files, write_local, write_recipe
 from autopeft.records import to_record
+from autopeft.report.files import new_folder
 
 Files = dict[str, str]
 """Names relative to the export's folder -> text."""
 
 
-def check_out(out: Path) -> None:
-    """Raises ExportError where something is already there."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExportError(f"--out must be a new or empty folder, but '{out}' is not. Nothing was overwritten.")
-
-
 def write_export(files: Files, bundle: Bundle, out: Path, *, model: str, data_dir: str | None) -> list[Path]:
     """Puts the files there, with the recipe beside them, so that a failure leaves nothing behind."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        with new_folder(out) as part:
+            for name, text in files.items():
+                path = part / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, encoding="utf-8")
+            write_recipe(bundle.recipe, part)
+            write_local(LocalPlaces(model=model, data_dir=data_dir, files=find_task_files(bundle.task_text)), part)
     except OSError as exc:
         raise ExportError(f"--out must be writable, but '{out}' is not: {exc.strerror}.") from exc
-    try:
-        part.chmod(0o755)
-        for name, text in files.items():
-            path = part / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-        write_recipe(bundle.recipe, part)
-        write_local(LocalPlaces(model=model, data_dir=data_dir, files=find_task_files(bundle.task_text)), part)
-        if out.exists():
-            out.rmdir()
-        part.replace(out)
-    except OSError as exc:
-        raise ExportError(f"--out must be writable, but '{out}' is not: {exc.strerror}.") from exc
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return sorted(path for path in out.rglob("*") if path.is_file())
 
 

@@ -8,11 +8,8 @@ sum again would change small weights by more than was learned, so that is not of
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -27,6 +24,7 @@ from autopeft.errors import ExportError, SpecError, suggest_nearest
 from autopeft.methods import find_method
 from autopeft.production import plain
 from autopeft.production.finished import Finished, ask_fresh_process, load_data, make_job
+from autopeft.report.files import check_new_folder, new_folder
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -86,7 +84,7 @@ def merge(finished: Finished, out: Path, *, dtype: Dtype | None = None) -> Merge
             f"was written. {advise_unmerged(finished)}"
         )
     _name_labels(merged, finished)
-    with _new_folder(out) as part:
+    with new_folder(out) as part:
         _write(merged, finished, part, dtype)
         written_job = {**job, "saved_as": "transformers", "saved": str(part.resolve()), "bits": 32}
         written_job |= {"dtype": dtype, "as_written": True}
@@ -134,11 +132,6 @@ def advise_unmerged(finished: Finished) -> str:
         "the folder shows, and autopeft push publishes it as an adapter. Or choose a method that merges: autopeft "
         "methods lists them."
     )
-
-
-def check_new_folder(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExportError(f"--out must be a new or empty folder, but '{out}' is not. Nothing was overwritten.")
 
 
 def find_dtype(finished: Finished) -> Dtype:
@@ -231,22 +224,3 @@ def _find_cached(model: str, name: str) -> Path | None:
 
     found = try_to_load_from_cache(model, name)
     return Path(found) if isinstance(found, str) else None
-
-
-@contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place once everything in it is right, and is gone otherwise."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    except OSError as exc:
-        raise ExportError(f"--out must be writable, but '{out}' is not: {exc.strerror}.") from exc
-    try:
-        yield part
-        if out.exists():
-            out.rmdir()
-        # Temporary folders are their owner's alone.
-        part.chmod(0o755)
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -18,7 +18,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from autopeft.backends.hf.base_model import BaseModel, find_kind, load_base, load_config, load_tokenizer
+from autopeft.backends.hf.base_model import (
+    BaseModel,
+    digest_file,
+    find_kind,
+    load_base,
+    load_config,
+    load_tokenizer,
+)
 from autopeft.backends.hf.build import build_trial_model
 from autopeft.backends.hf.data import Batch, plan_batches
 from autopeft.backends.hf.steps import checkpoint_activations, score_batches
@@ -267,4 +274,4 @@ def _make_batch(blocks: Sequence[list[int]], device: str) -> Batch:
 def _save(trainable: dict[str, torch.Tensor], out: Path) -> str:
     path = out / WEIGHTS
     save_file({name: tensor.contiguous() for name, tensor in trainable.items()}, path)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return digest_file(path)

@@ -36,6 +36,7 @@ from autopeft.records import (
     from_record,
     to_record,
 )
+from autopeft.report.files import write_atomically
 
 RECIPE_VERSION = 1
 """Raised when older code would misread `training.yaml`."""
@@ -505,9 +506,7 @@ def check_recipe(recipe: Recipe, where: str) -> None:
 def write_result(result: TrainingResult, folder: Path) -> Path:
     """`result.json` in the folder, whole or not at all."""
     path = folder / RESULT_FILE
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(to_record(result), indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_atomically(path, json.dumps(to_record(result), indent=2) + "\n")
     return path
 
 

@@ -1,11 +1,17 @@
-"""Safe names for files, and files that nobody sees half written."""
+"""Safe names for files, and files and folders that nobody sees half written."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+from autopeft.errors import ExportError
 
 
 def safe_file_name(name: str) -> str:
@@ -29,3 +35,28 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_new_folder(out: Path) -> None:
+    """Raises ExportError where something is already there."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"--out must be a new or empty folder, but '{out}' is not. Nothing was overwritten.")
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place once everything in it is right, and is gone otherwise."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as exc:
+        raise ExportError(f"--out must be writable, but '{out}' is not: {exc.strerror}.") from exc
+    try:
+        yield part
+        if out.exists():
+            out.rmdir()
+        # Temporary folders are their owner's alone.
+        part.chmod(0o755)
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
