@@ -216,7 +216,8 @@ class RungScore:
     """Per-example losses and predictions, relative to the study's folder."""
     scores_digest: str
     quality_sd: float | None = _optional()
-    """Over the examples, where the quality is the mean of their scores and those are more than right and wrong."""
+    """Over the examples, where the quality is no share of right answers: sd over the root of `num_examples` is its
+    standard error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

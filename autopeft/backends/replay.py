@@ -176,7 +176,9 @@ class ReplayBackend:
         overhead = max(0.0, last.device_seconds - last.train_seconds * rate)
         return Finished(
             job=stretch.job,
-            validation=Score(quality=last.quality, loss=last.loss, num_examples=last.num_examples),
+            validation=Score(
+                quality=last.quality, loss=last.loss, num_examples=last.num_examples, quality_sd=last.quality_sd
+            ),
             test=None,
             scores_file=_scores_name(curve.spec, last.step),
             scores_digest=last.scores_digest,

@@ -85,10 +85,14 @@ def _fit_line(scores: Sequence[RungScore]) -> _Line:
 
 
 def _sampling_variance(score: RungScore) -> float:
-    """Of an accuracy, by Laplace's estimate: a score of 0 or 1 on few examples is not certain."""
+    """Of an accuracy, by Laplace's estimate: a score of 0 or 1 on few examples is not certain.
+
+    So it is where a spread was recorded: that of a model which gives everything one class is 0.
+    """
     if score.quality_sd is not None:
-        return score.quality_sd**2 / score.num_examples
-    share = (score.quality * score.num_examples + 1) / (score.num_examples + 2)
+        return max(score.quality_sd**2, 1 / score.num_examples) / score.num_examples
+    # A correlation below 0, from a study that recorded no spread, is as uncertain as one of 0.
+    share = (max(score.quality, 0.0) * score.num_examples + 1) / (score.num_examples + 2)
     return share * (1 - share) / score.num_examples
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -90,3 +91,18 @@ def score_predictions(scorer: str, labels: Sequence[int] | Labels, predictions: 
     check_scorer(scorer)
     function = SCORERS[scorer] if scorer in SCORERS else _hub_metric(scorer.removeprefix("hub:"))
     return function(np.asarray(labels), np.asarray(predictions))
+
+
+def estimate_example_sd(scorer: str, labels: Labels, predictions: Numbers) -> float:
+    """The spread over examples that makes sd / sqrt(N) the quality's standard error, for scorers that are no mean over
+    examples: the jackknife's (Efron and Stein 1981), which leaves out each distinct pair of label and prediction once.
+
+    Labels (N,) and predictions (N,) are class indices. 0 for fewer than two examples.
+    """
+    if len(labels) < 2:
+        return 0.0
+    pairs = np.column_stack([labels, predictions])
+    _, places, counts = np.unique(pairs, axis=0, return_index=True, return_counts=True)
+    without = np.array([score_predictions(scorer, *np.delete(pairs, place, axis=0).T) for place in places])
+    squares = counts @ (without - np.average(without, weights=counts)) ** 2
+    return math.sqrt((len(labels) - 1) * float(squares))

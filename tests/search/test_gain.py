@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -129,6 +130,15 @@ def test_on_many_examples_a_score_speaks_for_itself() -> None:
     scores = make_scores(list(rng.uniform(0.5, 0.9, 20)), list(rng.uniform(0.3, 0.9, 20)), num_examples=10_000)
     for score in scores:
         assert QualityModel(scores).estimate(score).mean == pytest.approx(score.quality, abs=0.01)
+
+
+@pytest.mark.parametrize("quality_sd", [None, 0.9, 0.0])
+def test_a_correlation_below_zero_is_a_score_as_any_other(quality_sd: float | None) -> None:
+    scores = make_scores([-0.2 + i / 20 for i in range(9)], [0.9 - i / 20 for i in range(9)], num_examples=100)
+    scores = [dataclasses.replace(score, quality_sd=quality_sd) for score in scores]
+    forecast = QualityModel(scores).estimate(scores[0])
+    assert forecast.mean == pytest.approx(-0.2, abs=0.05)
+    assert 0 < forecast.deviation < 0.1
 
 
 @pytest.mark.parametrize("losses", [[0.5] * 9, [0.0] * 9, [float("nan")] * 9, [0.5] * 7])

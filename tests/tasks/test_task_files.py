@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from autopeft.tasks.data import (
     read_rows,
     split_stratified,
 )
-from autopeft.tasks.scorers import SCORERS, score_predictions
+from autopeft.tasks.scorers import SCORERS, estimate_example_sd, score_predictions
 from autopeft.tasks.spec import TaskSpec, find_task_text, list_tasks, parse_task
 
 MakeTask = Callable[..., TaskSpec]
@@ -333,6 +334,28 @@ def test_scorers_agree_with_their_formulas() -> None:
     assert score_predictions("accuracy", labels, predictions) == pytest.approx(3 / 5)
     assert score_predictions("f1_binary", labels, predictions) == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
     assert score_predictions("matthews_correlation", labels, predictions) == pytest.approx((2 * 1 - 1 * 1) / 36**0.5)
+
+
+def test_the_spread_of_a_share_is_the_binomials() -> None:
+    labels = np.array([1] * 60 + [0] * 40)
+    predictions = np.array([1] * 50 + [0] * 50)
+    assert estimate_example_sd("accuracy", labels, predictions) == pytest.approx((0.9 * 0.1) ** 0.5, rel=0.01)
+
+
+@pytest.mark.parametrize("scorer", ["matthews_correlation", "f1_binary", "f1_macro"])
+def test_the_spread_of_any_score_is_what_resampled_examples_show(scorer: str) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 400)
+    predictions = np.where(rng.random(400) < 0.8, labels, 1 - labels)
+    rows = rng.integers(0, 400, (1000, 400))
+    resampled = [score_predictions(scorer, labels[chosen], predictions[chosen]) for chosen in rows]
+    spread = estimate_example_sd(scorer, labels, predictions) / 400**0.5
+    assert spread == pytest.approx(float(np.std(resampled)), rel=0.1)
+
+
+def test_one_answer_for_all_has_no_spread() -> None:
+    assert estimate_example_sd("matthews_correlation", np.array([0, 0, 1, 1]), np.array([1, 1, 1, 1])) == 0.0
+    assert estimate_example_sd("matthews_correlation", np.array([0]), np.array([1])) == 0.0
 
 
 def test_read_rows_names_the_task_of_a_missing_file(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from autopeft.backends.base import Score
 from autopeft.backends.hf.data import TaskData, TokenizedSplit, scoring_batches
 from autopeft.backends.hf.language import match_answer, write_completions
 from autopeft.backends.hf.steps import SplitScores, autocast, score_batches
-from autopeft.tasks.scorers import score_predictions
+from autopeft.tasks.scorers import estimate_example_sd, score_predictions
 from autopeft.tasks.spec import TaskSpec
 
 
@@ -30,8 +30,17 @@ def summarize(task: TaskSpec, split: TokenizedSplit, scores: SplitScores) -> Sco
         quality=score_predictions(task.scorer, split.labels, predictions),
         loss=float(scores.losses.mean()),
         num_examples=len(split.labels),
-        quality_sd=float(np.std(predictions, ddof=1)) if task.scorer == "token_accuracy" else None,
+        quality_sd=_estimate_sd(task.scorer, split, predictions),
     )
+
+
+def _estimate_sd(scorer: str, split: TokenizedSplit, predictions: npt.NDArray[Any]) -> float | None:
+    """None for shares of examples: their quality says it already."""
+    if scorer in ("accuracy", "exact_match"):
+        return None
+    if scorer == "token_accuracy":
+        return float(np.std(predictions, ddof=1))
+    return estimate_example_sd(scorer, np.asarray(split.labels), predictions)
 
 
 def pack_scores(name: str, scores: SplitScores) -> dict[str, Any]:
