@@ -10,6 +10,7 @@ together below 50 ms at 200 trials and below 250 ms at 2,000.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -26,7 +27,7 @@ from memory_study import MemoryStore
 from autopeft.backends.replay import Curves, Recording, ReplayBackend, ReplayCostModel
 from autopeft.executors.inline import InlineExecutor
 from autopeft.records import Completed, Cost, Provenance, RungScore, Stopped, StudyConfig
-from autopeft.search.policy import choose_next
+from autopeft.search.policy import Promote, StartNew, choose_next
 from autopeft.search.store import Trial
 from autopeft.search.study import Search
 from autopeft.spaces.load import find_space, parse_space
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--out", metavar="NAME", help="write results/NAME.json and results/NAME.md")
     arguments = parser.parse_args()
-    lines = ["| trials | ask, ms | decide, ms | tell, ms | together |", "|--:|--:|--:|--:|--:|"]
+    lines = ["| trials | ask and decide, ms | tell, ms | together |", "|--:|--:|--:|--:|"]
     record = []
     for count in arguments.trials:
         times = measure(count, arguments.repeat)
@@ -81,14 +82,17 @@ def measure(count: int, repeat: int) -> dict[str, float]:
     newcomer = paused[0]
 
     def decide() -> None:
-        choose_next(search._situation(), search.speed)
+        appraiser = search._make_appraiser()
+        newcomers = functools.partial(search._find_newcomers, appraiser)
+        choice = choose_next(search._situation(), search.speed, appraiser, newcomers)
+        assert isinstance(choice, StartNew | Promote)
 
     def tell() -> None:
         search._race(newcomer)
         for trial in paused:
             trial.state = "paused"
 
-    calls = {"ask": search._suggest, "decide": decide, "tell": tell}
+    calls = {"decide": decide, "tell": tell}
     return {name: _time(call, repeat) for name, call in calls.items()}
 
 

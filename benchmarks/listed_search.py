@@ -16,6 +16,7 @@ from autopeft.search.racing import Contender, LossCurve, Verdict
 from autopeft.search.request import Request
 from autopeft.search.store import StudyStore, Trial
 from autopeft.search.study import Search
+from autopeft.search.worth import Appraiser, Newcomer
 
 Arrival = Literal["included", "sampled"]
 """Whether all configurations wait from the start, or come one by one as from a sampler.
@@ -41,12 +42,12 @@ class ListedSearch(Search):
 
     arriving: Sequence[TrialSpec] = ()
 
-    def _next_new(self) -> Trial | None:
-        if any(trial.state == "waiting" for trial in self.store.trials):
-            return super()._next_new()
+    def _draw_newcomers(self, appraiser: Appraiser) -> list[Newcomer]:
         known = self._known()
         spec = next((spec for spec in self.arriving if spec.key() not in known), None)
-        return self.store.add(spec, "sampler", self.space) if spec is not None else None
+        if spec is None:
+            return []
+        return [self._make_newcomer(spec, "sampler")]
 
 
 class Asked(NamedTuple):

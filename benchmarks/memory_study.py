@@ -13,7 +13,7 @@ import optuna
 
 from autopeft.backends.replay import ReplayBackend
 from autopeft.records import SCHEMA_VERSION, StudyConfig, to_record
-from autopeft.search.sampler import optuna_directions
+from autopeft.search.distributions import optuna_directions
 from autopeft.search.store import StudyStore, Trial
 
 

@@ -96,7 +96,7 @@ def _read(name: str, data_dir: Path | None) -> Table:
 
 def measure(table: Table, num_seeds: int) -> tuple[list[Asked], list[Fate]]:
     # Configurations set by hand have no space to suggest from: they come in an order drawn by the seed.
-    source: Source = "one by one" if table.recording.curves.config.space_name == "listed" else "suggested"
+    source: Source = "one by one" if table.recording.curves.config.space_name == "listed" else "chosen"
     search = OurSearch(source=source)
     asked, fates = [], []
     for seed in range(num_seeds):

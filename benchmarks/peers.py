@@ -20,8 +20,8 @@ from pool import make_pool
 from searchers import Ended, Trace
 from tables import Table
 
+from autopeft.search.distributions import optuna_directions
 from autopeft.search.front import find_nondominated
-from autopeft.search.sampler import optuna_directions
 
 Floats = npt.NDArray[np.float64]
 

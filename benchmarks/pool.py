@@ -11,8 +11,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from tables import Table
 
 from autopeft.records import Scalar
+from autopeft.search.distributions import distributions
 from autopeft.search.plan import restore_space
-from autopeft.search.sampler import distributions
 
 _OTHER_METHOD = 1e6
 """Farther than any two configurations of one method."""

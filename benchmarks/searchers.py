@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -11,18 +11,20 @@ from listed_search import ListedSearch
 from memory_study import MemoryStore
 from pool import Pool, make_pool
 from tables import Table
+from tpe import observe, suggest_spec
 
 from autopeft.backends.replay import ReplayBackend, ReplayCostModel
 from autopeft.executors.inline import InlineExecutor
-from autopeft.records import WarmStart
+from autopeft.records import Scalar, WarmStart
 from autopeft.search.plan import restore_space
 from autopeft.search.racing import LearnedRacing, PairedRacing, RacingRule
 from autopeft.search.store import Trial
+from autopeft.search.worth import Appraiser, Newcomer
 from autopeft.spaces.space import SearchSpace
 
-Source = Literal["given", "one by one", "suggested"]
-"""Where configurations come from: all known from the start, as with --include; one after another in an order drawn by
-the seed; or as the sampler wants them, each the nearest recorded one."""
+Source = Literal["given", "one by one", "chosen", "tpe"]
+"""Where configurations come from: all to be tried, as with --include; one after another in an order drawn by the seed;
+chosen among those recorded; or as Optuna's TPE wants them, each the nearest recorded one."""
 
 
 class Ended(NamedTuple):
@@ -45,20 +47,36 @@ class Trace(NamedTuple):
 class ReplaySearch(ListedSearch):
     """A search over recorded configurations alone, whose methods need not be ours."""
 
-    pool: Pool | None = None
     table: Table
+    pool: Pool | None = None
+    """What is chosen from; None where configurations arrive in an order of their own."""
+    asks_tpe = False
 
-    def _next_new(self) -> Trial | None:
-        if self.pool is None or any(trial.state == "waiting" for trial in self.store.trials):
-            return super()._next_new()
-        known = self._known()
-        unused = {index for key, index in self.table.index_of.items() if key not in known}
-        if not unused:
-            return None
-        wanted = self._suggest()
-        answers = None if wanted is None else self.space.params(wanted)
-        index = min(unused) if answers is None else self.pool.find_nearest(answers, unused)
-        return self.store.add(self.table.curves[index].spec, "sampler", self.space)
+    def _draw_newcomers(self, appraiser: Appraiser) -> list[Newcomer]:
+        if self.pool is None:
+            return super()._draw_newcomers(appraiser)
+        known = self._known() | {spec.key() for spec in self._recipes}
+        unused = sorted(index for key, index in self.table.index_of.items() if key not in known)
+        if self.asks_tpe and unused:
+            unused = [self.pool.find_nearest(self._ask_tpe(), set(unused))]
+        rows = [self._encoder.encode(self.pool.params[index]) for index in unused]
+        specs = [self.table.curves[index].spec for index in unused]
+        return [Newcomer(spec.method, row, spec=spec) for spec, row in zip(specs, rows, strict=True)]
+
+    def _ask_tpe(self) -> Mapping[str, Scalar]:
+        spec = suggest_spec(
+            self.space,
+            observe(self.space, self.store.trials, self.config.objectives),
+            objectives=self.config.objectives,
+            known=self._known(),
+            max_steps=self.config.rungs[-1],
+            seed=self.config.seed,
+            number=len(self.store.trials),
+        )
+        assert spec is not None
+        answers = self.space.params(spec)
+        assert answers is not None
+        return answers
 
     def _is_feasible(self, trial: Trial) -> bool:
         trial.cost = self._cost(trial.spec).cost
@@ -103,7 +121,8 @@ class OurSearch:
         search = ReplaySearch(store, executor, _find_space(table, self.source), racing=self.racing or find_rule(table))
         search.arriving = specs
         search.table = table
-        search.pool = make_pool(table) if self.source == "suggested" else None
+        search.pool = make_pool(table) if self.source in ("chosen", "tpe") else None
+        search.asks_tpe = self.source == "tpe"
         search.drive()
         return store.trials
 
@@ -115,7 +134,7 @@ def find_rule(table: Table) -> RacingRule:
 
 def _find_space(table: Table, source: Source) -> SearchSpace:
     config = table.recording.curves.config
-    if source == "suggested":
+    if source in ("chosen", "tpe"):
         space = restore_space(config)
         # A recipe that was not recorded cannot be played.
         return replace(space, recipes=tuple(spec for spec in space.recipes if spec.key() in table.index_of))

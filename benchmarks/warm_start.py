@@ -46,8 +46,8 @@ def main() -> None:
         sources = sources or [make_source(other) for other in tables if other is not table]
         warm = choose_recorded(table, sources)
         for title, search in (
-            ("recipes", OurSearch(source="suggested")),
-            (f"warm, {len(warm.first)} first", OurSearch(source="suggested", warm_start=warm)),
+            ("recipes", OurSearch(source="chosen")),
+            (f"warm, {len(warm.first)} first", OurSearch(source="chosen", warm_start=warm)),
         ):
             volumes = [measure(table, search, share, arguments.seeds) for share in SHARES]
             cells = " | ".join(f"{volume:.3f}" for volume in volumes)

@@ -177,7 +177,7 @@ def _print_costs(plan: Plan) -> None:
     limits = Limits(plan.config, [], free)
     fitting = total = 0
     try:
-        print(f"\n{'peak VRAM, estimated':>20}  {'trainable':>10}  first trials")
+        print(f"\n{'peak VRAM, estimated':>20}  {'trainable':>10}  tried first")
         for _, spec in first_specs(plan.config, plan.space):
             reply = executor.cost(spec)
             if reply.cost is None:

@@ -6,7 +6,7 @@ Points are rows of a float array in which every column is to be made small: qual
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,18 +102,20 @@ def hypervolume(points: Points, reference: Sequence[float]) -> float:
     )
 
 
-def scale_point(quality: float, cost: Cost, reference: dict[str, float]) -> list[float]:
+def scale_point(quality: float, cost: Cost, reference: Mapping[str, float]) -> list[float]:
     """In [0, 1] per objective, 1 at the reference: quality from it to 1, VRAM and latency linear, sizes logarithmic."""
-    row = [1 - (quality - reference["quality"]) / (1 - reference["quality"])]
-    if "vram" in reference:
-        row.append(cost.peak_vram_bytes / reference["vram"])
-    if "params" in reference:
-        row.append(math.log1p(cost.trainable_parameters) / math.log1p(reference["params"]))
-    if "size" in reference:
-        row.append(math.log1p(cost_value(cost, "size")) / math.log1p(reference["size"]))
-    if "latency" in reference:
-        row.append(cost_value(cost, "latency") / reference["latency"])
-    return row
+    costs = [scale_cost(name, cost_value(cost, name), reference) for name in OBJECTIVES[1:] if name in reference]
+    return [scale_quality(quality, reference), *costs]
+
+
+def scale_quality(quality: float, reference: Mapping[str, float]) -> float:
+    return 1 - (quality - reference["quality"]) / (1 - reference["quality"])
+
+
+def scale_cost(name: str, value: float, reference: Mapping[str, float]) -> float:
+    if name in ("params", "size"):
+        return math.log1p(value) / math.log1p(reference[name])
+    return value / reference[name]
 
 
 def scaled_points(trials: Sequence[TrialRecord], reference: dict[str, float]) -> Points:

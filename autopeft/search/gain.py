@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from autopeft.records import RungScore
 from autopeft.search.front import Points, find_nondominated
 from autopeft.search.store import Trial
 
-_QUANTILES = np.array([-1.645, -1.036, -0.674, -0.385, -0.126, 0.126, 0.385, 0.674, 1.036, 1.645])
+QUANTILES = np.array([-1.645, -1.036, -0.674, -0.385, -0.126, 0.126, 0.385, 0.674, 1.036, 1.645])
 """Standard normal quantiles at 5%, 15%, ..., 95%: a mean over them stands for the expectation."""
 _PRIOR_GAIN_DEVIATION = 0.1
 """Spread of how much quality changes from one rung to the next, before any trial has shown it; counts as one trial."""
@@ -110,18 +111,22 @@ class GrowthModel:
                 if following.get(step) in means:
                     growths[step].append(means[following[step]] - mean)
         self._growths = {step: _pool(values) for step, values in growths.items()}
+        noises = [_sampling_variance(trial.rungs[-1]) for trial in trials if trial.rungs]
+        self._noise = statistics.median(noises) if noises else 0.0
 
     def forecast(self, trial: Trial) -> Forecast:
         """From the last rung scored; errors of later rungs add up."""
         last = trial.rungs[-1]
         mean, deviation = self._quality.estimate(last)
-        variance = deviation**2
-        for step in self._rungs[:-1]:
-            if step >= last.step:
-                growth = self._growths[step]
-                mean += growth.mean
-                variance += growth.deviation**2
-        return Forecast(mean, math.sqrt(variance))
+        mean += sum(self._growths[step].mean for step in self._rungs[:-1] if step >= last.step)
+        return Forecast(mean, math.sqrt(deviation**2 + self._growth_variance(last.step)))
+
+    def deviation_at(self, step: int) -> float:
+        """Of a forecast made at that rung, from a score as noisy as the others."""
+        return math.sqrt(self._noise + self._growth_variance(step))
+
+    def _growth_variance(self, first: int) -> float:
+        return sum(self._growths[step].deviation ** 2 for step in self._rungs[:-1] if step >= first)
 
 
 def _pool(growths: Sequence[float]) -> Forecast:
@@ -143,7 +148,7 @@ def expected_improvement(
     best, widths = _best_by_cell(inside[find_nondominated(inside)], costs)
     # Few values are best anywhere, and many cells share each: the expectation is taken once a value.
     levels, cells = np.unique(best, return_inverse=True)
-    values = means + np.multiply.outer(_QUANTILES, deviations)
+    values = means + np.multiply.outer(QUANTILES, deviations)
     gains = np.array([np.maximum(level - values, 0.0).mean(axis=0) for level in levels])
     improvement: npt.NDArray[np.float64] = (gains.T[:, cells] * widths).sum(axis=1)
     return improvement

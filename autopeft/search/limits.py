@@ -118,7 +118,19 @@ class Limits:
             limit(need, room - 1, rule)
         return max(judgements, key=lambda judgement: judgement.excess)
 
-    def _least_that_ran_out(self, but: Trial) -> Trial | None:
+    def most(self) -> dict[str, float]:
+        """What a configuration may cost at most, by objective, for choosing what to judge."""
+        failed = self._least_that_ran_out()
+        rooms = [
+            self._config.max_vram_bytes,
+            None if self._free_bytes is None else self._free_bytes - CONTEXT_BYTES,
+            None if failed is None else self._need_of(failed) - 1,
+        ]
+        room = min((room for room in rooms if room is not None), default=None)
+        params = self._config.max_params
+        return {name: float(most) for name, most in {"vram": room, "params": params}.items() if most is not None}
+
+    def _least_that_ran_out(self, but: Trial | None = None) -> Trial | None:
         failed = [trial for trial in self._trials if _ran_out(trial) and trial.cost is not None and trial is not but]
         return min(failed, key=self._need_of, default=None)
 

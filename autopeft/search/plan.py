@@ -335,8 +335,8 @@ def _version(package: str) -> str:
 
 
 def first_specs(config: StudyConfig, space: SearchSpace) -> list[tuple[TrialSource, TrialSpec]]:
-    """What is tried before the sampler is asked, in that order: the user's own, what did well elsewhere, and recipes of
-    the methods of which nothing is known."""
+    """The user's own and what did well elsewhere, which are tried first and in that order; then recipes of the methods
+    of which nothing is known, which are candidates beside what the space holds."""
     warm = config.warm_start or WarmStart(sources=(), first=(), weighed=())
     recipes = [spec for spec in space.recipes if spec.method not in warm.weighed]
     return [

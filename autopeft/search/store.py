@@ -38,8 +38,8 @@ from autopeft.records import (
     from_record,
     to_record,
 )
+from autopeft.search.distributions import distributions, optuna_directions
 from autopeft.search.front import cost_vector
-from autopeft.search.sampler import distributions, optuna_directions
 from autopeft.spaces.space import SearchSpace
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

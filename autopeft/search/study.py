@@ -8,7 +8,9 @@ Workers train; only this process decides, keeps the ledger, and writes. It never
 
 from __future__ import annotations
 
+import functools
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
@@ -18,7 +20,7 @@ import numpy.typing as npt
 
 from autopeft.backends.base import Broken, CostReply, Ended, Finished, Pack, Progress, Purpose, Ready, Stretch
 from autopeft.budget import Purpose as LedgerPurpose
-from autopeft.errors import WorkerError
+from autopeft.errors import SpecError, WorkerError
 from autopeft.executors.base import Executor, WorkerEvent
 from autopeft.methods import METHODS, refuse_spec
 from autopeft.records import (
@@ -29,7 +31,6 @@ from autopeft.records import (
     Inference,
     Refused,
     RungScore,
-    Scalar,
     Segment,
     Stopped,
     StudyRecord,
@@ -37,15 +38,18 @@ from autopeft.records import (
     TrialSpec,
 )
 from autopeft.search.account import Account
+from autopeft.search.candidates import draw_candidates, settings_of
 from autopeft.search.front import cost_value, cost_vector
 from autopeft.search.limits import Limits
 from autopeft.search.outlook import GainModel
 from autopeft.search.plan import first_specs
-from autopeft.search.policy import Promote, Situation, Speed, StartNew, Wait, choose_next, next_rung
+from autopeft.search.policy import Promote, Situation, StartNew, Wait, choose_next, next_rung
 from autopeft.search.racing import Contender, LossCurve, PairedRacing, RacingRule, Verdict, beats_majority, paired_z
 from autopeft.search.results import analyze, build_record, plan_confirmations
-from autopeft.search.sampler import Observation, suggest_spec
+from autopeft.search.speed import Speed
 from autopeft.search.store import StudyStore, Trial
+from autopeft.search.surrogate import Encoder, Row, encode_spec
+from autopeft.search.worth import Appraiser, Newcomer
 from autopeft.spaces.load import default_dimensions
 from autopeft.spaces.space import SearchSpace, make_spec
 
@@ -128,7 +132,9 @@ class Search:
         self._latencies: dict[str, float] = {}
         self._base_latency: float | None = None
         self._keys: list[str] = []
-        self._params: dict[int, dict[str, Scalar] | None] = {}
+        self._encoder = Encoder(space)
+        self._rows: dict[int, Row | None] = {}
+        self._recipes: list[TrialSpec] = []
         self._losses: dict[str, npt.NDArray[np.float64] | None] = {}
 
     # --- the whole study
@@ -171,10 +177,12 @@ class Search:
                 before = score.step
         if not self.store.reference and not self._awaits_base():
             self._fix_reference()
-        if all(trial.source != "sampler" for trial in self.store.trials):
-            for source, spec in first_specs(self.config, self.space):
+        first = first_specs(self.config, self.space)
+        self._recipes = [spec for source, spec in first if source == "recipe"]
+        if all(trial.source in ("included", "prior") for trial in self.store.trials):
+            for source, spec in first:
                 waiting = sum(trial.state == "waiting" for trial in self.store.trials)
-                if source == "included" or waiting < self.account.ledger.trials_left():
+                if source == "included" or (source == "prior" and waiting < self.account.ledger.trials_left()):
                     self._add_first(spec, source)
         # A driver killed between a score and its consequences left them to its successor.
         self._race_all()
@@ -287,9 +295,13 @@ class Search:
             return self._next_baseline()
         if self._awaits_base():
             # Nothing can be compared before it is known what there is to beat.
+            self._cost_first()
             return None
         while True:
-            choice = choose_next(self._situation(), self.speed)
+            appraiser = self._make_appraiser()
+            choice = choose_next(
+                self._situation(), self.speed, appraiser, functools.partial(self._find_newcomers, appraiser)
+            )
             self._ends_early = not isinstance(choice, Wait) and self._is_enough()
             if self._ends_early:
                 return None
@@ -297,7 +309,7 @@ class Search:
                 return self._stretch_of(self._trial(choice.number))
             if not isinstance(choice, StartNew):
                 return None
-            trial = self._next_new()
+            trial = self._begin(choice)
             if trial is None:
                 self._can_suggest = False
             elif self._is_feasible(trial):
@@ -339,56 +351,86 @@ class Search:
         return Situation(
             trials=self.store.trials,
             rungs=self.config.rungs,
-            reference=self.store.reference,
-            num_workers=self.executor.num_workers,
             seconds_left=self.account.search_seconds_left(),
             trials_left=self.account.ledger.trials_left(),
-            can_suggest=self._can_suggest or any(t.state == "waiting" for t in self.store.trials),
-            recipes_left=any(t.state == "waiting" for t in self.store.trials),
+            can_suggest=self._can_suggest,
+            is_one_waiting=self._next_waiting() is not None,
             revivable=[trial for trial in self.store.trials if self.store.may_revive(trial)],
         )
 
-    def _next_new(self) -> Trial | None:
-        """A recipe or an included configuration first; then what the sampler suggests."""
-        for trial in self.store.trials:
-            if trial.state == "waiting":
-                return trial
-        spec = self._suggest()
-        return self.store.add(spec, "sampler", self.space) if spec is not None else None
-
-    def _suggest(self) -> TrialSpec | None:
-        """What the sampler would try next: a function of the study's state."""
-        return suggest_spec(
-            self.space,
-            self._history(),
-            objectives=self.config.objectives,
-            known=self._known(),
-            max_steps=self.config.rungs[-1],
-            seed=self.config.seed,
-            number=len(self.store.trials),
+    def _make_appraiser(self) -> Appraiser:
+        return Appraiser(
+            self.store.trials,
+            self.config.rungs,
+            self.store.reference,
+            self.speed,
+            is_clocked=self.account.budget.is_clocked,
+            rows=self._encode_all(),
+            most=self.limits.most(),
         )
+
+    def _encode_all(self) -> dict[int, Row | None]:
+        for trial in self.store.trials[len(self._rows) :]:
+            self._rows[trial.number] = encode_spec(self._encoder, self.space, trial.spec)
+        return self._rows
+
+    def _next_waiting(self) -> Trial | None:
+        """What the user included, what did well elsewhere, and what was begun in vain, in that order."""
+        return next((trial for trial in self.store.trials if trial.state == "waiting"), None)
+
+    def _find_newcomers(self, appraiser: Appraiser) -> list[Newcomer]:
+        """Recipes that were not tried yet, and what the space holds beside."""
+        known = self._known()
+        recipes = [self._make_newcomer(spec, "recipe") for spec in self._recipes if spec.key() not in known]
+        return [*recipes, *self._draw_newcomers(appraiser)]
+
+    def _make_newcomer(self, spec: TrialSpec, source: TrialSource) -> Newcomer:
+        return Newcomer(
+            spec.method,
+            encode_spec(self._encoder, self.space, spec),
+            spec=spec,
+            source=source,
+            cost=self._cost(spec).cost,
+        )
+
+    def _draw_newcomers(self, appraiser: Appraiser) -> list[Newcomer]:
+        """A function of the study's state, so that a resumed search draws what an uninterrupted one would have."""
+        if not self.space.methods:
+            return []
+        rng = random.Random(f"{self.config.seed} {len(self.store.trials)}")
+        drawn = draw_candidates(self.space, appraiser.find_parents(), rng)
+        return [Newcomer(str(answers["method"]), self._encoder.encode(answers)) for answers in drawn]
+
+    def _cost_first(self) -> None:
+        """So that decisions need not wait for them; recipes' costs are also what others' are interpolated from."""
+        for spec in (*self.config.included, *self._recipes):
+            self._cost(spec)
+
+    def _begin(self, choice: StartNew) -> Trial | None:
+        """The first that is new and that the machine can train; None where none is."""
+        if not choice.newcomers:
+            return self._next_waiting()
+        known = self._known()
+        for newcomer in choice.newcomers:
+            spec = newcomer.spec or self._make_spec(newcomer)
+            if spec is not None and spec.key() not in known:
+                return self.store.add(spec, newcomer.source, self.space)
+        return None
+
+    def _make_spec(self, newcomer: Newcomer) -> TrialSpec | None:
+        """None where the settings do not go together, or not on this machine."""
+        assert newcomer.row is not None
+        settings = settings_of(self.space.methods[newcomer.method], newcomer.row.answers)
+        try:
+            spec = make_spec(newcomer.method, settings, max_steps=self.config.rungs[-1], seed=self.config.seed)
+        except SpecError:
+            return None
+        return spec if refuse_spec(spec, self.config.device_kind) is None else None
 
     def _known(self) -> set[str]:
         for trial in self.store.trials[len(self._keys) :]:
             self._keys.append(trial.spec.key())
         return set(self._keys)
-
-    def _history(self) -> list[Observation]:
-        history = []
-        for trial in self.store.trials:
-            if trial.number not in self._params:
-                self._params[trial.number] = self.space.params(trial.spec)
-            params = self._params[trial.number]
-            if params is None or trial.state == "waiting":
-                continue
-            values = None
-            if trial.rungs and trial.cost is not None:
-                values = (trial.rungs[-1].quality, *cost_vector(trial.cost, self.config.objectives))
-            missing = 1 - trial.step / trial.spec.max_steps if values is not None else 1.0
-            refused = trial.state == "refused" and trial.cost is not None
-            excess = self.limits.judge(trial).excess if refused else 0.0
-            history.append(Observation(params, values, missing, excess))
-        return history
 
     def _is_feasible(self, trial: Trial) -> bool:
         """Costs are known before anything is trained; what they forbid is recorded as refused and never started."""
@@ -742,7 +784,7 @@ class Search:
 
     def _next_confirmation(self) -> tuple[Trial, Stretch] | None:
         for index, (trial, seed) in enumerate(self._confirm_queue):
-            needed = self.speed.predict(trial.spec, trial.spec.max_steps)
+            needed = self.speed.predict(trial.spec.method, trial.spec.max_steps)
             if needed <= self.account.seconds_left():
                 del self._confirm_queue[index]
                 spec = replace(trial.spec, seed=seed)

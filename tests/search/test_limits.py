@@ -151,12 +151,12 @@ def test_what_is_no_count_is_refused(text):
 
 
 def test_max_params_refuses_before_starting(studies):
-    record = studies.run(studies.create_default(budget="8trials", max_params=20_000))
+    record = studies.run(studies.create_default(budget="24trials", max_params=5_000))
     started = [trial for trial in record.trials if trial.rungs]
     refused = [trial for trial in record.trials if trial.outcome is not None and trial.outcome.kind == "refused"]
     assert started
     assert refused
-    assert all(trial.cost.trainable_parameters <= 20_000 for trial in started)
+    assert all(trial.cost.trainable_parameters <= 5_000 for trial in started)
     assert all("--max-params" in trial.outcome.rule for trial in refused)
 
 

@@ -1,4 +1,4 @@
-"""What a free worker does next: breadth before depth, the cheap beside the accurate, and never what cannot end."""
+"""What a free worker does next: whatever promises most, the cheap beside the accurate, and never what cannot end."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autopeft.records import Cost, RungScore, TrialSpec
-from autopeft.search.policy import Promote, Situation, Speed, StartNew, Wait, choose_next, next_rung, order_paused
+from autopeft.search.policy import Promote, Situation, StartNew, Wait, choose_next, next_rung, order_by_price
+from autopeft.search.speed import Speed
 from autopeft.search.store import Trial
+from autopeft.search.worth import QUALITY_EVERY, Appraiser, Newcomer
 
 RUNGS = (40, 80, 160)
+REFERENCE = {"quality": 0.3, "vram": 1000.0}
 MakeSpec = Callable[..., TrialSpec]
+MakeTrial = Callable[..., Trial]
 
 
 def make_score(rung: int, quality: float, loss: float | None = None, seconds: float = 40.0) -> RungScore:
@@ -32,7 +36,7 @@ def make_score(rung: int, quality: float, loss: float | None = None, seconds: fl
 
 
 @pytest.fixture(scope="session")
-def make_trial(make_spec: MakeSpec) -> Callable[..., Trial]:
+def make_trial(make_spec: MakeSpec) -> MakeTrial:
     def make_trial(number: int, qualities: Sequence[float], *, state: str = "paused", vram: int = 100) -> Trial:
         """A trial scored at as many rungs as there are qualities."""
         return Trial(
@@ -49,15 +53,8 @@ def make_trial(make_spec: MakeSpec) -> Callable[..., Trial]:
 
 def make_situation(trials: Sequence[Trial], **changes: object) -> Situation:
     situation = Situation(
-        trials=trials,
-        rungs=RUNGS,
-        reference={"quality": 0.3, "vram": 1000.0},
-        num_workers=1,
-        seconds_left=math.inf,
-        trials_left=10,
-        can_suggest=True,
-        recipes_left=False,
-    )
+        trials=trials, rungs=RUNGS, seconds_left=math.inf, trials_left=10, can_suggest=True, is_one_waiting=False
+    )  # fmt: skip
     return situation._replace(**changes)
 
 
@@ -69,106 +66,126 @@ def one_a_second(make_spec: MakeSpec) -> Speed:
     return speed
 
 
+def make_newcomer(vram: int = 100, **settings: object) -> Newcomer:
+    cost = Cost(trainable_parameters=vram, head_parameters=1, peak_vram_bytes=vram, vram_source="estimated")
+    return Newcomer("lora", None, cost=cost)._replace(**settings)
+
+
+def appraise(trials: Sequence[Trial], speed: Speed | None = None, **settings: object) -> Appraiser:
+    known: dict[str, object] = {"is_clocked": speed is not None} | settings
+    return Appraiser(trials, RUNGS, REFERENCE, speed or Speed(), **known)  # type: ignore[arg-type]
+
+
+def decide(
+    situation: Situation, speed: Speed | None = None, newcomers: Sequence[Newcomer] = ()
+) -> StartNew | Promote | Wait:
+    return choose_next(situation, speed or Speed(), appraise(situation.trials, speed), lambda: newcomers)
+
+
+def order(trials: Sequence[Trial]) -> list[int]:
+    return [trial.number for trial, _ in order_by_price(trials, appraise(trials))]
+
+
 def test_a_study_begins_with_something_new() -> None:
-    assert choose_next(make_situation([]), Speed()) == StartNew()
+    newcomer = make_newcomer()
+    assert decide(make_situation([]), newcomers=[newcomer]) == StartNew((newcomer,))
 
 
-def test_recipes_come_before_promotions(make_trial: Callable[..., Trial]) -> None:
+def test_what_waits_comes_before_whatever_promises_more(make_trial: MakeTrial) -> None:
     trials = [make_trial(i, [0.5 + i / 10]) for i in range(4)]
-    assert choose_next(make_situation(trials, recipes_left=True), Speed()) == StartNew()
+    assert decide(make_situation(trials, is_one_waiting=True), newcomers=[make_newcomer()]) == StartNew(())
 
 
-def test_one_in_two_of_a_rung_goes_on_while_new_trials_can_be_started(make_trial: Callable[..., Trial]) -> None:
-    trials = [make_trial(i, [0.9 - i / 10]) for i in range(4)]
-    first = choose_next(make_situation(trials), Speed())
-    assert first == Promote(0)
-    trials[0].state = "running"
-    assert choose_next(make_situation(trials), Speed()) == Promote(1)
-    trials[1].state = "running"
-    assert choose_next(make_situation(trials), Speed()) == StartNew()
+def test_a_good_trial_goes_on_before_an_unknown_one_of_its_cost_is_begun(make_trial: MakeTrial) -> None:
+    trials = [make_trial(0, [0.9]), make_trial(1, [0.4]), make_trial(2, [0.4])]
+    assert decide(make_situation(trials), newcomers=[make_newcomer()]) == Promote(0)
 
 
-def test_a_lone_trial_waits_for_company_at_its_rung(make_trial: Callable[..., Trial]) -> None:
-    assert choose_next(make_situation([make_trial(0, [0.9])]), Speed()) == StartNew()
+def test_something_new_is_begun_before_what_has_shown_little_goes_on(make_trial: MakeTrial) -> None:
+    done = [make_trial(i, [0.7, 0.8, 0.9], state="complete") for i in range(3)]
+    poor = make_trial(3, [0.35])
+    choice = decide(make_situation([*done, poor]), newcomers=[make_newcomer(50)])
+    assert choice == StartNew((make_newcomer(50),))
 
 
-def test_everything_alive_goes_on_once_nothing_new_can_be_started(make_trial: Callable[..., Trial]) -> None:
+def test_of_new_ones_the_cheaper_is_begun_first() -> None:
+    dear, cheap = make_newcomer(800), make_newcomer(50)
+    assert decide(make_situation([]), newcomers=[dear, cheap]) == StartNew((cheap, dear))
+
+
+def test_everything_alive_goes_on_once_nothing_new_can_be_started(make_trial: MakeTrial) -> None:
     trials = [make_trial(i, [0.5 + i / 10]) for i in range(3)]
     chosen = []
-    while isinstance(choice := choose_next(make_situation(trials, trials_left=0), Speed()), Promote):
+    while isinstance(choice := decide(make_situation(trials, trials_left=0)), Promote):
         chosen.append(choice.number)
         trials[choice.number].state = "running"
     assert sorted(chosen) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("state", ["stopped", "failed", "refused", "complete", "running", "waiting"])
-def test_only_paused_trials_are_promoted(make_trial: Callable[..., Trial], state: str) -> None:
+def test_only_paused_trials_are_promoted(make_trial: MakeTrial, state: str) -> None:
     trials = [make_trial(0, [0.9], state=state), make_trial(1, [0.5])]
-    choice = choose_next(make_situation(trials, trials_left=0), Speed())
-    assert choice == Promote(1)
+    assert decide(make_situation(trials, trials_left=0)) == Promote(1)
 
 
-def test_the_cheap_end_is_promoted_beside_the_accurate_end(make_trial: Callable[..., Trial]) -> None:
+def test_the_cheap_end_is_promoted_beside_the_accurate_end(make_trial: MakeTrial) -> None:
     # The middle one is dominated by the accurate one at equal cost.
     trials = [make_trial(0, [0.9], vram=500), make_trial(1, [0.8], vram=500), make_trial(2, [0.6], vram=50)]
-    assert [trial.number for trial in order_paused(make_situation(trials), Speed())] == [0, 2, 1]
+    assert order(trials) == [0, 2, 1]
 
 
-def test_what_is_at_the_references_quality_waits_behind_what_is_above_it(make_trial: Callable[..., Trial]) -> None:
+def test_what_is_at_the_references_quality_waits_behind_what_is_above_it(make_trial: MakeTrial) -> None:
     # The cheapest by far, but nothing yet says that it will ever be better than doing nothing.
     trials = [make_trial(0, [0.3], vram=50), make_trial(1, [0.9], vram=500), make_trial(2, [0.8], vram=100)]
-    assert [trial.number for trial in order_paused(make_situation(trials), Speed())] == [2, 1, 0]
+    assert order(trials) == [2, 1, 0]
 
 
 @given(st.permutations(range(5)), st.lists(st.integers(1, 99), min_size=5, max_size=5, unique=True))
 def test_the_order_of_promotion_does_not_depend_on_the_order_of_arrival(
-    make_trial: Callable[..., Trial], order: list[int], percents: list[int]
+    make_trial: MakeTrial, places: list[int], percents: list[int]
 ) -> None:
     trials = [make_trial(i, [percent / 100], vram=100 + 50 * (i % 3)) for i, percent in enumerate(percents)]
-    shuffled = [trials[i] for i in order]
-    one, other = (order_paused(make_situation(field), Speed()) for field in (trials, shuffled))
-    assert [trial.number for trial in one] == [trial.number for trial in other]
+    assert order([trials[i] for i in places]) == order(trials)
 
 
-def test_time_that_nothing_else_can_use_goes_to_a_stopped_trial(
-    make_trial: Callable[..., Trial], one_a_second: Speed
-) -> None:
+def test_time_that_nothing_else_can_use_goes_to_a_stopped_trial(make_trial: MakeTrial, one_a_second: Speed) -> None:
     stopped = [make_trial(0, [0.5], state="stopped"), make_trial(1, [0.9], state="stopped")]
     situation = make_situation(stopped, trials_left=0, seconds_left=120.0, revivable=stopped)
-    assert choose_next(situation, one_a_second) == Promote(1)
-    assert choose_next(situation._replace(seconds_left=119.0), one_a_second) == Wait("trials")
+    assert decide(situation, one_a_second) == Promote(1)
+    assert decide(situation._replace(seconds_left=119.0), one_a_second) == Wait("trials")
 
 
-def test_what_is_paused_comes_before_what_was_stopped(make_trial: Callable[..., Trial], one_a_second: Speed) -> None:
+def test_what_is_paused_comes_before_what_was_stopped(make_trial: MakeTrial, one_a_second: Speed) -> None:
     stopped, paused = make_trial(0, [0.9], state="stopped"), make_trial(1, [0.5])
     situation = make_situation([stopped, paused], trials_left=0, seconds_left=500.0, revivable=[stopped])
-    assert choose_next(situation, one_a_second) == Promote(1)
+    assert decide(situation, one_a_second) == Promote(1)
 
 
-def test_without_a_clock_no_verdict_is_overruled(make_trial: Callable[..., Trial]) -> None:
+def test_without_a_clock_no_verdict_is_overruled(make_trial: MakeTrial) -> None:
     stopped = [make_trial(0, [0.9], state="stopped")]
-    assert choose_next(make_situation(stopped, trials_left=0, revivable=stopped), Speed()) == Wait("trials")
+    assert decide(make_situation(stopped, trials_left=0, revivable=stopped)) == Wait("trials")
 
 
-def test_what_needs_less_to_its_end_goes_first_at_the_same_promise(make_trial: Callable[..., Trial]) -> None:
-    trials = [make_trial(0, [0.9]), make_trial(1, [0.9, 0.9])]
-    assert order_paused(make_situation(trials), Speed())[0].number == 1
+def test_what_needs_less_to_its_end_goes_first_at_the_same_promise(make_trial: MakeTrial) -> None:
+    assert order([make_trial(0, [0.9]), make_trial(1, [0.9, 0.9])])[0] == 1
 
 
-def test_every_third_promotion_goes_by_quality_whatever_it_costs(make_trial: Callable[..., Trial]) -> None:
+def test_some_stretches_go_by_quality_whatever_it_costs(make_trial: MakeTrial) -> None:
     # As dear as the reference, so it adds nothing to the hypervolume.
     dearest, cheap = make_trial(0, [0.9], vram=1000), make_trial(1, [0.7], vram=100)
-    gone_on = [make_trial(2 + i, [0.5, 0.5], vram=300) for i in range(4)]
-    chosen = [order_paused(make_situation([dearest, cheap, *gone_on[:n]]), Speed())[0].number for n in range(3)]
-    assert chosen == [1, 1, 0]
+    others = [make_trial(2 + i, [0.5], vram=300) for i in range(QUALITY_EVERY)]
+    chosen = [order([dearest, cheap, *others[:n]])[0] for n in range(QUALITY_EVERY)]
+    assert chosen.count(0) == 1
+    assert chosen.count(1) == QUALITY_EVERY - 1
 
 
-def test_what_a_running_trial_will_bring_is_not_sought_twice(make_trial: Callable[..., Trial]) -> None:
+def test_what_a_running_trial_will_bring_is_not_sought_twice(make_trial: MakeTrial) -> None:
     # The best forecast costs as much as what runs already; the cheap one adds more beside it.
     trials = [make_trial(0, [0.95], vram=300), make_trial(1, [0.5], vram=100)]
-    assert order_paused(make_situation(trials), Speed())[0].number == 0
-    running = make_trial(2, [0.95], state="running", vram=300)
-    assert order_paused(make_situation([*trials, running]), Speed())[0].number == 1
+    assert order(trials)[0] == 0
+    running = make_trial(2, [0.95, 0.95], state="running", vram=300)
+    prices = appraise([*trials, running]).price_paused(trials)
+    assert prices[1] > prices[0]
 
 
 @given(
@@ -180,10 +197,10 @@ def test_what_a_running_trial_will_bring_is_not_sought_twice(make_trial: Callabl
     st.integers(0, 3),
 )
 def test_a_choice_is_always_possible(
-    make_trial: Callable[..., Trial], rows: list[tuple[list[float], int]], trials_left: int
+    make_trial: MakeTrial, rows: list[tuple[list[float], int]], trials_left: int
 ) -> None:
     trials = [make_trial(i, qualities, vram=vram) for i, (qualities, vram) in enumerate(rows)]
-    choice = choose_next(make_situation(trials, trials_left=trials_left), Speed())
+    choice = decide(make_situation(trials, trials_left=trials_left), newcomers=[make_newcomer()])
     if isinstance(choice, Promote):
         assert trials[choice.number].state == "paused"
     elif isinstance(choice, StartNew):
@@ -193,74 +210,43 @@ def test_a_choice_is_always_possible(
         raise AssertionError(f"{choice} while {len(trials)} trials are paused")
 
 
-def test_a_trial_whose_full_length_is_out_of_reach_is_not_promoted(
-    make_trial: Callable[..., Trial], one_a_second: Speed
-) -> None:
+def test_a_trial_whose_full_length_is_out_of_reach_is_not_promoted(make_trial: MakeTrial, one_a_second: Speed) -> None:
     # 120 steps are missing, of a second each.
-    trials = [make_trial(0, [0.9])]
-    within = make_situation(trials, trials_left=0, seconds_left=120.0)
-    assert choose_next(within, one_a_second) == Promote(0)
-    assert choose_next(within._replace(seconds_left=119.0), one_a_second) == Wait("time")
+    within = make_situation([make_trial(0, [0.9])], trials_left=0, seconds_left=120.0)
+    assert decide(within, one_a_second) == Promote(0)
+    assert decide(within._replace(seconds_left=119.0), one_a_second) == Wait("time")
 
 
 def test_a_nearly_finished_trial_goes_on_where_a_better_one_cannot_end(
-    make_trial: Callable[..., Trial], one_a_second: Speed
+    make_trial: MakeTrial, one_a_second: Speed
 ) -> None:
     trials = [make_trial(0, [0.9]), make_trial(1, [0.5, 0.6])]
-    assert choose_next(make_situation(trials, trials_left=0, seconds_left=90.0), one_a_second) == Promote(1)
+    assert decide(make_situation(trials, trials_left=0, seconds_left=90.0), one_a_second) == Promote(1)
 
 
-def test_nothing_new_is_started_in_time_that_paused_trials_need(
-    make_trial: Callable[..., Trial], one_a_second: Speed
-) -> None:
-    # A first stretch takes 40 s, and the better half of the paused (one of two) 120 s more.
-    trials = [make_trial(0, [0.9]), make_trial(1, [0.5])]
-    trials[0].state = "running"
-    enough = make_situation(trials, seconds_left=40.0 + 240.0)
-    assert choose_next(enough, one_a_second) == StartNew()
-    assert choose_next(enough._replace(seconds_left=279.0), one_a_second) == Promote(1)
-
-
-def test_a_first_stretch_that_does_not_fit_is_not_started(one_a_second: Speed) -> None:
-    assert choose_next(make_situation([], seconds_left=40.0), one_a_second) == StartNew()
-    assert choose_next(make_situation([], seconds_left=39.0), one_a_second) == Wait("time")
+def test_nothing_new_is_begun_that_cannot_end_in_time(make_trial: MakeTrial, one_a_second: Speed) -> None:
+    within = make_situation([], seconds_left=160.0)
+    assert decide(within, one_a_second, [make_newcomer()]) == StartNew((make_newcomer(),))
+    assert decide(within._replace(seconds_left=159.0), one_a_second, [make_newcomer()]) == Wait("time")
+    assert decide(within._replace(is_one_waiting=True, seconds_left=159.0), one_a_second) == Wait("time")
 
 
 def test_no_trials_left_means_waiting() -> None:
-    assert choose_next(make_situation([], trials_left=0), Speed()) == Wait("trials")
+    assert decide(make_situation([], trials_left=0), newcomers=[make_newcomer()]) == Wait("trials")
 
 
 def test_an_exhausted_space_means_nothing_is_left() -> None:
-    assert choose_next(make_situation([], can_suggest=False), Speed()) == Wait("none_left")
+    assert decide(make_situation([], can_suggest=False)) == Wait("none_left")
 
 
-def test_the_next_rung_is_the_first_not_reached(make_trial: Callable[..., Trial]) -> None:
+def test_new_ones_are_looked_for_only_where_one_may_be_begun(make_trial: MakeTrial) -> None:
+    def fail() -> list[Newcomer]:
+        raise AssertionError("looked for")
+
+    trials = [make_trial(0, [0.9])]
+    for situation in (make_situation(trials, trials_left=0), make_situation(trials, can_suggest=False)):
+        assert choose_next(situation, Speed(), appraise(trials), fail) == Promote(0)
+
+
+def test_the_next_rung_is_the_first_not_reached(make_trial: MakeTrial) -> None:
     assert [next_rung(make_trial(0, qualities), RUNGS) for qualities in ([], [0.5], [0.5, 0.6])] == [40, 80, 160]
-
-
-# --- predicted seconds
-
-
-def test_nothing_is_predicted_before_anything_was_measured(make_spec: MakeSpec) -> None:
-    assert Speed().predict(make_spec(), 100) == 0.0
-
-
-def test_steps_and_a_scoring_pass_are_predicted(make_spec: MakeSpec) -> None:
-    speed = Speed()
-    score = make_score(0, 0.5, seconds=20.0)
-    # Two threads charged 2 x (20 s training + 5 s scoring).
-    speed.learn(make_spec(), RungScore(**{**_fields(score), "device_seconds": 50.0}), 40, 2.0)
-    assert speed.predict(make_spec(), 100) == pytest.approx(100 * 0.5 + 5.0)
-
-
-def test_an_unseen_method_is_predicted_at_the_slowest_pace(make_spec: MakeSpec) -> None:
-    speed = Speed()
-    speed.learn(make_spec("ia3"), make_score(0, 0.5, seconds=10.0), 40, 1.0)
-    speed.learn(make_spec("full"), make_score(0, 0.5, seconds=40.0), 40, 1.0)
-    assert speed.predict(make_spec("lora"), 40) == pytest.approx(40.0)
-    assert speed.predict(make_spec("ia3"), 40) == pytest.approx(10.0)
-    assert speed.predict(None, 40) == pytest.approx(40.0)
-
-
-def _fields(score: RungScore) -> dict[str, object]:
-    return {name: getattr(score, name) for name in score.__dataclass_fields__}

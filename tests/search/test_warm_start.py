@@ -242,7 +242,8 @@ def test_a_warm_start_comes_first_and_replaces_recipes_of_methods_that_were_weig
     spec = dataclasses.replace(space.recipes[0], learning_rate=2e-3)
     warm = choose_first([source(trained(spec, 0.9))], space, objectives=OBJECTIVES, max_steps=160, seed=0)
     record = studies.run(studies.create(warm_start=warm, budget="5trials"))
-    assert [trial.source for trial in record.trials] == ["prior", "recipe", "recipe", "sampler", "sampler"]
+    assert [trial.source for trial in record.trials].count("prior") == 1
+    assert "recipe" in {trial.source for trial in record.trials}
     assert record.trials[0].spec == warm.first[0]
     assert record.config.warm_start == warm
     assert spec.method not in {trial.spec.method for trial in record.trials if trial.source == "recipe"}

@@ -260,7 +260,8 @@ class Doubting:
 
 
 def test_a_verdict_that_falls_sets_the_trial_going_again(studies: FakeStudies, make_spec: MakeSpec) -> None:
-    store = studies.create_default(budget="6trials")
+    specs = tuple(make_spec("lora", learning_rate=rate * 1e-4) for rate in (1, 10, 50))
+    store = studies.create_default(budget="5trials", included=specs)
     seen: list[set[str]] = []
     search = studies.search(store, racing=Doubting(), on_change=lambda s: seen.append({t.state for t in s.trials}))
     record = search.run()
@@ -281,7 +282,7 @@ def test_time_that_is_left_goes_to_what_was_stopped(studies: FakeStudies, make_s
 
 def test_max_vram_refuses_before_starting(studies: FakeStudies) -> None:
     most = 4_180_000
-    record = studies.run(studies.create_default(budget="6trials", max_vram_bytes=most))
+    record = studies.run(studies.create_default(budget="24trials", max_vram_bytes=most))
     refused = [trial for trial in record.trials if isinstance(trial.outcome, Refused)]
     assert refused
     assert all(not trial.rungs and trial.device_seconds == 0 for trial in refused)
@@ -397,12 +398,20 @@ def test_a_trial_that_kills_two_workers_is_given_up(studies: FakeStudies) -> Non
 # --- recipes, included configurations, the baseline
 
 
-def test_the_first_trials_are_the_recipes(record: StudyRecord) -> None:
-    wanted = [spec.method for spec in restore_space(record.config).recipes]
-    recipes = [trial.spec.method for trial in record.trials if trial.source == "recipe"]
-    assert recipes == wanted[: len(recipes)]
-    assert len(recipes) == min(len(wanted), len(record.trials))
-    assert [trial.source for trial in record.trials[: len(recipes)]] == ["recipe"] * len(recipes)
+def test_the_first_trial_and_every_third_after_it_is_a_recipe(record: StudyRecord) -> None:
+    wanted = [spec.key() for spec in restore_space(record.config).recipes]
+    recipes = [trial.number for trial in record.trials if trial.source == "recipe"]
+    assert all(trial.spec.key() in wanted for trial in record.trials if trial.source == "recipe")
+    assert recipes[0] == 0
+    # More of them where they promise most.
+    assert all(later - earlier <= 3 for earlier, later in itertools.pairwise(recipes))
+
+
+def test_every_recipe_is_tried_in_time(studies: FakeStudies) -> None:
+    store = studies.create(budget="12trials")
+    recipes = {spec.key() for spec in restore_space(store.config).recipes}
+    record = studies.run(store)
+    assert recipes <= {trial.spec.key() for trial in record.trials}
 
 
 def test_an_included_configuration_is_raced_first(studies: FakeStudies, make_spec: MakeSpec) -> None:

@@ -1,4 +1,4 @@
-"""What to try next: Optuna's multivariate TPE, asked through a study made anew from the history each time.
+"""Optuna's multivariate TPE in the place of our own choice, asked through a study made anew from the history each time.
 
 The history holds paused trials at their last rung, with the missing share of training as a constraint. Asking the
 stored study itself would show TPE only finished trials, and its constant liar would drive it away from every trial that
@@ -15,12 +15,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from autopeft.methods import refuse_spec
-from autopeft.methods.base import Dimension
 from autopeft.records import Scalar, TrialSpec
-from autopeft.search.front import find_nondominated
+from autopeft.search.distributions import distributions, optuna_directions
+from autopeft.search.front import cost_vector, find_nondominated
+from autopeft.search.store import Trial
 from autopeft.spaces.space import SearchSpace
 
 _STARTUP_TRIALS = 10
@@ -37,9 +37,21 @@ class Observation(NamedTuple):
     values: tuple[float, ...] | None
     """In the objectives' order; None where it was never scored."""
     missing: float
-    """Share of the full length not trained, in [0, 1]; above 0 for what was stopped, refused or failed."""
-    excess: float = 0.0
-    """By what share it exceeds a limit on memory or parameters; what is just over is nearer to what fits."""
+    """Share of the full length not trained, in [0, 1]; above 0 for what was stopped or failed."""
+
+
+def observe(space: SearchSpace, trials: Sequence[Trial], objectives: Sequence[str]) -> list[Observation]:
+    history = []
+    for trial in trials:
+        params = space.params(trial.spec)
+        if params is None or trial.state == "waiting":
+            continue
+        values = None
+        if trial.rungs and trial.cost is not None:
+            values = (trial.rungs[-1].quality, *cost_vector(trial.cost, objectives))
+        missing = 1 - trial.step / trial.spec.max_steps if values is not None else 1.0
+        history.append(Observation(params, values, missing))
+    return history
 
 
 def suggest_spec(
@@ -69,7 +81,6 @@ def suggest_spec(
                 return spec
             # Forbidden by a rule or tried before: known to the sampler as infeasible, so that it looks elsewhere.
             trial.set_constraint("missing", 1.0)
-            trial.set_constraint("excess", 0.0)
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     return None
 
@@ -109,33 +120,6 @@ def _signs(history: Sequence[Observation]) -> npt.NDArray[np.float64]:
     return np.array([-1.0] + [1.0] * (width - 1))
 
 
-def optuna_directions(objectives: Sequence[str]) -> list[optuna.study.StudyDirection]:
-    """Quality is made large, costs small."""
-    directions = optuna.study.StudyDirection
-    return [directions.MAXIMIZE if name == "quality" else directions.MINIMIZE for name in objectives]
-
-
-def distributions(space: SearchSpace, params: dict[str, Scalar]) -> dict[str, BaseDistribution]:
-    """Optuna's distributions of the dimensions that `params` answers."""
-    found: dict[str, BaseDistribution] = {"method": CategoricalDistribution(list(space.methods))}
-    method = str(params["method"])
-    for dimension in space.methods[method].dimensions:
-        name = f"{method}.{dimension.name}"
-        if name in params:
-            found[name] = _distribution(dimension)
-    return found
-
-
-def _distribution(dimension: Dimension) -> BaseDistribution:
-    if dimension.kind == "choice":
-        return CategoricalDistribution(list(dimension.choices))
-    assert dimension.low is not None
-    assert dimension.high is not None
-    if dimension.kind == "int":
-        return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
-    return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
-
-
 def _freeze(space: SearchSpace, observation: Observation, num_objectives: int) -> optuna.trial.FrozenTrial:
     scored = observation.values is not None
     return optuna.trial.create_trial(
@@ -143,5 +127,5 @@ def _freeze(space: SearchSpace, observation: Observation, num_objectives: int) -
         values=list(observation.values) if observation.values is not None else None,
         params=dict(observation.params),
         distributions=distributions(space, observation.params),
-        constraints={"missing": observation.missing, "excess": observation.excess},
+        constraints={"missing": observation.missing},
     )

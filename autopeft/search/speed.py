@@ -1,0 +1,46 @@
+"""Predicted seconds of stretches, learned from those that ended."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+
+from autopeft.records import RungScore, TrialSpec
+
+
+class Speed:
+    """Pace by method: what else slows a step down differs less than methods do."""
+
+    def __init__(self) -> None:
+        self._per_step: dict[str, list[float]] = {}
+        self._medians: dict[str, float] = {}
+        self._scoring: list[float] = []
+
+    def learn(self, spec: TrialSpec, score: RungScore, num_steps: int, threads: float) -> None:
+        if num_steps == 0:
+            # The untrained base was scored, which says nothing of a pace.
+            return
+        self._per_step.setdefault(spec.method, []).append(score.train_seconds / num_steps)
+        self._medians[spec.method] = statistics.median(self._per_step[spec.method])
+        self._scoring.append(max(0.0, score.device_seconds / threads - score.train_seconds))
+
+    def predict(self, method: str | None, num_steps: int, *, unseen: Callable[[Iterable[float]], float] = max) -> float:
+        """Wall seconds for so many steps and a scoring pass; 0 as long as nothing is known.
+
+        For a method not timed yet, or not chosen (None), the slowest one's pace is taken: a stretch that does not fit
+        the budget costs more than one that was not started. `unseen` takes another of the methods' paces.
+        """
+        if not self._scoring:
+            return 0.0
+        per_step = self._medians.get(method) if method is not None else None
+        if per_step is None:
+            per_step = unseen(self._medians.values())
+        return num_steps * per_step + max(self._scoring[-20:])
+
+    def predict_to_end(
+        self, method: str | None, step: int, rungs: Sequence[int], *, unseen: Callable[[Iterable[float]], float] = max
+    ) -> float:
+        """Wall seconds from `step` to the last rung, with a scoring pass at every one between."""
+        steps = [step, *(rung for rung in rungs if rung > step)]
+        return sum(self.predict(method, b - a, unseen=unseen) for a, b in itertools.pairwise(steps))

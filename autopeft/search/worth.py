@@ -1,0 +1,360 @@
+"""What going on is worth: the expected growth of the front's hypervolume per second.
+
+Costs are exact before training, or nearly so, and only quality is uncertain. What is believed of it joins a trial's own
+scores, carried forward by how trials grow (`gain.py`), with what configurations like it have shown (`surrogate.py`). A
+configuration not started yet is believed on the second alone.
+
+A paused trial is worth what it is expected to add at its end over the seconds to there. The first stretch of a new one
+ends in a score, after which one may stop. So it is worth the highest price per second at which it still pays: with gain
+G(q) once the score has shown quality to be q, t seconds to that score and T from there to the end,
+
+    max over sets of outcomes S:  E[G(q); q in S] / (t + P(q in S) T),
+
+as of a box that costs t to open (Weitzman, Econometrica 47, 1979). Promotions and new trials are compared by these
+prices, so that breadth and depth need no rule of their own.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from autopeft.records import Cost, Failed, TrialSource, TrialSpec
+from autopeft.search.front import OBJECTIVES, cost_value, find_nondominated, scale_cost, scale_quality
+from autopeft.search.gain import QUANTILES, Forecast, GrowthModel, expected_improvement
+from autopeft.search.speed import Speed
+from autopeft.search.store import Trial
+from autopeft.search.surrogate import (
+    PRIOR_COUNT,
+    PRIOR_DEVIATION,
+    Answers,
+    QualitySurrogate,
+    Row,
+    expect_drop,
+    interpolate_costs,
+    stack,
+)
+
+Floats = npt.NDArray[np.float64]
+
+QUALITY_EVERY = 5
+"""Of so many stretches one goes by quality whatever it costs. The hypervolume gives nothing to what costs as much as
+its reference, full fine-tuning foremost, and little to what costs nearly that much: without turns of its own the
+accurate end of the front would be found last or never. benchmarks/README.md has what they change."""
+_MOST_OBSERVED = 300
+"""Trials that the surrogate learns from; more only make it slower."""
+_NUM_PARENTS = 32
+_DIVERGED_DEVIATION = 0.03
+
+
+class Newcomer(NamedTuple):
+    """A configuration that could be started."""
+
+    method: str
+    row: Row | None
+    """None where the space cannot express it."""
+    spec: TrialSpec | None = None
+    """Where it has been made already."""
+    source: TrialSource = "sampler"
+    cost: Cost | None = None
+    """Interpolated from others' where it is not known."""
+
+
+class _Beliefs(NamedTuple):
+    """Of N configurations' qualities at full length: normal."""
+
+    means: Floats
+    variances: Floats
+
+
+class _Times(NamedTuple):
+    """(N,) seconds, or steps where nothing may depend on a clock: to the next score, and from there to the end."""
+
+    to_score: Floats
+    to_end: Floats
+
+
+class Appraiser:
+    """Prices of stretches in one state of a study, whatever the order of its trials."""
+
+    def __init__(
+        self,
+        trials: Sequence[Trial],
+        rungs: Sequence[int],
+        reference: Mapping[str, float],
+        speed: Speed,
+        *,
+        is_clocked: bool,
+        rows: Mapping[int, Row | None] | None = None,
+        most: Mapping[str, float] | None = None,
+    ) -> None:
+        """`reference` is the hypervolume's, with every objective. Without a clock in the budget (`is_clocked`) nothing
+        may depend on one. `rows` are trials in the space's terms, by number; without them configurations that were
+        never scored are believed to score as others do. What costs more than `most` is worth nothing."""
+        self._trials = sorted(trials, key=_content)
+        self._rungs = tuple(rungs)
+        self._reference = reference
+        self._objectives = [name for name in OBJECTIVES[1:] if name in reference]
+        self._speed = speed
+        self._is_clocked = is_clocked
+        self._rows = rows or {}
+        self._most = most or {}
+
+    @cached_property
+    def is_turn_of_quality(self) -> bool:
+        stretches = sum(len(trial.rungs) + (trial.state == "running") for trial in self._trials)
+        return stretches % QUALITY_EVERY == QUALITY_EVERY - 1
+
+    def price_paused(self, trials: Sequence[Trial]) -> Floats:
+        """(N,) of scored trials below their end."""
+        if not trials:
+            return np.zeros(0)
+        costs = np.array([self._scale(trial.cost) for trial in trials if trial.cost is not None])
+        times = self._time([trial.spec.method for trial in trials], [trial.step for trial in trials])
+        return self._price_to_end(self._believe_scored(trials), costs, times)
+
+    def price_new(self, newcomers: Sequence[Newcomer]) -> Floats:
+        """(N,) of configurations not started; 0 for what costs too much."""
+        if not newcomers:
+            return np.zeros(0)
+        costs = self._cost_new(newcomers)
+        scaled = [[scale_cost(name, value, self._reference) for value in costs[name]] for name in self._objectives]
+        prices = self._price_first_stretch(
+            self._believe_new(newcomers, costs["params"]),
+            np.array(scaled).reshape(len(self._objectives), len(newcomers)).T,
+            self._time([newcomer.method for newcomer in newcomers], [0] * len(newcomers)),
+        )
+        for name, most in self._most.items():
+            prices[costs[name] > most] = 0.0
+        return prices
+
+    def find_parents(self) -> list[Answers]:
+        """What promises most so far, the best front first: where to look for more."""
+        known = [trial for trial in self._observed if trial.rungs and trial.state != "stopped"]
+        points = np.array([self._points[trial.number] for trial in known]).reshape(
+            len(known), 1 + len(self._objectives)
+        )
+        left = np.arange(len(known))
+        found: list[int] = []
+        while len(left) and len(found) < _NUM_PARENTS:
+            front = find_nondominated(points[left])
+            found += [int(place) for place in left[front]]
+            left = left[~front]
+        parents = [self._rows.get(known[place].number) for place in found]
+        return [row.answers for row in parents if row is not None][:_NUM_PARENTS]
+
+    # --- beliefs
+
+    @cached_property
+    def _growth(self) -> GrowthModel:
+        return GrowthModel(self._trials, self._rungs)
+
+    @cached_property
+    def _forecasts(self) -> dict[int, Forecast]:
+        """By trial number; of what diverged, that it is no better than the reference."""
+        found = {}
+        for trial in self._trials:
+            if _has_diverged(trial):
+                found[trial.number] = Forecast(self._reference["quality"], _DIVERGED_DEVIATION)
+            elif trial.rungs and trial.cost is not None:
+                found[trial.number] = self._growth.forecast(trial)
+        return found
+
+    @cached_property
+    def _points(self) -> dict[int, list[float]]:
+        """Where trials are expected to end, scaled."""
+        return {
+            trial.number: [scale_quality(self._forecasts[trial.number].mean, self._reference), *self._scale(trial.cost)]
+            for trial in self._trials
+            if trial.number in self._forecasts and trial.cost is not None
+        }
+
+    @cached_property
+    def _observed(self) -> list[Trial]:
+        """What the surrogate learns from: the front, and of more than enough others an even choice."""
+        known = [trial for trial in self._trials if trial.number in self._points]
+        if len(known) <= _MOST_OBSERVED:
+            return known
+        alive = [place for place, trial in enumerate(known) if trial.state in ("running", "paused", "complete")]
+        front = find_nondominated(np.array([self._points[known[place].number] for place in alive]))
+        chosen = [place for place, is_best in zip(alive, front, strict=True) if is_best][:_MOST_OBSERVED]
+        rest = sorted(set(range(len(known))) - set(chosen))
+        count = _MOST_OBSERVED - len(chosen)
+        chosen += [rest[turn * len(rest) // count] for turn in range(count)]
+        return [known[place] for place in sorted(chosen)]
+
+    @cached_property
+    def _surrogate(self) -> QualitySurrogate | None:
+        """None where nothing that the space can express has been scored."""
+        seen = self._expressible(self._observed)
+        if not seen:
+            return None
+        forecasts = [self._forecasts[trial.number] for trial, _ in seen]
+        surrogate = QualitySurrogate(
+            stack([row for _, row in seen]),
+            _decades(_count_parameters(seen)),
+            np.array([forecast.mean for forecast in forecasts]),
+            np.array([forecast.deviation**2 for forecast in forecasts]),
+        )
+        smoothed = surrogate.smooth()
+        self._smoothed = {
+            trial.number: Forecast(float(mean), math.sqrt(float(variance)))
+            for (trial, _), mean, variance in zip(seen, smoothed.means, smoothed.variances, strict=True)
+        }
+        pending = self._expressible([t for t in self._trials if t.state == "running" and not t.rungs and t.cost])
+        if pending:
+            surrogate.believe(stack([row for _, row in pending]), _decades(_count_parameters(pending)))
+        return surrogate
+
+    def _expressible(self, trials: Sequence[Trial]) -> list[tuple[Trial, Row]]:
+        return [(trial, row) for trial in trials if (row := self._rows.get(trial.number)) is not None]
+
+    def _believe_scored(self, trials: Sequence[Trial]) -> _Beliefs:
+        smoothed = self._smoothed if self._surrogate is not None else {}
+        joined = [smoothed.get(trial.number, self._forecasts[trial.number]) for trial in trials]
+        return _Beliefs(
+            np.array([forecast.mean for forecast in joined]), np.array([forecast.deviation**2 for forecast in joined])
+        )
+
+    def _believe_new(self, newcomers: Sequence[Newcomer], params: Floats) -> _Beliefs:
+        qualities = [forecast.mean for forecast in self._forecasts.values()]
+        centre = float(np.mean(qualities)) if qualities else (1 + self._reference["quality"]) / 2
+        means = np.full(len(newcomers), centre)
+        count = len(qualities)
+        squares = float(np.sum((np.array(qualities) - centre) ** 2)) + PRIOR_COUNT * PRIOR_DEVIATION**2
+        variances = np.full(len(newcomers), squares / (count + PRIOR_COUNT))
+        places = [place for place, newcomer in enumerate(newcomers) if newcomer.row is not None]
+        if places:
+            features = stack([row for newcomer in newcomers if (row := newcomer.row) is not None])
+            if self._surrogate is not None:
+                means[places], variances[places] = self._surrogate.estimate(features, _decades(params[places]))
+            else:
+                means[places] -= expect_drop(features)
+        return _Beliefs(means, variances)
+
+    # --- costs
+
+    def _scale(self, cost: Cost | None) -> list[float]:
+        assert cost is not None
+        return [scale_cost(name, cost_value(cost, name), self._reference) for name in self._objectives]
+
+    def _cost_new(self, newcomers: Sequence[Newcomer]) -> dict[str, Floats]:
+        """By objective, parameters and memory always among them. What is like nothing known costs as the reference."""
+        names = list(dict.fromkeys(["params", "vram", *self._objectives]))
+        values = np.array(
+            [
+                [math.nan if newcomer.cost is None else cost_value(newcomer.cost, name) for name in names]
+                for newcomer in newcomers
+            ]
+        )
+        values[~np.isfinite(values)] = math.nan
+        unknown = np.isnan(values).any(axis=1)
+        lacking = [place for place, newcomer in enumerate(newcomers) if unknown[place] and newcomer.row is not None]
+        sources = [*self._costed, *((new.row, new.cost) for new in newcomers if new.row and new.cost)]
+        if lacking and sources:
+            known = np.array([[cost_value(cost, name) for name in names] for _, cost in sources])
+            found = interpolate_costs(
+                stack([row for row, _ in sources]),
+                np.log1p(np.where(np.isfinite(known), known, math.nan)),
+                np.array([1.0 if name in ("params", "size") else 0.0 for name in names]),
+                stack([row for place in lacking if (row := newcomers[place].row) is not None]),
+            )
+            values[lacking] = np.where(np.isnan(values[lacking]), np.expm1(found), values[lacking])
+        worst = np.array([self._reference.get(name, math.nan) for name in names])
+        values = np.where(np.isnan(values), worst, values)
+        # Without an objective of its own a cost may still be unknown; it then counts for nothing.
+        return dict(zip(names, np.nan_to_num(values, nan=0.0).T, strict=True))
+
+    @cached_property
+    def _costed(self) -> list[tuple[Row, Cost]]:
+        """What costs are interpolated from, as thinly as trials are observed."""
+        known = [(row, trial.cost) for trial, row in self._expressible(self._trials) if trial.cost is not None]
+        if len(known) <= _MOST_OBSERVED:
+            return known
+        return [known[turn * len(known) // _MOST_OBSERVED] for turn in range(_MOST_OBSERVED)]
+
+    # --- prices
+
+    @cached_property
+    def _had(self) -> Floats:
+        """(P, objectives): the complete trials, and the running ones as they are forecast."""
+        rows = [
+            self._points[trial.number]
+            for trial in self._trials
+            if trial.state in ("complete", "running") and trial.number in self._points
+        ]
+        return np.array(rows, dtype=float).reshape(len(rows), 1 + len(self._objectives))
+
+    def _price_to_end(self, beliefs: _Beliefs, costs: Floats, times: _Times) -> Floats:
+        costs, had = self._in_turn(costs)
+        means, deviations = self._scale_beliefs(beliefs.means, beliefs.variances)
+        gains = expected_improvement(means, deviations, costs, had)
+        prices: Floats = gains / (times.to_score + times.to_end)
+        return prices
+
+    def _price_first_stretch(self, beliefs: _Beliefs, costs: Floats, times: _Times) -> Floats:
+        costs, had = self._in_turn(costs)
+        noise = max(self._growth.deviation_at(self._rungs[0]) ** 2, 1e-12)
+        left = 1 / (1 / beliefs.variances + 1 / noise)
+        means, shown = self._scale_beliefs(beliefs.means, beliefs.variances - left)
+        _, deviations = self._scale_beliefs(beliefs.means, left)
+        # What the score may make of the mean, and the gain that is then expected.
+        count = len(QUANTILES)
+        outcomes = (means + np.multiply.outer(QUANTILES, shown)).ravel()
+        gains = expected_improvement(outcomes, np.tile(deviations, count), np.tile(costs, (count, 1)), had)
+        ordered = -np.sort(-gains.reshape(count, len(means)), axis=0)
+        # Going on after the best outcomes only, as many of them as pay.
+        shares = np.arange(1, count + 1)[:, None] / count
+        prices = np.cumsum(ordered, axis=0) / count / (times.to_score + shares * times.to_end)
+        dearest: Floats = prices.max(axis=0)
+        return dearest
+
+    def _in_turn(self, costs: Floats) -> tuple[Floats, Floats]:
+        """The candidates' costs and what is had already, without the costs where it is quality's turn."""
+        if self.is_turn_of_quality:
+            costs = costs[:, :0]
+        return costs, self._had[:, : 1 + costs.shape[1]]
+
+    def _scale_beliefs(self, means: Floats, variances: Floats) -> tuple[Floats, Floats]:
+        scale = 1 - self._reference["quality"]
+        return 1 - (means - self._reference["quality"]) / scale, np.sqrt(np.maximum(variances, 0.0)) / scale
+
+    def _time(self, methods: Sequence[str], steps: Sequence[int]) -> _Times:
+        first, rest = [], []
+        for method, step in zip(methods, steps, strict=True):
+            rung = next(rung for rung in self._rungs if rung > step)
+            seconds = self._speed.predict(method, rung - step, unseen=statistics.median) if self._is_clocked else 0.0
+            if seconds > 0:
+                first.append(seconds)
+                rest.append(self._speed.predict_to_end(method, rung, self._rungs, unseen=statistics.median))
+            else:
+                # Before the first stretch a clock has told nothing.
+                first.append(float(rung - step))
+                rest.append(float(self._rungs[-1] - rung))
+        return _Times(np.array(first), np.array(rest))
+
+
+def _has_diverged(trial: Trial) -> bool:
+    return isinstance(trial.outcome, Failed) and trial.outcome.reason == "diverged" and trial.cost is not None
+
+
+def _content(trial: Trial) -> tuple[object, ...]:
+    """Sorts trials whatever their numbers."""
+    cost = trial.cost
+    costs = (0, 0) if cost is None else (cost.peak_vram_bytes, cost.trainable_parameters)
+    return (trial.spec.method, trial.spec.learning_rate, *costs, trial.spec.bits, trial.step)
+
+
+def _count_parameters(seen: Sequence[tuple[Trial, Row]]) -> list[float]:
+    return [float(trial.cost.trainable_parameters) for trial, _ in seen if trial.cost is not None]
+
+
+def _decades(counts: Sequence[float] | Floats) -> Floats:
+    decades: Floats = np.log10(1 + np.asarray(counts, dtype=float))
+    return decades
