@@ -17,6 +17,8 @@ from autopeft.tasks.spec import TaskSpec
 MINILM_VERSION = "0.1.0"
 _PLAIN = ("full", "head", "bitfit")
 """Methods without an adapter that a few lines of PyTorch are enough for."""
+_EMBEDDED_PROMPTS = ("PromptTuningConfig", "PromptEncoderConfig")
+"""After which a decoder's classifier has to be told where a row ends."""
 _INITIALISATIONS = {"pissa": "PiSSA", "olora": "OLoRA"}
 _SCHEDULES = {
     "linear": "down to zero along a line",
@@ -107,6 +109,7 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
     recipe, task, spec = bundle.recipe, bundle.task, bundle.recipe.spec
     method, classification = find_method(spec.method), bundle.task.kind == "classification"
     adapter = _render_call(bundle) if bundle.call is not None else None
+    decoder = classification and bundle.context.kind == "decoder"
     return {
         "recipe": recipe,
         "task": task,
@@ -114,6 +117,8 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
         "task_title": task.title,
         "method": method.name,
         "classification": classification,
+        "decoder": decoder,
+        "last_token": decoder and bundle.call is not None and bundle.call.class_name in _EMBEDDED_PROMPTS,
         "pairs": task.text_pair is not None,
         "labels": list(task.labels),
         "head": list(bundle.context.head),

@@ -102,8 +102,10 @@ BOFT = Method(
     target_modules=GROUPS,
     layer_choice=True,
     needs=(
-        "linear layers, not GPT-2's Conv1D; memory for a dense square matrix of each target's input width, a factor; "
-        "plain peft loads adapters of several factors only where it can compile its CUDA kernel"
+        "linear layers, not GPT-2's Conv1D; memory for a dense square matrix of each target's input width, a factor, "
+        "and time for three products of such matrices a pass, however small the batch: cheap on attention, dear on "
+        "wide mlp layers (of MiniLM's steps nine tenths are for its 1,536 inputs); plain peft loads adapters of "
+        "several factors only where it can compile its CUDA kernel"
     ),
     merges=True,
     recipe=Recipe(
@@ -133,7 +135,11 @@ HRA = Method(
     learning_rate=(1e-4, 1e-2),
     target_modules=GROUPS,
     layer_choice=True,
-    needs="linear layers, not GPT-2's Conv1D; unquantized weights, which it multiplies anew in every step",
+    needs=(
+        "linear layers, not GPT-2's Conv1D; unquantized weights, which it multiplies anew in every pass by a dense "
+        "square matrix of each target's input width; making that takes `rank` more such matrices of memory and a "
+        "product of two: cheap on attention, dear on wide mlp layers"
+    ),
     merges=True,
     bits=UNQUANTIZED,
     recipe=Recipe(
@@ -171,7 +177,11 @@ PSOFT = Method(
     learning_rate=(1e-4, 3e-2),
     target_modules=GROUPS,
     layer_choice=True,
-    needs="linear layers, not GPT-2's Conv1D; unquantized weights, whose singular vectors it takes when it is built",
+    needs=(
+        "linear layers, not GPT-2's Conv1D; unquantized weights, of each of which it takes a full singular value "
+        "decomposition whenever it is built: seconds for MiniLM, most of an hour for 7 billion weights on a CPU; plain "
+        "peft takes it again when it loads the adapter, so load that on the kind of device that it was trained on"
+    ),
     merges=True,
     bits=UNQUANTIZED,
     recipe=Recipe(
@@ -201,7 +211,10 @@ OSF = Method(
     learning_rate=(1e-5, 1e-3),
     target_modules=GROUPS,
     layer_choice=True,
-    needs="linear layers, not GPT-2's Conv1D; unquantized weights, whose singular vectors it takes when it is built",
+    needs=(
+        "linear layers, not GPT-2's Conv1D; unquantized weights, of each of which it takes a full singular value "
+        "decomposition whenever it is built: seconds for MiniLM, most of an hour for 7 billion weights on a CPU"
+    ),
     merges=True,
     bits=UNQUANTIZED,
     recipe=Recipe(

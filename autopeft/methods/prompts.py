@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 # transformers finds a row's last token by its ids, which it does not see here (GenericForSequenceClassification).
-_TAKES_EMBEDDINGS = "a model that takes embeddings for ids; decoders then classify by the last position, padding or not"
+# autopeft finds it by the mask (`answer_from_last_token`).
+_TAKES_EMBEDDINGS = (
+    "a model that takes embeddings for ids. Trained decoders must be given rows of one length by plain transformers, "
+    "which would classify shorter ones from their padding"
+)
 _TAKES_KEYS = "a model that takes keys and values from outside: BERT, RoBERTa, ELECTRA and decoders, not ModernBERT"
 
 

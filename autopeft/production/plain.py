@@ -7,6 +7,7 @@ reproduces is what a user of the folder gets. `job.json` says what to load; `ans
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import sys
 import traceback
@@ -44,9 +45,8 @@ def load_base(job: dict[str, Any], name: str) -> Any:
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
             name, num_labels=job["num_labels"], **arguments
         )
-        if model.config.pad_token_id is None:
-            # A decoder's classifier finds the last token of each row by it.
-            model.config.pad_token_id = job["pad_token_id"]
+        # A decoder's classifier finds the last token of each row by it.
+        model.config.pad_token_id = job["pad_token_id"]
     for module in model.modules():
         # On CPUs with AVX512-BF16, bitsandbytes would compute in bfloat16: another rounding, not another model.
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -96,11 +96,19 @@ def make_batch(job: dict[str, Any], indices: Sequence[int]) -> dict[str, Any]:
     return batch
 
 
-def plan_batches(job: dict[str, Any]) -> list[list[int]]:
-    """All rows once, sorted by length."""
+def plan_batches(job: dict[str, Any], *, padded: bool = True) -> list[list[int]]:
+    """All rows once, sorted by length; unless `padded`, only rows of one length together."""
     lengths = [len(feature["input_ids"]) for feature in job["features"]]
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    return [order[i : i + job["batch_size"]] for i in range(0, len(order), job["batch_size"])]
+    groups = [order] if padded else [list(alike) for _, alike in itertools.groupby(order, lambda i: lengths[i])]
+    return [group[i : i + job["batch_size"]] for group in groups for i in range(0, len(group), job["batch_size"])]
+
+
+def takes_padding(model: Any) -> bool:
+    """False of classifiers that are given a prompt's embeddings: a decoder's then answers from the last position of
+    the batch, where other rows than the longest have padding."""
+    config = getattr(model, "active_peft_config", None)
+    return config is None or config.peft_type not in ("PROMPT_TUNING", "P_TUNING") or config.task_type != "SEQ_CLS"
 
 
 def computing(job: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
@@ -115,7 +123,7 @@ def compute_logits(model: Any, job: dict[str, Any]) -> Iterator[tuple[list[int],
     import torch
 
     model.eval()
-    for indices in plan_batches(job):
+    for indices in plan_batches(job, padded=takes_padding(model)):
         batch = make_batch(job, indices)
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         with torch.no_grad(), computing(job):

@@ -31,7 +31,7 @@ from autopeft.testing.subject import (
     registered,
     width_for,
 )
-from autopeft.testing.tiny_models import ARCHITECTURES, ArchitectureName, tiny_batch
+from autopeft.testing.tiny_models import ARCHITECTURES, NUM_FULL_ROWS, ArchitectureName, pad_further, tiny_batch
 
 SAME_LOGITS = 1e-4
 """Logits of the tiny models are about one; float32 arithmetic in another order moves them by 1e-6."""
@@ -229,18 +229,32 @@ class MethodContract:
                 "and `norms`, which then hold the chosen layers alone."
             )
 
-    def test_a_fresh_process_loads_what_was_saved(self, subject: Subject) -> None:
-        """With plain peft or plain transformers where they can, else with `autopeft.backends.hf.saved`."""
+    def test_its_answers_do_not_depend_on_padding(self, subject: Subject) -> None:
+        """A row is scored beside whichever rows are in its batch; nobody should get another answer for that."""
         trained = _trained(subject)
+        difference = float((compute_logits(trained.model, pad_further(tiny_batch())) - trained.logits_BC).abs().max())
+        if not difference <= _tolerance(subject):
+            _break(
+                f"{subject} must give a row the same logits however far its batch is padded, but they differ by "
+                f"{difference:.2g} when it is padded further. Look for a mean over positions, or an answer read from "
+                "the last position: the attention mask says what is padding."
+            )
+
+    def test_a_fresh_process_loads_what_was_saved(self, subject: Subject) -> None:
+        """With plain peft or plain transformers where they can, else with `autopeft.backends.hf.saved`.
+
+        On rows of one length: given a prompt's embeddings, plain transformers classifies from padding."""
+        trained = _trained(subject)
+        batch = {name: tensor[:NUM_FULL_ROWS] for name, tensor in tiny_batch().items()}
         with tempfile.TemporaryDirectory(prefix="autopeft-saved-") as folder:
             saved = save_for_use(trained.model, subject.base, subject.spec, Path(folder) / "saved")
             if subject.method.peft is not None and saved.loader == "autopeft":
                 _break(f"{subject} is built by peft and must be saved by it, but its model is a {type(trained.model)}.")
             try:
-                logits = load_logits(saved, subject.method, subject.base, subject.folder, tiny_batch())
+                logits = load_logits(saved, subject.method, subject.base, subject.folder, batch)
             except CannotLoad as exc:
                 _break(f"{subject} must be loaded by a fresh process with {saved.loader}, which fails: {exc}")
-        difference = float((logits - trained.logits_BC).abs().max())
+        difference = float((logits - trained.logits_BC[:NUM_FULL_ROWS]).abs().max())
         if not difference <= _tolerance(subject):
             _break(
                 f"{subject} must have the same logits after it was saved and loaded by a fresh process with "

@@ -326,11 +326,11 @@ def compute_loss(model: nn.Module) -> float:
         return float(model(**tiny_batch()).loss)
 
 
-def compute_logits(model: nn.Module) -> torch.Tensor:
-    """(B, C) on the fixed batch, in evaluation mode."""
+def compute_logits(model: nn.Module, batch: Batch | None = None) -> torch.Tensor:
+    """(B, C) on the batch, or the fixed one, in evaluation mode."""
     model.eval()
     with torch.no_grad():
-        logits_BC: torch.Tensor = model(**tiny_batch()).logits
+        logits_BC: torch.Tensor = model(**(batch or tiny_batch())).logits
     return logits_BC
 
 

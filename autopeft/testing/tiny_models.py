@@ -138,6 +138,10 @@ def forget_tiny_base(architecture: ArchitectureName, bits: Bits) -> None:
     _loaded().pop((architecture, bits), None)
 
 
+NUM_FULL_ROWS = 7
+"""Of `tiny_batch`; the last of its eight is padded."""
+
+
 def tiny_batch() -> Batch:
     """Eight rows of twelve tokens, the last row padded, as `TaskData.collate` would give them."""
     generator = torch.Generator().manual_seed(0)
@@ -149,6 +153,15 @@ def tiny_batch() -> Batch:
     ids_BT[-1, 6] = _END
     mask_BT[-1, 7:] = 0
     return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])}
+
+
+def pad_further(batch: Batch, count: int = 5) -> Batch:
+    """The same rows as they would be beside one that is longer by `count` tokens."""
+    added = {"input_ids": _PAD, "attention_mask": 0}
+    return {
+        name: torch.nn.functional.pad(tensor, (0, count), value=added[name]) if name in added else tensor
+        for name, tensor in batch.items()
+    }
 
 
 @functools.cache

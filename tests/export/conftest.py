@@ -14,19 +14,21 @@ from autopeft.export.bundle import Bundle, complete_bundle
 from autopeft.records import TrialSpec
 from autopeft.tasks.data import load_splits
 from autopeft.tasks.spec import parse_task
+from autopeft.testing.tiny_models import ArchitectureName, tiny_folder
 
 
 @pytest.fixture
 def bundle_of(tmp_path: Path) -> Callable[..., Bundle]:
-    """A bundle on a tiny BERT or, for generation, a tiny Llama, with rows of its own."""
-    from autopeft.testing.tiny_models import tiny_folder
+    """A bundle on a tiny BERT, or another classifier, or, for generation, a tiny Llama, with rows of its own."""
 
-    def make(spec: TrialSpec, kind: str = "classification", **changes: Any) -> Bundle:
+    def make(
+        spec: TrialSpec, kind: str = "classification", classifier: ArchitectureName = "bert", **changes: Any
+    ) -> Bundle:
         text = write_rows(tmp_path, kind)
         task = parse_task(text, "tiny")
         recipe, _ = draw_recipe(spec, kind, **changes)
         splits = load_splits(task, None, seed=0)
-        model = tiny_folder("bert") if kind == "classification" else make_tiny_llama(tmp_path / "llama")
+        model = tiny_folder(classifier) if kind == "classification" else make_tiny_llama(tmp_path / "llama")
         return complete_bundle(recipe, task, text, splits, model)
 
     return make

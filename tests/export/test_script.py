@@ -78,6 +78,13 @@ def test_the_script_ends_where_the_trial_ended(method: str, bundle_of: Callable[
     check_same(bundle_of(make_spec(method)), tmp_path)
 
 
+def test_the_script_classifies_from_each_rows_last_token_as_the_trial_did(
+    bundle_of: Callable[..., Bundle], tmp_path: Path
+) -> None:
+    # A prompt's embeddings hide from transformers where a decoder's row ends.
+    check_same(bundle_of(make_spec("prompt_tuning"), classifier="llama"), tmp_path)
+
+
 def test_the_script_ends_where_a_trial_on_text_ended(bundle_of: Callable[..., Bundle], tmp_path: Path) -> None:
     check_same(bundle_of(make_spec("lora", lr_ratio_b=4.0, dropout=0.1), "generation"), tmp_path)
 

@@ -168,6 +168,12 @@ class Remembers(Gate):
         return super().forward(input_BTD) * (1 + 0.01 * self.steps * self.training)
 
 
+class ReadsPadding(Gate):
+    def forward(self, input_BTD: torch.Tensor) -> torch.Tensor:
+        output_BTD = self.base_layer(input_BTD)
+        return output_BTD + self.gate * output_BTD.mean(1, keepdim=True)
+
+
 class NeedsPlainWeights(Gate):
     def forward(self, input_BTD: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(input_BTD, self.base_layer.weight * (1 + self.gate)[:, None], self.base_layer.bias)
@@ -219,6 +225,7 @@ UNREACHED = make_toy(Unreached, bits=(16, 32))
 THAWS = make_toy(Thaws, bits=(16, 32))
 DRAWN_ANEW = make_toy(DrawnAnew)
 REMEMBERS = make_toy(Remembers)
+READS_PADDING = make_toy(ReadsPadding)
 NEEDS_PLAIN_WEIGHTS = make_toy(NeedsPlainWeights)
 WRITES_BASE = make_toy(build=write_base, bits=(16, 32))
 CANNOT_MERGE = make_toy(merges=True)
@@ -236,6 +243,7 @@ STARTS = "test_it_starts_as_the_base_exactly_if_it_says_so"
 LEARNS = "test_ten_steps_lower_the_loss"
 GRADIENTS = "test_gradients_reach_every_trainable_parameter_and_no_frozen_one"
 LAYERS = "test_the_last_layers_alone_can_be_chosen"
+PADDED = "test_its_answers_do_not_depend_on_padding"
 LOADS = "test_a_fresh_process_loads_what_was_saved"
 MERGES = "test_merging_keeps_the_logits_and_leaves_a_plain_model"
 QUANTIZED = "test_a_quantized_base_trains_and_stays_as_it_was"
@@ -279,6 +287,7 @@ def find_broken_laws(method: Method, architecture: ArchitectureName = "bert") ->
         (THAWS, {GRADIENTS: r"trainable parameters alone, but bert.*base_layer.weight"}),
         (DRAWN_ANEW, {LOADS: "saved and loaded by a fresh process with autopeft, but they differ", RESUMES: "differs"}),
         (REMEMBERS, {RESUMES: r"but trainable\.bert.*gate.* differs\. A checkpoint holds"}),
+        (READS_PADDING, {PADDED: "however far its batch is padded, but they differ by"}),
         (NEEDS_PLAIN_WEIGHTS, {QUANTIZED: "of 4 bits must build and train, because `bits` claims the width, but"}),
         (WRITES_BASE, {UNTOUCHED: "must leave the resident base as it was"}),
         (CANNOT_MERGE, {MERGES: r"must be a plain transformers model after merging.*dense.base_layer"}),
@@ -321,6 +330,7 @@ def test_the_laws_of_these_tests_are_all_there_are() -> None:
         LEARNS,
         GRADIENTS,
         LAYERS,
+        PADDED,
         LOADS,
         MERGES,
         QUANTIZED,

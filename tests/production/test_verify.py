@@ -42,6 +42,7 @@ def folder(lora: Path, tmp_path: Path) -> Path:
     [
         ("lora", "llama", "peft"),
         ("prompt_tuning", "bert", "peft"),
+        ("prompt_tuning", "llama", "peft"),
         pytest.param("ia3", "t5", "peft", marks=pytest.mark.slow),
         ("full", "modernbert", "transformers"),
         ("bottleneck", "bert", "autopeft"),

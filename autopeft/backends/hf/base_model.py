@@ -89,12 +89,26 @@ def load_config(name: str, num_labels: int | None) -> Any:
         # Keys and values are kept for writing alone; in training they would hold memory to no end.
         config.use_cache = False
         return config
-    # Decoders have no padding token of their own, and a classifier finds each sequence's last token by it.
-    if config.pad_token_id is None:
-        config.pad_token_id = config.eos_token_id
+    if find_kind(config) == "decoder":
+        config.pad_token_id = _find_padding(name, config)
     # Otherwise each forward pass guesses it from the labels, which DeBERTa does by reading their values.
     config.problem_type = "single_label_classification"
     return config
+
+
+def _find_padding(name: str, config: Any) -> int | None:
+    """The id that rows are padded with, by which a decoder's classifier finds each row's last token.
+
+    The tokenizer says it. Configurations often do not, or name another token: that of Qwen2.5-Instruct has none, and
+    its end of sequence is not what its tokenizer pads with.
+    """
+    try:
+        padding: int | None = load_tokenizer(name).pad_token_id
+    except ModelError:
+        # A folder of a configuration or of weights alone: nothing can be padded for it.
+        padding = config.pad_token_id
+    ends = config.eos_token_id
+    return padding if padding is not None else ends[0] if isinstance(ends, list) else ends
 
 
 def is_language_model(model: Any) -> bool:

@@ -75,6 +75,8 @@ def build_trial_model(base: BaseModel, spec: TrialSpec) -> Any:
     draw_head(model, base.head, seed=spec.seed)
     if method.peft is not None:
         model = put_on_peft(model, method.peft(spec, context))
+        if context.kind == "decoder" and context.head and reads_embeddings(model):
+            answer_from_last_token(model)
     else:
         assert method.build is not None
         model = method.build(model, spec, context)
@@ -107,6 +109,38 @@ def put_on_peft(model: Any, call: PeftCall) -> Any:
             return peft.get_peft_model(model, config)
         except (ValueError, TypeError, NotImplementedError) as exc:
             raise SpecError(f"peft cannot put {call.class_name} on this model: {exc}") from exc
+
+
+def reads_embeddings(model: Any) -> bool:
+    """Whether the model is given embeddings instead of ids, with those of a prompt in front."""
+    config = model.active_peft_config
+    in_layers = (peft.PeftType.PREFIX_TUNING, peft.PeftType.CARTRIDGE)
+    return bool(config.is_prompt_learning) and config.peft_type not in in_layers
+
+
+def answer_from_last_token(model: Any) -> None:
+    """Has a decoder that is given embeddings classify each row from its last token, as one that is given ids does.
+
+    transformers finds that token by the ids. Without them it takes the last position of the batch, which of all rows
+    but the longest is padding (`GenericForSequenceClassification`): a row's answer would depend on its neighbours.
+    """
+    classifier = model.base_model
+    classifier.get_submodule(classifier.base_model_prefix).register_forward_hook(_keep_last_token, with_kwargs=True)
+
+
+def _keep_last_token(decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Leaves of the decoder's states (B, T, D) those of each row's last token (B, 1, D), which are then the last."""
+    mask_BT = kwargs.get("attention_mask")
+    if mask_BT is None:
+        return output
+    states_BTD = output[0]
+    positions_T = torch.arange(states_BTD.shape[1], device=states_BTD.device)
+    last_B = ((mask_BT > 0) * positions_T).argmax(-1)
+    kept_B1D = states_BTD[torch.arange(len(last_B), device=last_B.device), last_B][:, None]
+    if isinstance(output, tuple):
+        return (kept_B1D, *output[1:])
+    output.last_hidden_state = kept_B1D
+    return output
 
 
 def make_peft_config(call: PeftCall, *, language_model: bool = False) -> Any:

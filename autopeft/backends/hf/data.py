@@ -103,7 +103,11 @@ class TaskData:
             batch = pad_right(rows, self.tokenizer.pad_token_id, multiple)
             return {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
         features: dict[str, Any] = {key: [split.features[i][key] for i in indices] for key in split.features[0]}
-        batch = self.tokenizer.pad(features, padding=True, pad_to_multiple_of=multiple, return_tensors="pt")
+        # Many decoders' tokenizers pad in front, as writing needs it. There it would put a row's text further from what
+        # a soft prompt has in front of it, the longer its neighbours are.
+        batch = self.tokenizer.pad(
+            features, padding=True, padding_side="right", pad_to_multiple_of=multiple, return_tensors="pt"
+        )
         batch["labels"] = torch.tensor([split.labels[i] for i in indices])
         return {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
 
