@@ -40,9 +40,23 @@ def install_block_diagonal() -> None:
 
 
 @contextlib.contextmanager
+def replacing(*stand_ins: tuple[Any, str, Any]) -> Iterator[None]:
+    """Puts each (owner, name, stand-in) in place of what a class or module itself defines, until the context ends."""
+    # Not by getattr, which would bring a static method back as a plain function.
+    originals = [(owner, name, vars(owner)[name]) for owner, name, _ in stand_ins]
+    try:
+        for owner, name, stand_in in stand_ins:
+            setattr(owner, name, stand_in)
+        yield
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+@contextlib.contextmanager
 def shapes_without_values() -> Iterator[None]:
     """For models on the meta device or of fake tensors, which can tell no number: the same shapes from no values."""
-    replaced: list[tuple[Any, str, Any]] = [
+    with replacing(
         (boft.BOFTLayer, "block_butterfly_perm", lambda self, width, *rest: torch.empty(width, dtype=torch.int64)),
         (boft.BOFTLayer, "perm2mat", lambda self, order: torch.empty(len(order), len(order))),
         (shira_config, "random_mask", lambda *arguments, **keywords: None),
@@ -51,15 +65,8 @@ def shapes_without_values() -> Iterator[None]:
         (waveft.WaveFTLayer, "get_delta_weight", _wavelet_update),
         # A fake parameter is never a `Params4bit`, by which peft would know it (`_FakeLinear4bit`).
         (Bnb4bitBackend, "get_base_weight", lambda self, layer: layer.dequantize()),
-    ]
-    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
-    try:
-        for owner, name, stand_in in replaced:
-            setattr(owner, name, stand_in)
+    ):
         yield
-    finally:
-        for owner, name, original in originals:
-            setattr(owner, name, original)
 
 
 def _update_shira_layer(layer: Any, adapter: str, mask: None, r: int, *arguments: Any, **keywords: Any) -> None:

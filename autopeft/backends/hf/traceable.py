@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from peft.tuners.adamss import layer as adamss_layer
@@ -20,14 +19,15 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch.overrides import TorchFunctionMode
 
 from autopeft.backends.hf.live_bytes import find_loose
+from autopeft.backends.hf.peft_stand_ins import replacing
 
 
 @contextlib.contextmanager
 def building_without_values() -> Iterator[None]:
     """For a build on the meta device. Decompositions, clusters and counts give tensors of the right shape."""
-    with (
-        mock.patch.object(adamss_layer, "clustering_Z", _cluster_evenly),
-        mock.patch.object(UniLoraModel, "_assign_unilora_indices_and_scales", _assign_scales),
+    with replacing(
+        (adamss_layer, "clustering_Z", _cluster_evenly),
+        (UniLoraModel, "_assign_unilora_indices_and_scales", _assign_scales),
     ):
         yield
 
@@ -41,7 +41,7 @@ def stepping_without_values(model: torch.nn.Module) -> Iterator[None]:
         if importlib.util.find_spec("bitsandbytes") is not None:
             # The package's own attribute of that name is None.
             hira_bnb = importlib.import_module("peft.tuners.hira.bnb")
-            stack.enter_context(mock.patch.object(hira_bnb, "dequantize_bnb_weight", _dequantize))
+            stack.enter_context(replacing((hira_bnb, "dequantize_bnb_weight", _dequantize)))
         yield
 
 
