@@ -21,9 +21,10 @@ def widest_bits(device_kind: str) -> Bits:
 
 
 GENERATION_RATE = 0.2
-"""Recipes were measured on small encoders with a new head; models that write are larger and have none, and want lower
-rates. A fifth is what others use: 2e-4 for LoRA (arXiv:2106.09685, table 11, and 2305.14314, table 9) instead of 1e-3,
-2e-5 for full fine-tuning (Stanford Alpaca) instead of 1e-4."""
+"""Recipes were measured on small encoders with a new head; models that write are larger, have none, and are trained at
+lower rates. A fifth is what authors ran themselves: 2e-4 instead of 1e-3 for LoRA on GPT-2 (microsoft/LoRA,
+examples/NLG) and for QLoRA to 13B (artidoro/qlora, which halves it above), 2e-5 instead of 1e-4 for full fine-tuning
+of LLaMA 7B (tatsu-lab/stanford_alpaca). For the other methods it is carried over from these, not measured."""
 
 
 def default_dimensions(
