@@ -198,7 +198,7 @@ ADAPTION_PROMPT = Method(
         settings={"num_virtual_tokens": 10},
         target_modules=None,
         learning_rate=1e-2,
-        source=f"prompt length of arXiv:2303.16199, in all layers; {MEASURED}",
+        source="prompt length of arXiv:2303.16199, in all layers; learning rate of the other prompts, not measured",
     ),
     build=_build_adaption_prompt,
     why_not_peft=(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import csv
 import dataclasses
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -22,6 +24,8 @@ from autopeft.records import Bits, Scalar, TrialSpec
 
 MakeSpec = Callable[..., TrialSpec]
 EVERY = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+MEASURED_RECIPES = Path(__file__).parents[2] / "leaderboards/sst2/minilm-recipes.csv"
+"""Made by benchmarks/breadth.py."""
 WITH_PEFT = [method for method in METHODS.values() if method.peft]
 BERT = [
     f"bert.encoder.layer.{i}.{part}"
@@ -65,6 +69,22 @@ def test_the_last_layers_can_be_chosen_exactly_where_the_row_says_so(method: Met
     else:
         with pytest.raises(SpecError, match=method.title):
             check_spec(spec)
+
+
+def test_every_recipe_for_encoders_was_measured_as_it_is_and_learned_something() -> None:
+    with MEASURED_RECIPES.open(encoding="utf-8", newline="") as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {method.name for method in METHODS.values() if "encoder" in method.models}
+    for name, row in rows.items():
+        recipe = METHODS[name].recipe
+        measured = (float(row["learning_rate"]), row["target_modules"] or None)
+        assert measured == (recipe.learning_rate, recipe.target_modules), name
+        assert row["learned"] == "True", name
+
+
+def test_a_recipe_that_names_the_measurements_is_among_them() -> None:
+    naming = {method.name for method in METHODS.values() if MEASURED_RECIPES.stem in method.recipe.source}
+    assert naming <= {method.name for method in METHODS.values() if "encoder" in method.models}
 
 
 @EVERY
