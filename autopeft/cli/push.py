@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> int:
 
     from autopeft.cli.merge import merge_folder, print_merged
     from autopeft.errors import ExportError
+    from autopeft.production.files import RESULT_FILE
     from autopeft.production.finished import open_finished
     from autopeft.production.push import check_repo, check_token, push
-    from autopeft.production.recipe import RESULT_FILE
 
     folder = Path(args.dir)
     check_repo(args.to)

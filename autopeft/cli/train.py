@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from autopeft.production.recipe import LocalPlaces, Recipe
+    from autopeft.production.files import LocalPlaces
+    from autopeft.production.recipe import Recipe
     from autopeft.production.session import Options
     from autopeft.records import StudyRecord
 
@@ -95,8 +96,8 @@ def _run(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from autopeft.cli.training_display import Display
+    from autopeft.production.files import read_result
     from autopeft.production.places import check_folder, find_model, find_task, is_training_folder
-    from autopeft.production.recipe import read_result
     from autopeft.tasks.spec import parse_task
 
     _check_stage(args)
@@ -186,7 +187,7 @@ def _check_stage(args: argparse.Namespace) -> None:
 def _read_source(args: argparse.Namespace) -> _Source:
     from autopeft.cli.session import STUDIES
     from autopeft.errors import SpecError
-    from autopeft.production.recipe import RECIPE_FILE, read_local, read_recipe
+    from autopeft.production.files import RECIPE_FILE, read_local, read_recipe
 
     folder = Path(args.source)
     if (folder / RECIPE_FILE).is_file() or (folder.is_dir() and not (STUDIES / args.source).is_dir()):
@@ -202,7 +203,8 @@ def _read_study(args: argparse.Namespace) -> _Source:
     from autopeft.cli import session
     from autopeft.errors import SpecError
     from autopeft.export import find_trial
-    from autopeft.production.recipe import LocalPlaces, find_task_files, make_recipe
+    from autopeft.production.files import LocalPlaces
+    from autopeft.production.recipe import find_task_files, make_recipe
     from autopeft.search.results import build_record
     from autopeft.search.store import StudyStore
 
@@ -222,7 +224,8 @@ def _read_study(args: argparse.Namespace) -> _Source:
 
 
 def _places(source: _Source, task_text: str, model: str, data_dir: str | None) -> LocalPlaces:
-    from autopeft.production.recipe import LocalPlaces, find_task_files
+    from autopeft.production.files import LocalPlaces
+    from autopeft.production.recipe import find_task_files
 
     found = dict(zip(find_task_files(source.recipe.task), find_task_files(task_text).values(), strict=True))
     here = str(Path(model).resolve()) if Path(model).is_dir() else model

@@ -22,9 +22,10 @@ from autopeft.report.words import (
 )
 
 if TYPE_CHECKING:
-    from autopeft.production.recipe import Recipe, TrainingResult
+    from autopeft.production.files import TrainingResult
+    from autopeft.production.job import Progress
+    from autopeft.production.recipe import Recipe
     from autopeft.production.start import PretrainingResult
-    from autopeft.production.trainer import Progress
 
 _LINE_SECONDS = 30.0
 """Between lines without news when piped."""

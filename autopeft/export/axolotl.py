@@ -5,7 +5,7 @@ from __future__ import annotations
 from autopeft.export.bundle import Bundle
 from autopeft.export.common import OPTIMIZERS, schedule, training_arguments
 from autopeft.export.files import to_yaml
-from autopeft.export.lora import ORDER, WARMUP, describe_cuts, refuse_classifier
+from autopeft.export.lora import ORDER, WARMUP, describe_cuts, refuse_classifier, say_bundle
 from autopeft.export.rows import Row, write_rows
 from autopeft.export.settings import Entries, Rule, Values, choose, product, say_all, to, unless, whole
 from autopeft.export.target import Export, Target
@@ -63,9 +63,7 @@ def refuse(recipe: Recipe, task: TaskSpec) -> str | None:
 def write(bundle: Bundle) -> Export:
     words = bundle.words
     assert words is not None
-    entries = say_all(bundle.recipe, METHODS, TRAINING, title=TITLE)
-    if "adapter" in entries:
-        entries["lora_target_modules"] = bundle.targets
+    entries = say_bundle(bundle, METHODS, TRAINING, title=TITLE, targets="lora_target_modules")
     rows = {"ds_type": "json", "split": "train", "type": "input_output"}
     content = {
         "base_model": bundle.model,

@@ -12,7 +12,8 @@ import yaml
 
 from autopeft.errors import ExportError
 from autopeft.export.bundle import Bundle
-from autopeft.production.recipe import LocalPlaces, find_task_files, write_local, write_recipe
+from autopeft.production.files import LocalPlaces, write_local, write_recipe
+from autopeft.production.recipe import find_task_files
 from autopeft.records import to_record
 from autopeft.report.files import new_folder
 

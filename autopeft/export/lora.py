@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from autopeft.export.bundle import Bundle
-from autopeft.export.settings import Rule, Unsaid, only
+from autopeft.export.settings import Entries, Rule, Table, Unsaid, only, say_all
 from autopeft.tasks.spec import TaskSpec
 
 
@@ -11,6 +13,12 @@ def refuse_classifier(title: str, task: TaskSpec) -> None:
     """Raises Unsaid for a task that is not generation."""
     if task.kind == "classification":
         raise Unsaid(f"{title} trains language models and no sequence classifiers.")
+
+
+def say_bundle(bundle: Bundle, methods: Mapping[str, Table], training: Table, *, title: str, targets: str) -> Entries:
+    """The entries for method and training; where there is an adapter, what it is put on by the name `targets`."""
+    entries = say_all(bundle.recipe, methods, training, title=title)
+    return entries if bundle.call is None else entries | {targets: bundle.targets}
 
 
 def no_lora_plus(title: str) -> Rule:

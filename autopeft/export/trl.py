@@ -13,6 +13,7 @@ from autopeft.export.lora import (
     no_initialisation,
     no_lora_plus,
     refuse_classifier,
+    say_bundle,
 )
 from autopeft.export.rows import to_neutral, to_tokens, write_rows
 from autopeft.export.settings import Entries, Rule, Values, choose, product, say_all, to
@@ -65,9 +66,7 @@ def refuse(recipe: Recipe, task: TaskSpec) -> str | None:
 def write(bundle: Bundle) -> Export:
     words = bundle.words
     assert words is not None
-    entries = say_all(bundle.recipe, METHODS, TRAINING, title=TITLE)
-    if "use_peft" in entries:
-        entries["lora_target_modules"] = bundle.targets
+    entries = say_bundle(bundle, METHODS, TRAINING, title=TITLE, targets="lora_target_modules")
     content = {
         "model_name_or_path": bundle.model,
         **entries,

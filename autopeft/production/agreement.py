@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from autopeft.production.recipe import Agreement, Prediction
+from autopeft.production.files import Agreement
+from autopeft.production.recipe import Prediction
 from autopeft.tasks.scorers import score_predictions
 
 CRITICAL_Z = 1.96

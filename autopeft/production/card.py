@@ -14,7 +14,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 
 from autopeft.errors import ModelError
 from autopeft.methods import find_method
-from autopeft.production.recipe import Recipe, TrainingResult, read_local
+from autopeft.production.files import TrainingResult, read_local
+from autopeft.production.recipe import Recipe
 from autopeft.production.snippet import find_base_id, make_code
 from autopeft.records import Inference, StudyRecord
 from autopeft.report.scores import held_out_score, serving_seconds, validation_score

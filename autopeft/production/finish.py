@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +22,8 @@ from autopeft.methods import find_method
 from autopeft.production import checkpoints
 from autopeft.production.agreement import compare, estimate_standard_error
 from autopeft.production.checkpoints import Evaluation
-from autopeft.production.recipe import Recipe, SavedAs, TrainingResult
+from autopeft.production.files import SavedAs, TrainingResult, name_base
+from autopeft.production.recipe import Recipe
 from autopeft.production.session import is_sharded
 from autopeft.tasks.scorers import score_predictions
 from autopeft.tasks.spec import TaskSpec
@@ -60,7 +60,7 @@ def save_weights(
     if isinstance(trained, peft.PeftModel):
         assert base is not None
         save_adapter(trained, base, spec, folder)
-        _name_base(folder / "adapter_config.json", recipe.model)
+        name_base(folder / "adapter_config.json", recipe.model)
         # peft's card names the folder that the base was loaded from.
         (folder / "README.md").unlink(missing_ok=True)
         saved_as = "peft"
@@ -71,14 +71,6 @@ def save_weights(
         save_trained(trained, spec, folder)
     tokenizer.save_pretrained(folder)
     return saved_as
-
-
-def _name_base(path: Path, model: str) -> None:
-    """The base by its public name, and names in one order: peft keeps them in sets."""
-    data = json.loads(path.read_text(encoding="utf-8"))
-    data["base_model_name_or_path"] = model
-    data = {k: sorted(v) if isinstance(v, list) and all(isinstance(i, str) for i in v) else v for k, v in data.items()}
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def make_result(

@@ -16,8 +16,9 @@ import numpy.typing as npt
 
 from autopeft.errors import RecordError
 from autopeft.production import plain
+from autopeft.production.files import TrainingResult, read_local, read_recipe, read_result
 from autopeft.production.places import find_model, find_task
-from autopeft.production.recipe import Recipe, TrainingResult, read_local, read_recipe, read_result
+from autopeft.production.recipe import Recipe
 from autopeft.tasks.spec import TaskSpec, parse_task
 
 ADAPTER = "adapter"

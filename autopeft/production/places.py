@@ -7,16 +7,8 @@ from pathlib import Path
 import yaml
 
 from autopeft.errors import DataError, ModelError, RecordError
-from autopeft.production.recipe import (
-    DECISIVE,
-    LOCAL_FILE,
-    RECIPE_FILE,
-    RESULT_FILE,
-    LocalPlaces,
-    Recipe,
-    find_task_files,
-    read_recipe,
-)
+from autopeft.production.files import LOCAL_FILE, RECIPE_FILE, RESULT_FILE, LocalPlaces, read_recipe
+from autopeft.production.recipe import DECISIVE, Recipe, find_task_files
 from autopeft.records import to_record
 
 

@@ -33,11 +33,13 @@ from autopeft.errors import DataError, ModelError, SpecError
 from autopeft.methods import find_method
 from autopeft.production import checkpoints
 from autopeft.production.checkpoints import Evaluation
-from autopeft.production.recipe import LocalPlaces, Recipe, lay_out, write_local, write_recipe
+from autopeft.production.files import LocalPlaces, write_local, write_recipe
+from autopeft.production.job import Job
+from autopeft.production.recipe import Recipe, lay_out
 from autopeft.production.run import Listener, check_parts, find_resume, plan_rhythm, run_trainer
 from autopeft.production.session import Options, Session, check_options, is_sharded, open_session
 from autopeft.production.start import PRETRAINED, WEIGHTS, PretrainingResult, adapter_key
-from autopeft.production.trainer import Job, RecipeTrainer
+from autopeft.production.trainer import RecipeTrainer
 from autopeft.records import digest_json, to_record
 from autopeft.tasks.spec import TaskSpec
 

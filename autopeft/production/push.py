@@ -6,7 +6,6 @@ no file and no record of ours.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -26,8 +25,8 @@ from huggingface_hub.utils._validators import validate_repo_id
 
 from autopeft.errors import ExportError, RecordError
 from autopeft.production.card import CARD_FILE
+from autopeft.production.files import RECIPE_FILE, RESULT_FILE, name_base
 from autopeft.production.finished import Finished
-from autopeft.production.recipe import RECIPE_FILE, RESULT_FILE
 from autopeft.production.snippet import HERE, find_base_id
 
 _TOKEN_PAGE = "https://huggingface.co/settings/tokens"
@@ -92,7 +91,8 @@ def _stage_finished(finished: Finished, repo: str, stage: Path) -> None:
         # peft writes a card of its own, which says less than ours.
         if path.is_file() and path.name != CARD_FILE:
             shutil.copyfile(path, stage / path.name)
-    _name_base(stage / "adapter_config.json", finished)
+    # Others need the base's name, and nobody needs where it lay on this machine.
+    name_base(stage / "adapter_config.json", find_base_id(finished.recipe))
     (stage / RECIPE_FILE).write_bytes((finished.folder / RECIPE_FILE).read_bytes())
     (stage / RESULT_FILE).write_bytes((finished.folder / RESULT_FILE).read_bytes())
     text = card.read_text(encoding="utf-8")
@@ -100,15 +100,6 @@ def _stage_finished(finished: Finished, repo: str, stage: Path) -> None:
         there = f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{repo}")'
         text = text.replace(f"folder = {HERE}", there)
     (stage / CARD_FILE).write_text(text.replace(HERE, f'"{repo}"'), encoding="utf-8")
-
-
-def _name_base(path: Path, finished: Finished) -> None:
-    """peft writes down where the base lay on the machine; others need its name, and nobody needs the path."""
-    if not path.is_file():
-        return
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = find_base_id(finished.recipe)
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _stage_merged(folder: Path, repo: str, stage: Path) -> None:

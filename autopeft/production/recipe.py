@@ -1,4 +1,4 @@
-"""What production training needs to know of a chosen trial: one file, `training.yaml`, for every trainer.
+"""What production training needs to know of a chosen trial, for every trainer.
 
 A trial is short and sees a part of the data. Its recipe keeps what its score depends on and stretches the rest:
 
@@ -6,14 +6,12 @@ A trial is short and sees a part of the data. Its recipe keeps what its score de
 - there are as many steps as the epochs over the full data need, but no fewer than the trial took;
 - warm-up keeps its share of them, and the schedule is laid out over the new length.
 
-No path of a machine is in it. Where the model and the rows lie here is in `local.json` beside it, which is never
-published.
+No path of a machine is in it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 from dataclasses import dataclass
@@ -22,34 +20,27 @@ from typing import Any, Literal
 
 import yaml
 
-from autopeft.errors import RecordError, SpecError, suggest_nearest
+from autopeft.errors import RecordError, SpecError
 from autopeft.methods import check_spec, fill_settings
 from autopeft.records import (
     Cost,
-    Inference,
     Optimizer,
     Provenance,
     StudyRecord,
     TrialRecord,
     TrialSpec,
     digest_json,
-    from_record,
     to_record,
 )
-from autopeft.report.files import write_atomically
 
 RECIPE_VERSION = 1
 """Raised when older code would misread `training.yaml`."""
-RECIPE_FILE = "training.yaml"
-RESULT_FILE = "result.json"
-LOCAL_FILE = "local.json"
 DEFAULT_EPOCHS = 3.0
 MAX_GRAD_NORM = 1.0
 """What trials clip gradients to (`backends/hf/steps.py`)."""
 
 Schedule = Literal["linear", "cosine", "constant", "cosine_with_restarts"]
 Precision = Literal["float32", "bfloat16"]
-SavedAs = Literal["peft", "transformers", "autopeft"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,86 +148,6 @@ DECISIVE = tuple(
     not in ("prediction", "cost", "study", "study_uid", "trial", "pick", "provenance", "schema_version", "epochs")
 )
 """Fields of a recipe that decide the weights; the others say where it comes from."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Agreement:
-    """Whether the finished training scores as the study predicted (two-sided z test, arXiv:2411.00640, section 4.1)."""
-
-    split: Literal["test", "validation"]
-    """Where both were measured: the search-validation split if the study never confirmed the trial."""
-    difference: float
-    """The training's quality less the study's."""
-    standard_error: float
-    """Of the difference: both standard errors, added in squares."""
-    z: float
-    agrees: bool
-    """|z| is at most 1.96."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingResult:
-    """What a finished training folder says of itself: `result.json`."""
-
-    task_name: str
-    model: str
-    scorer: str
-    steps: int
-    """Optimizer steps done."""
-    best_step: int
-    """The step whose weights were kept."""
-    stopped_early: bool
-    num_train: int
-    num_validation: int
-    num_test: int
-    validation_quality: float | None
-    """Of the kept weights; None where the split was trained on."""
-    validation_loss: float | None
-    test_quality: float
-    test_standard_error: float
-    """From the test examples alone; another seed would differ by more."""
-    test_loss: float
-    prediction: Prediction
-    agreement: Agreement | None
-    """None where the study measured nothing to compare with."""
-    train_seconds: float
-    """Wall seconds of all sessions, evaluations and checkpoints included."""
-    peak_bytes: int | None
-    """Allocated on the fullest GPU; None on CPU."""
-    trainable_parameters: int
-    head_parameters: int
-    saved_as: SavedAs
-    """What loads `adapter/`: plain peft, plain transformers (all weights), or autopeft (`backends/hf/saved.py`)."""
-    adapter_bytes: int
-    """Of the weight files in `adapter/`."""
-    processes: int
-    device: str
-    scores_file: str
-    """Per-example `test_losses` and `test_predictions` in the split's order, and `validation_` alike; in the folder."""
-    scores_digest: str
-    data_digest: str
-    """Of all rows and their split; the study's is `provenance.task_digest`."""
-    model_digest: str
-    weights_digests: dict[str, str]
-    """SHA-256 of the weight files in `adapter/`, by name."""
-    autopeft: str
-    packages: dict[str, str]
-    finished_at: str
-    """UTC, ISO 8601."""
-    inference: Inference | None = dataclasses.field(default=None, metadata={"leave_out_default": True})
-    """None where the trained model is in pieces on several devices."""
-    schema_version: int = RECIPE_VERSION
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LocalPlaces:
-    """Where things lie on this machine; `local.json`, never published and never in a record."""
-
-    model: str | None = None
-    """What transformers loads: a folder, a hub id or `minilm`."""
-    data_dir: str | None = None
-    files: dict[str, str] = dataclasses.field(default_factory=dict)
-    """The task's own data files: names in the recipe's task -> paths."""
 
 
 # --- from a trial
@@ -347,6 +258,29 @@ def with_batch(recipe: Recipe, *, effective: int | None = None, micro: int | Non
     return recipe
 
 
+def check_recipe(recipe: Recipe, where: str) -> None:
+    """Raises RecordError where values that somebody may have edited do not fit each other."""
+    check_spec(fill_settings(recipe.spec))
+    if recipe.micro_batch * recipe.gradient_accumulation != recipe.effective_batch:
+        raise RecordError(
+            f"In {where} effective_batch must be micro_batch times gradient_accumulation, but {recipe.effective_batch} "
+            f"is not {recipe.micro_batch} x {recipe.gradient_accumulation}."
+        )
+    for name in ("steps", "num_train", "effective_batch", "micro_batch", "learning_rate", "num_cycles"):
+        if not getattr(recipe, name) > 0:
+            raise RecordError(f"In {where} {name} must be above zero, but is {getattr(recipe, name)}.")
+    for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed"):
+        if getattr(recipe, name) < 0:
+            raise RecordError(f"In {where} {name} must not be negative, but is {getattr(recipe, name)}.")
+    if recipe.warmup_steps > recipe.steps:
+        raise RecordError(f"In {where} warm-up takes {recipe.warmup_steps} of only {recipe.steps} steps. Shorten it.")
+    if recipe.num_cycles > 1 and recipe.schedule != "cosine_with_restarts":
+        raise RecordError(
+            f"In {where} num_cycles is {recipe.num_cycles}, but the schedule '{recipe.schedule}' has no cycles. Set "
+            "schedule: cosine_with_restarts, or num_cycles: 1."
+        )
+
+
 def learning_rate_at(step: int, recipe: Recipe) -> float:
     """Of the step that leads from `step` to `step + 1`: linear warm-up, then the schedule down to zero.
 
@@ -416,127 +350,3 @@ def _predict(record: StudyRecord, trial: TrialRecord) -> Prediction:
 
 def _spread(values: list[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
-
-
-# --- files
-
-_HEAD = (
-    "# How to train the chosen configuration on all data. Read by autopeft train; other trainers' files say the same."
-)
-_SECTIONS = {
-    "model": "What is trained, on what.",
-    "steps": "How. The batch is the trial's, so its learning rate holds; the length is scaled to num_train rows.",
-    "prediction": "What the study measured for it, and where it comes from.",
-}
-"""Comments of the file, by the field that they stand above."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes the task file's text as a block, to be read and edited as it is."""
-
-
-def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-
-
-_Dumper.add_representer(str, _represent_text)
-
-
-def write_recipe(recipe: Recipe, folder: Path) -> Path:
-    """`training.yaml` in the folder, which is made if need be."""
-    folder.mkdir(parents=True, exist_ok=True)
-    record = to_record(recipe)
-    record = {"schema_version": record.pop("schema_version"), **record}
-    lines = [_HEAD]
-    for name, value in record.items():
-        if name in _SECTIONS:
-            lines += ["", f"# {_SECTIONS[name]}"]
-        lines.append(yaml.dump({name: value}, Dumper=_Dumper, sort_keys=False, allow_unicode=True).rstrip("\n"))
-    path = folder / RECIPE_FILE
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def read_recipe(folder: Path) -> Recipe:
-    """Raises RecordError where `training.yaml` is missing, is not a recipe, or contradicts itself."""
-    path = folder / RECIPE_FILE
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as exc:
-        raise RecordError(
-            f"A folder to train from holds {RECIPE_FILE}, but '{folder}' does not. Write one with: autopeft export "
-            f"STUDY --pick knee --to peft --out {folder}"
-        ) from exc
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
-        raise RecordError(f"'{path}' must be readable YAML, but is not: {exc}.") from exc
-    if not isinstance(data, dict):
-        raise RecordError(f"'{path}' must hold keys and values such as steps: and learning_rate:, but does not.")
-    names = {field.name for field in dataclasses.fields(Recipe)}
-    for name in data:
-        if name not in names:
-            raise RecordError(f"'{path}' has the unknown key '{name}'. {suggest_nearest(str(name), names)}")
-    recipe = from_record(Recipe, data, f"'{path}'")
-    check_recipe(recipe, str(path))
-    return dataclasses.replace(recipe, spec=fill_settings(recipe.spec))
-
-
-def check_recipe(recipe: Recipe, where: str) -> None:
-    """Raises RecordError where values that somebody may have edited do not fit each other."""
-    check_spec(fill_settings(recipe.spec))
-    if recipe.micro_batch * recipe.gradient_accumulation != recipe.effective_batch:
-        raise RecordError(
-            f"In {where} effective_batch must be micro_batch times gradient_accumulation, but {recipe.effective_batch} "
-            f"is not {recipe.micro_batch} x {recipe.gradient_accumulation}."
-        )
-    for name in ("steps", "num_train", "effective_batch", "micro_batch", "learning_rate", "num_cycles"):
-        if not getattr(recipe, name) > 0:
-            raise RecordError(f"In {where} {name} must be above zero, but is {getattr(recipe, name)}.")
-    for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed"):
-        if getattr(recipe, name) < 0:
-            raise RecordError(f"In {where} {name} must not be negative, but is {getattr(recipe, name)}.")
-    if recipe.warmup_steps > recipe.steps:
-        raise RecordError(f"In {where} warm-up takes {recipe.warmup_steps} of only {recipe.steps} steps. Shorten it.")
-    if recipe.num_cycles > 1 and recipe.schedule != "cosine_with_restarts":
-        raise RecordError(
-            f"In {where} num_cycles is {recipe.num_cycles}, but the schedule '{recipe.schedule}' has no cycles. Set "
-            "schedule: cosine_with_restarts, or num_cycles: 1."
-        )
-
-
-def write_result(result: TrainingResult, folder: Path) -> Path:
-    """`result.json` in the folder, whole or not at all."""
-    path = folder / RESULT_FILE
-    write_atomically(path, json.dumps(to_record(result), indent=2) + "\n")
-    return path
-
-
-def read_result(folder: Path) -> TrainingResult:
-    """Raises RecordError where the folder holds no finished training."""
-    path = folder / RESULT_FILE
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as exc:
-        raise RecordError(
-            f"A finished training holds {RESULT_FILE}, but '{folder}' does not. Train it, or let it finish: "
-            "autopeft train STUDY --pick knee --out DIR goes on where it stopped."
-        ) from exc
-    except (OSError, ValueError) as exc:
-        raise RecordError(f"'{path}' must be readable JSON, but is not: {exc}.") from exc
-    return from_record(TrainingResult, data, f"'{path}'")
-
-
-def write_local(places: LocalPlaces, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / LOCAL_FILE).write_text(json.dumps(to_record(places), indent=2) + "\n", encoding="utf-8")
-
-
-def read_local(folder: Path) -> LocalPlaces:
-    """Empty where the folder has no `local.json`. Raises RecordError where it is broken."""
-    path = folder / LOCAL_FILE
-    if not path.is_file():
-        return LocalPlaces()
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise RecordError(f"'{path}' must be readable JSON, but is not: {exc}. It can be deleted.") from exc
-    return from_record(LocalPlaces, data, f"'{path}'")

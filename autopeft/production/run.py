@@ -19,20 +19,15 @@ from autopeft.errors import ModelError, RecordError, SpecError, TrainingError
 from autopeft.methods import find_method
 from autopeft.production import checkpoints
 from autopeft.production.checkpoints import CheckpointMeta, Evaluation
+from autopeft.production.files import LocalPlaces, TrainingResult, write_local, write_recipe, write_result
 from autopeft.production.finish import ADAPTER, Built, make_result, save_weights
+from autopeft.production.job import Job, Progress, Rhythm
 from autopeft.production.latency import measure_inference
-from autopeft.production.recipe import (
-    LocalPlaces,
-    Recipe,
-    TrainingResult,
-    write_local,
-    write_recipe,
-    write_result,
-)
+from autopeft.production.recipe import Recipe
 from autopeft.production.scores import join_splits, score_everywhere
 from autopeft.production.session import Options, Session, check_options, find_peak, is_sharded, open_session
 from autopeft.production.start import read_start
-from autopeft.production.trainer import Job, Progress, RecipeTrainer, Rhythm
+from autopeft.production.trainer import RecipeTrainer
 from autopeft.records import digest_json
 from autopeft.tasks.scorers import score_predictions
 from autopeft.tasks.spec import TaskSpec

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from autopeft.production.recipe import Recipe, TrainingResult
+from autopeft.production.files import TrainingResult
+from autopeft.production.recipe import Recipe
 from autopeft.tasks.spec import TaskSpec
 
 HERE = '"adapter"  # beside this file'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,9 @@ from torch import nn
 
 from autopeft.backends.hf.build import trainable_parameters
 from autopeft.errors import RecordError
+from autopeft.production.files import read_json
 from autopeft.production.recipe import Recipe
-from autopeft.records import digest_json, from_record
+from autopeft.records import digest_json
 
 PRETRAINED = "pretraining.json"
 WEIGHTS = "pretrained.safetensors"
@@ -78,17 +78,12 @@ class Start(NamedTuple):
 
 def read_start(folder: Path, recipe: Recipe) -> Start:
     """Raises RecordError where the folder holds no finished pre-training of this recipe's adapter."""
-    path = folder / PRETRAINED
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as exc:
-        raise RecordError(
-            f"--from names a finished pre-training, which holds {PRETRAINED}, but '{folder}' does not. Make one with: "
-            f"autopeft train STUDY --pick knee --stage pretrain --text FILE --out {folder}"
-        ) from exc
-    except (OSError, ValueError) as exc:
-        raise RecordError(f"'{path}' must be readable JSON, but is not: {exc}.") from exc
-    result = from_record(PretrainingResult, data, f"'{path}'")
+    result = read_json(
+        folder / PRETRAINED,
+        PretrainingResult,
+        missing=f"--from names a finished pre-training, which holds {PRETRAINED}, but '{folder}' does not. Make one "
+        f"with: autopeft train STUDY --pick knee --stage pretrain --text FILE --out {folder}",
+    )
     if recipe.pretrained not in (None, result.weights_digest):
         raise RecordError(
             f"The recipe begins with the pre-trained adapter {recipe.pretrained[:16]}, but '{folder}' holds "

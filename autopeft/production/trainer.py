@@ -9,10 +9,8 @@ length ends with the trial's own weights to the bit, which a test holds it to.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import peft
 import torch
@@ -23,95 +21,19 @@ from torch import nn
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from autopeft.backends.hf.build import trainable_parameters
+from autopeft.backends.hf.data import Batch
 from autopeft.backends.hf.steps import Diverged, bind_after_step, build_optimizer
 from autopeft.methods import find_method
 from autopeft.production import checkpoints
 from autopeft.production.checkpoints import CheckpointMeta, Evaluation
+from autopeft.production.job import Job, Progress
+from autopeft.production.parts import AllRows, Part, Parts
 from autopeft.production.recipe import Recipe, learning_rate_at
 from autopeft.production.session import is_sharded
 from autopeft.records import TrialSpec
 
 _PROGRESS_SECONDS = 1.0
 _STATE_FILE = "trainer_state.json"
-
-Batch = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rhythm:
-    """How often things are done, in optimizer steps."""
-
-    evaluate: int | None
-    """Search-validation is scored; None where there is none."""
-    save: int
-    log: int
-    patience: int | None
-    """Evaluations without a better one after which training stops; None goes on to the end."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """Told to whoever shows it, about once a second and at every evaluation, by the main process alone."""
-
-    step: int
-    num_steps: int
-    """Taken since the last report."""
-    loss: float
-    """Mean over those; 0 where there was none."""
-    learning_rate: float
-    evaluation: Evaluation | None = None
-    is_best: bool = False
-    """Whether the evaluation is the best of all sessions."""
-    saved: bool = False
-
-
-class Part(NamedTuple):
-    """What one process computes in one forward pass."""
-
-    rows: list[int]
-    share: float
-    """Of the effective batch's loss, times the processes, over which gradients are averaged."""
-
-
-class Parts(torch.utils.data.Sampler[list[Part]]):
-    """One process's parts of every effective batch, in order; all are of nearly equal size."""
-
-    def __init__(
-        self,
-        batches: Sequence[Sequence[int]],
-        count_items: Callable[[Sequence[int]], int],
-        *,
-        count: int,
-        process: int,
-        processes: int,
-    ) -> None:
-        assert count % processes == 0
-        self._batches, self._count_items = batches, count_items
-        self._count, self._process, self._processes = count, process, processes
-
-    def __len__(self) -> int:
-        return len(self._batches) * self._count // self._processes
-
-    def __iter__(self) -> Iterator[list[Part]]:
-        for batch in self._batches:
-            for index in range(self._process, self._count, self._processes):
-                # Neighbours in a batch are alike in length, so consecutive rows pad least.
-                rows = list(batch[index * len(batch) // self._count : (index + 1) * len(batch) // self._count])
-                share = self._count_items(rows) / self._count_items(batch) if self._count > 1 else 1.0
-                yield [Part(rows, share * self._processes)]
-
-
-class _Whole(torch.utils.data.Dataset[Part]):
-    """The sampler already says everything that is in a part."""
-
-    def __init__(self, num_rows: int) -> None:
-        self._num_rows = num_rows
-
-    def __len__(self) -> int:
-        return self._num_rows
-
-    def __getitem__(self, part: Part) -> Part:
-        return part
 
 
 class Rates(torch.optim.lr_scheduler.LRScheduler):
@@ -132,26 +54,6 @@ class Rates(torch.optim.lr_scheduler.LRScheduler):
         self.last_epoch = state_dict["last_epoch"]
         for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             group["lr"] = rate
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What is trained, apart from the model."""
-
-    recipe: Recipe
-    key: str
-    """Identity of the weights that this leads to; checkpoints carry it."""
-    folder: Path
-    rhythm: Rhythm
-    batches: Sequence[Sequence[int]]
-    """Row indices of every step."""
-    collate: Callable[[Sequence[int]], Batch]
-    """Rows -> a padded batch on this process's device."""
-    count_items: Callable[[Sequence[int]], int]
-    """What the loss is a mean over: rows of a classifier, tokens of a language model."""
-    evaluate: Callable[[nn.Module, int], Evaluation] | None
-    """(model, step) -> the score on search-validation; called by all processes at once."""
-    tell: Callable[[Progress], None]
 
 
 class RecipeTrainer(transformers.Trainer):
@@ -180,7 +82,7 @@ class RecipeTrainer(transformers.Trainer):
         is_own_on_quantized = getattr(model, "is_quantized", False) and not isinstance(model, peft.PeftModel)
         if is_own_on_quantized:
             model._hf_peft_config_loaded = True  # type: ignore[assignment]  # of a module, mypy expects tensors
-        super().__init__(model=model, args=args, train_dataset=_Whole(sum(map(len, job.batches))))
+        super().__init__(model=model, args=args, train_dataset=AllRows(sum(map(len, job.batches))))
         if is_own_on_quantized:
             model._hf_peft_config_loaded = False  # type: ignore[assignment]
         # Ours says more, and says it once for all processes.

@@ -16,7 +16,7 @@ from autopeft.export import TARGETS, export_trial, write_bundle
 from autopeft.export.bundle import Bundle
 from autopeft.methods import METHODS
 from autopeft.methods.faults import make_recipe_spec
-from autopeft.production.recipe import read_local, read_recipe
+from autopeft.production.files import read_local, read_recipe
 from autopeft.records import TrialSpec
 from autopeft.tasks.data import load_splits
 from autopeft.tasks.spec import parse_task

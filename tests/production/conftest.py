@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from autopeft.production.recipe import MAX_GRAD_NORM, LocalPlaces, Prediction, Recipe, find_task_files, lay_out
+from autopeft.production.files import LocalPlaces
+from autopeft.production.recipe import MAX_GRAD_NORM, Prediction, Recipe, find_task_files, lay_out
 from autopeft.records import Provenance, TrialSpec
 from autopeft.tasks.data import load_splits
 from autopeft.tasks.spec import parse_task

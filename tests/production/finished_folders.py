@@ -19,18 +19,8 @@ from autopeft.backends.hf.saved import save_adapter, save_trained
 from autopeft.backends.hf.steps import build_optimizer, score_batches, train_step
 from autopeft.backends.hf.trial import digest_weights
 from autopeft.methods import METHODS
-from autopeft.production.recipe import (
-    LocalPlaces,
-    Prediction,
-    Recipe,
-    SavedAs,
-    TrainingResult,
-    find_task_files,
-    make_task_portable,
-    write_local,
-    write_recipe,
-    write_result,
-)
+from autopeft.production.files import LocalPlaces, SavedAs, TrainingResult, write_local, write_recipe, write_result
+from autopeft.production.recipe import Prediction, Recipe, find_task_files, make_task_portable
 from autopeft.records import Bits, Provenance, Scalar, TrialSpec
 from autopeft.tasks.scorers import score_predictions
 from autopeft.tasks.spec import parse_task

@@ -14,9 +14,10 @@ from fresh_process import one_process  # noqa: F401 (a fixture)
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from autopeft.production.card import carry_card, describe_latency, make_card, write_card
+from autopeft.production.files import Agreement, TrainingResult, read_recipe, read_result
 from autopeft.production.finished import open_finished
 from autopeft.production.merge import merge
-from autopeft.production.recipe import Agreement, Recipe, TrainingResult, read_recipe, read_result
+from autopeft.production.recipe import Recipe
 from autopeft.records import Inference, Latency, StudyRecord
 from autopeft.testing.tiny_models import tiny_folder
 

@@ -23,18 +23,18 @@ from autopeft.backends.hf.steps import build_optimizer, train_step
 from autopeft.backends.hf.trial import digest_weights
 from autopeft.methods import METHODS
 from autopeft.production.card import make_card
-from autopeft.production.finished import open_finished
-from autopeft.production.merge import merge
-from autopeft.production.recipe import (
+from autopeft.production.files import (
     LocalPlaces,
     TrainingResult,
-    find_task_files,
     read_recipe,
     read_result,
     write_local,
     write_recipe,
     write_result,
 )
+from autopeft.production.finished import open_finished
+from autopeft.production.merge import merge
+from autopeft.production.recipe import find_task_files
 from autopeft.production.verify import verify
 from autopeft.tasks.spec import parse_task
 from autopeft.testing.subject import Case

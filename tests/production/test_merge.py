@@ -18,9 +18,9 @@ from safetensors import safe_open
 from autopeft.cli.main import main
 from autopeft.errors import ExportError, ModelError, RecordError, SpecError
 from autopeft.methods import METHODS
+from autopeft.production.files import read_recipe, write_recipe
 from autopeft.production.finished import open_finished
 from autopeft.production.merge import Merged, merge
-from autopeft.production.recipe import read_recipe, write_recipe
 from autopeft.testing.contract import claimed
 from autopeft.testing.subject import width_for
 from autopeft.testing.tiny_models import ARCHITECTURES, ArchitectureName, tiny_folder
@@ -215,7 +215,7 @@ def test_a_base_that_has_moved_is_asked_for(lora: Path, tmp_path: Path) -> None:
 
 def test_the_command_says_what_merging_changed(lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from autopeft.production.card import write_card
-    from autopeft.production.recipe import read_result
+    from autopeft.production.files import read_result
 
     write_card(lora, read_recipe(lora), read_result(lora), None)
     assert main(["merge", str(lora), "--out", str(tmp_path / "model")]) == 0

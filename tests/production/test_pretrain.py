@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from listeners import Silent
 from safetensors.torch import load_file
 
 from autopeft.backends.hf.base_model import load_base, load_tokenizer
 from autopeft.backends.hf.build import build_trial_model
 from autopeft.errors import DataError, ModelError, RecordError, SpecError
+from autopeft.production.files import LocalPlaces
 from autopeft.production.pretrain import pack, pretrain, read_documents
-from autopeft.production.recipe import LocalPlaces, Recipe, find_task_files
+from autopeft.production.recipe import Recipe, find_task_files
 from autopeft.production.run import train
 from autopeft.production.session import Options
 from autopeft.production.start import PretrainingResult, read_start
-from autopeft.production.trainer import Progress
 from autopeft.tasks.spec import parse_task
 from autopeft.testing.tiny_models import ArchitectureName, tiny_folder, tiny_task
 
 Make = Callable[..., Recipe]
-
-
-class Silent:
-    def begin(self, recipe: Recipe, *, from_step: int, notes: Sequence[str]) -> None: ...
-
-    def progress(self, progress: Progress) -> None: ...
-
-    def scoring(self) -> None: ...
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ from finished_folders import make_finished
 import autopeft
 from autopeft.errors import ExportError, RecordError
 from autopeft.production.card import write_card
+from autopeft.production.files import read_recipe, read_result
 from autopeft.production.finished import open_finished
 from autopeft.production.push import check_repo, push
-from autopeft.production.recipe import read_recipe, read_result
 from autopeft.testing.tiny_models import tiny_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore")

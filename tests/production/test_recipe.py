@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from autopeft.backends.hf import steps as trial_steps
 from autopeft.errors import RecordError, SpecError
 from autopeft.methods import fill_settings
+from autopeft.production.files import LocalPlaces, read_local, read_recipe, write_local, write_recipe
 from autopeft.production.recipe import (
     MAX_GRAD_NORM,
-    LocalPlaces,
     Recipe,
     find_task_files,
     lay_out,
@@ -26,11 +26,7 @@ from autopeft.production.recipe import (
     make_recipe,
     make_task_portable,
     name_model,
-    read_local,
-    read_recipe,
     with_batch,
-    write_local,
-    write_recipe,
 )
 from autopeft.records import StudyRecord, TrialSpec, from_record
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from listeners import Silent
 from safetensors.torch import load_file
 
 from autopeft.backends.base import Finished, Stretch, WorkerSetup
@@ -17,10 +18,11 @@ from autopeft.backends.hf.build import trainable_parameters
 from autopeft.backends.hf.trial import HfBackend
 from autopeft.errors import ModelError, RecordError, SpecError, TrainingError
 from autopeft.production import checkpoints
-from autopeft.production.recipe import LocalPlaces, Recipe, TrainingResult, read_recipe, read_result
+from autopeft.production.files import LocalPlaces, TrainingResult, read_recipe, read_result
+from autopeft.production.job import Progress
+from autopeft.production.recipe import Recipe
 from autopeft.production.run import Listener, train
 from autopeft.production.session import Options, split_effective_batch
-from autopeft.production.trainer import Progress
 from autopeft.records import TrialSpec
 from autopeft.tasks.spec import parse_task
 from autopeft.testing.tiny_models import tiny_folder, tiny_task
@@ -32,14 +34,6 @@ WHOLE = Options(patience=None, evaluate_every=8)
 
 class Killed(BaseException):
     """In the place of a kill: nothing catches it."""
-
-
-class Silent:
-    def begin(self, recipe: Recipe, *, from_step: int, notes: Sequence[str]) -> None: ...
-
-    def progress(self, progress: Progress) -> None: ...
-
-    def scoring(self) -> None: ...
 
 
 class KillAt(Silent):

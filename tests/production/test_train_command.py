@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from autopeft.cli.main import main
-from autopeft.production.recipe import LocalPlaces, Recipe, read_recipe, write_local, write_recipe
+from autopeft.production.files import LocalPlaces, read_recipe, write_local, write_recipe
+from autopeft.production.recipe import Recipe
 
 Make = Callable[..., Recipe]
 

@@ -5,32 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from listeners import Silent
 from safetensors.torch import load_file
 
 from autopeft.backends.base import Finished, Stretch, WorkerSetup
 from autopeft.backends.hf.trial import HfBackend
-from autopeft.production.recipe import LocalPlaces, Recipe, TrainingResult
+from autopeft.production.files import LocalPlaces, TrainingResult
+from autopeft.production.recipe import Recipe
 from autopeft.production.run import train
 from autopeft.production.session import Options
-from autopeft.production.trainer import Progress
 from autopeft.tasks.data import load_splits
 from autopeft.tasks.spec import parse_task
 from autopeft.testing.tiny_models import tiny_folder
 
 Make = Callable[..., Recipe]
-
-
-class Silent:
-    def begin(self, recipe: Recipe, *, from_step: int, notes: Sequence[str]) -> None: ...
-
-    def progress(self, progress: Progress) -> None: ...
-
-    def scoring(self) -> None: ...
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from autopeft.production.recipe import LocalPlaces, Recipe, read_result, write_local, write_recipe
+from autopeft.production.files import LocalPlaces, read_result, write_local, write_recipe
+from autopeft.production.recipe import Recipe
 from autopeft.testing.tiny_models import tiny_folder
 
 pytestmark = pytest.mark.slow

@@ -18,8 +18,8 @@ from autopeft.backends.hf.base_model import digest_file
 from autopeft.cli.main import main
 from autopeft.errors import RecordError, VerificationError
 from autopeft.production import finished
+from autopeft.production.files import read_local, read_recipe, read_result, write_local, write_result
 from autopeft.production.finished import open_finished
-from autopeft.production.recipe import read_local, read_recipe, read_result, write_local, write_result
 from autopeft.production.verify import Verification, check_scores, choose_tolerance, verify
 from autopeft.testing.tiny_models import ArchitectureName, tiny_folder
 
