@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 import transformers
 
-from autopeft.backends.hf.base_model import load_tokenizer, resolve_model
+from autopeft.backends.hf.base_model import QuietLoading, load_tokenizer, resolve_model
 from autopeft.backends.hf.saved import merge_adapter
 from autopeft.errors import ExportError, SpecError, suggest_nearest
 from autopeft.methods import find_method
@@ -70,7 +70,7 @@ def merge(finished: Finished, out: Path, *, dtype: Dtype | None = None) -> Merge
     data = load_data(finished)
     rows = np.linspace(0, len(data.test.labels) - 1, min(NUM_ROWS, len(data.test.labels))).astype(int).tolist()
     job = make_job(finished, data, rows, device="cpu", batch_size=_BATCH_SIZE)
-    with warnings.catch_warnings():
+    with QuietLoading(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, before, plain_before = _load_unmerged(finished, job)
         merged = merge_adapter(model)
@@ -205,7 +205,8 @@ def _write(model: Any, finished: Finished, folder: Path, dtype: Dtype) -> None:
     if finished.num_labels is None:
         # Training keeps no keys and values; whoever writes text does.
         model.config.use_cache = True
-    model.save_pretrained(folder)
+    with QuietLoading():
+        model.save_pretrained(folder)
     load_tokenizer(str(finished.adapter)).save_pretrained(folder)
     _copy_tokenizer_files(finished.model, folder)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from finished_folders import make_finished
 from fresh_process import one_process  # noqa: F401 (a fixture)
 from safetensors import safe_open
@@ -218,8 +219,14 @@ def test_the_command_says_what_merging_changed(lora: Path, tmp_path: Path, capsy
     from autopeft.production.files import read_result
 
     write_card(lora, read_recipe(lora), read_result(lora), None)
+    transformers.utils.logging.enable_progress_bar()
     assert main(["merge", str(lora), "--out", str(tmp_path / "model")]) == 0
-    printed = capsys.readouterr().out
+    captured = capsys.readouterr()
+    printed = captured.out
+    # No word of transformers: neither bars nor reports of a head that the base lacks.
+    assert captured.err == ""
+    assert transformers.utils.logging.is_progress_bar_enabled()
+    assert len(printed.splitlines()) <= 8
     assert "LoRA, trained on a base of 32 bits" in printed
     assert "32 rows of the test split" in printed
     assert "100% same answers" in printed

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,13 +218,16 @@ def load_base(name: str, *, num_labels: int | None, bits: Bits, device: str) -> 
     if bits < 16:
         arguments["quantization_config"] = quantization_config(bits, head, compute_dtype(device))
     arguments["device_map"] = {"": device}
-    with _QuietLoading():
+    with QuietLoading():
         # The new head's weights are drawn here, though each trial draws its own: keep the base itself reproducible.
         torch.manual_seed(0)
         try:
-            model = _auto_class(config).from_pretrained(resolve_model(name), **arguments)
+            model, found = _auto_class(config).from_pretrained(
+                resolve_model(name), output_loading_info=True, **arguments
+            )
         except (OSError, ValueError) as exc:
             raise _unreachable(name) from exc
+    _warn_of_missing(name, found["missing_keys"], head)
     model.requires_grad_(False)
     for module in model.modules():
         # On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first evaluation, and cannot be trained
@@ -300,13 +304,37 @@ def digest_model(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-class _QuietLoading:
-    """Silences transformers' loading reports: a missing head is what we asked for, and workers share one terminal."""
+class QuietLoading:
+    """Silences transformers' progress bars and its reports of what a checkpoint lacks: a missing head is what we asked
+    for, and workers share one terminal. Its other warnings are heard."""
 
     def __enter__(self) -> None:
-        self._level = transformers.utils.logging.get_verbosity()
-        transformers.utils.logging.set_verbosity(logging.ERROR)
+        self._had_bars = transformers.utils.logging.is_progress_bar_enabled()
+        self._had_reports = _is_no_report not in _REPORTS.filters
         transformers.utils.logging.disable_progress_bar()
+        _REPORTS.addFilter(_is_no_report)
 
     def __exit__(self, *exc_info: object) -> None:
-        transformers.utils.logging.set_verbosity(self._level)
+        if self._had_reports:
+            _REPORTS.removeFilter(_is_no_report)
+        if self._had_bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+_REPORTS = transformers.utils.logging.get_logger("transformers.modeling_utils")
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
+
+
+def _warn_of_missing(name: str, missing: Iterable[str], head: Sequence[str]) -> None:
+    """What the report would say that matters: weights that were drawn at random and that no trial draws or trains."""
+    drawn = sorted(key for key in missing if key.split(".")[0] not in head)
+    if drawn:
+        more = f" and {len(drawn) - 1} more" if len(drawn) > 1 else ""
+        warnings.warn(
+            f"The checkpoint of '{name}' lacks {drawn[0]}{more}, outside of the head, so it was drawn at random; every "
+            "trial builds on that. Check that it is the right checkpoint for this architecture.",
+            stacklevel=3,
+        )

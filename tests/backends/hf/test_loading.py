@@ -1,0 +1,67 @@
+"""Loading a base is quiet but for what is wrong with it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import transformers
+from safetensors.torch import load_file, save_file
+
+from autopeft.backends.hf.base_model import QuietLoading, load_base
+from autopeft.testing.tiny_models import tiny_folder
+
+
+def forget(folder: Path, ending: str) -> str:
+    """A copy of the tiny BERT whose checkpoint lacks what ends so."""
+    copy = Path(shutil.copytree(tiny_folder("bert"), folder / "bert"))
+    weights = load_file(copy / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if not name.endswith(ending)}
+    assert len(kept) < len(weights)
+    save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
+    return str(copy)
+
+
+@pytest.fixture
+def heard() -> Iterator[list[str]]:
+    """What transformers says while it loads; its logger writes to the terminal by a way of its own."""
+    logger, said = transformers.utils.logging.get_logger("transformers.modeling_utils"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    yield said
+    logger.removeHandler(handler)
+
+
+def test_a_missing_head_is_no_news(tmp_path: Path, heard: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    folder = forget(tmp_path, "classifier.weight")
+    transformers.utils.logging.enable_progress_bar()
+    # Making the model has shown a bar.
+    capfd.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_base(folder, num_labels=2, bits=32, device="cpu")
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err, heard) == ("", "", [])
+    assert transformers.utils.logging.is_progress_bar_enabled()
+
+
+def test_a_missing_layer_is_said(tmp_path: Path) -> None:
+    folder = forget(tmp_path, "layer.1.output.dense.weight")
+    with pytest.warns(UserWarning, match=r"lacks bert\.encoder\.layer\.1\.output\.dense\.weight, outside of the head"):
+        load_base(folder, num_labels=2, bits=32, device="cpu")
+
+
+def test_other_words_of_transformers_are_heard(heard: list[str]) -> None:
+    logger = transformers.utils.logging.get_logger("transformers.modeling_utils")
+    with QuietLoading():
+        with QuietLoading():
+            pass
+        logger.warning("BertModel LOAD REPORT from: x")
+        logger.warning("something else")
+    logger.warning("BertModel LOAD REPORT from: y")
+    assert heard == ["something else", "BertModel LOAD REPORT from: y"]
