@@ -55,8 +55,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default=10,
         help="stop after so many evaluations without a better one; 0 never (default: 10)",
     )
-    parser.add_argument("--eval-every", type=int, metavar="STEPS", help="default: a twentieth of the steps")
-    parser.add_argument("--save-every", type=int, metavar="STEPS", help="default: as --eval-every")
+    parser.add_argument(
+        "--eval-every", type=int, metavar="STEPS", help="default: a twentieth, or what a quarter of the time pays for"
+    )
+    parser.add_argument("--save-every", type=int, metavar="STEPS", help="default: as --eval-every, or a twentieth")
     parser.add_argument("--report-to", metavar="TRACKER", help="tensorboard, wandb, mlflow, trackio; several by commas")
     parser.add_argument("--stage", choices=("task", "pretrain"), default="task", help="pretrain: on --text first")
     parser.add_argument("--text", metavar="FILE", help="with --stage pretrain: text, or .jsonl with a column text")

@@ -160,7 +160,7 @@ def pretrain(
         recipe=recipe,
         key=key,
         folder=out,
-        rhythm=plan_rhythm(recipe, options),
+        rhythm=plan_rhythm(recipe, options, num_scored=len(held)),
         batches=plan_batches(
             [task.max_length] * len(training),
             batch_size=recipe.effective_batch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,9 @@ from autopeft.production.trainer import RecipeTrainer
 from autopeft.records import digest_json
 from autopeft.tasks.scorers import score_predictions
 from autopeft.tasks.spec import TaskSpec
+
+EVALUATION_SHARE = 0.25
+"""Scoring search-validation takes at most so much of what the steps take, in passes over a row."""
 
 
 class Listener(Protocol):
@@ -80,7 +84,7 @@ def train(
     built = _build(recipe, task, model, session)
     if start is not None:
         start.load_into(built.model, built.head)
-    rhythm = plan_rhythm(recipe, options)
+    rhythm = plan_rhythm(recipe, options, num_scored=len(data.validation.labels))
     if rhythm.evaluate is not None and find_method(recipe.spec.method).stepping is not None:
         notes.append(
             f"{find_method(recipe.spec.method).title} changes what it trains over the whole length, so the weights of "
@@ -227,11 +231,19 @@ def _count_items(task: TaskSpec, split: TokenizedSplit, rows: Sequence[int]) -> 
     return sum(label != -100 for i in rows for label in split.features[i]["labels"][1:])
 
 
-def plan_rhythm(recipe: Recipe, options: Options) -> Rhythm:
-    evaluate = options.evaluate_every or max(1, recipe.steps // 20)
+def plan_rhythm(recipe: Recipe, options: Options, *, num_scored: int) -> Rhythm:
+    """Scores `num_scored` rows twenty times, or less often where that would take too much of the time; checkpoints come
+    twenty times in any case.
+
+    Training takes three passes over a row, forward and twice as much backward (arXiv:2001.08361, section 2.1), and
+    scoring one. Counted, not timed: a resumed training must go on in the rhythm of the unbroken one.
+    """
+    twentieth = max(1, recipe.steps // 20)
+    cheap = math.ceil(num_scored / (3 * recipe.effective_batch * EVALUATION_SHARE))
+    evaluate = options.evaluate_every or min(max(twentieth, cheap), recipe.steps)
     return Rhythm(
         evaluate=None if options.all_rows else evaluate,
-        save=options.save_every or evaluate,
+        save=options.save_every or options.evaluate_every or twentieth,
         log=max(1, min(evaluate, recipe.steps // 100)),
         patience=None if options.all_rows else options.patience,
     )

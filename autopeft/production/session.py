@@ -31,9 +31,10 @@ class Options:
     """Evaluations without a better one before stopping; None goes on to the end. Half of the usual twenty: scores often
     stand still until the rate falls, and the best weights are kept anyway."""
     evaluate_every: int | None = None
-    """Optimizer steps; None is a twentieth of them all."""
+    """Optimizer steps; None is a twentieth of them all, or more where scoring would take over a quarter of the steps'
+    time (`run.plan_rhythm`)."""
     save_every: int | None = None
-    """Optimizer steps; None is as often as it is evaluated."""
+    """Optimizer steps; None is as often as evaluations were asked for, else a twentieth. Every best score is saved."""
     report_to: tuple[str, ...] = ()
 
 

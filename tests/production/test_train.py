@@ -21,7 +21,7 @@ from autopeft.production import checkpoints
 from autopeft.production.files import LocalPlaces, TrainingResult, read_recipe, read_result
 from autopeft.production.job import Progress
 from autopeft.production.recipe import Recipe
-from autopeft.production.run import Listener, train
+from autopeft.production.run import EVALUATION_SHARE, Listener, plan_rhythm, train
 from autopeft.production.session import Options, split_effective_batch
 from autopeft.records import TrialSpec
 from autopeft.tasks.spec import parse_task
@@ -300,3 +300,30 @@ def test_the_effective_batch_is_divided_among_processes(
 def test_a_batch_that_cannot_be_divided_is_refused(make_recipe_for: Make) -> None:
     with pytest.raises(SpecError, match="no multiple of 3 processes"):
         split_effective_batch(make_recipe_for(), 3)
+
+
+# --- how often it is scored
+
+
+@pytest.mark.parametrize(
+    ("steps", "num_scored", "evaluate", "save"),
+    [
+        (8000, 999, 400, 400),  # a twentieth: 3 x 400 x 8 passes of training to 999 of scoring
+        (624, 999, 167, 31),  # 999 / (3 x 8 x 0.25) = 166.5 steps
+        (60, 999, 60, 3),  # once, at the end
+        (60, 16, 3, 3),
+    ],
+)
+def test_scoring_takes_a_quarter_of_the_passes_at_most(
+    make_recipe_for: Make, steps: int, num_scored: int, evaluate: int, save: int
+) -> None:
+    rhythm = plan_rhythm(make_recipe_for(steps=steps), Options(), num_scored=num_scored)
+    assert (rhythm.evaluate, rhythm.save) == (evaluate, save)
+    assert num_scored <= EVALUATION_SHARE * 3 * 8 * evaluate or evaluate == steps
+
+
+def test_what_is_asked_for_is_done(make_recipe_for: Make) -> None:
+    rhythm = plan_rhythm(make_recipe_for(steps=60), Options(evaluate_every=2), num_scored=999)
+    assert (rhythm.evaluate, rhythm.save) == (2, 2)
+    rhythm = plan_rhythm(make_recipe_for(steps=60), Options(save_every=5, all_rows=True), num_scored=999)
+    assert (rhythm.evaluate, rhythm.save, rhythm.patience) == (None, 5, None)
