@@ -113,11 +113,12 @@ def check_outputs() -> None:
 
 
 def write_outputs(record: StudyRecord) -> None:
+    from autopeft.export import find_way
     from autopeft.report.leaderboard import update_leaderboard
     from autopeft.report.page import write_page
 
     page = REPORTS / f"{record.config.name}.html"
-    write_page(record, page)
+    write_page(record, page, find_way=lambda trial: find_way(record, trial))
     board = update_leaderboard(record, LEADERBOARDS)
     print_summary(record)
     print(f"\nreport       {page}\nleaderboard  {board}")

@@ -12,9 +12,10 @@ from autopeft.export.picks import find_trial
 from autopeft.export.readme import write_readme
 from autopeft.export.settings import Unsaid
 from autopeft.export.target import Target
-from autopeft.methods import find_method
+from autopeft.methods import METHODS, find_method
 from autopeft.production.recipe import Recipe, make_recipe
 from autopeft.records import StudyRecord, TrialRecord
+from autopeft.report.cards import Way
 from autopeft.report.files import check_new_folder
 from autopeft.tasks.spec import TaskSpec, parse_task
 
@@ -43,6 +44,20 @@ def find_nearest(recipe: Recipe, task: TaskSpec, *, but: str) -> str | None:
     """Another target that can say the configuration, as far as can be told without the model."""
     others = (name for name in _BY_NEARNESS if name != but)
     return next((name for name in others if refuse_export(name, recipe, task) is None), None)
+
+
+def find_way(record: StudyRecord, trial: TrialRecord) -> Way:
+    """For the report: peft where it can say the trial, else the stand-alone script, else the nearest that can."""
+    if trial.spec.method not in METHODS:
+        # Of a distribution that is not installed here.
+        return Way("peft")
+    task = parse_task(record.config.task, record.config.task_name)
+    recipe = make_recipe(record, trial, pick=str(trial.number), num_train=record.provenance.num_train)
+    reason = refuse_export("peft", recipe, task)
+    if reason is None:
+        return Way("peft")
+    nearest = "trainer" if refuse_export("trainer", recipe, task) is None else find_nearest(recipe, task, but="peft")
+    return Way(nearest, reason)
 
 
 def export_trial(
@@ -106,4 +121,13 @@ def _refusal(target: str, recipe: Recipe, task: TaskSpec, reason: str) -> Export
     )
 
 
-__all__ = ["TARGETS", "Target", "export_trial", "find_nearest", "find_trial", "refuse_export", "write_bundle"]
+__all__ = [
+    "TARGETS",
+    "Target",
+    "export_trial",
+    "find_nearest",
+    "find_trial",
+    "find_way",
+    "refuse_export",
+    "write_bundle",
+]

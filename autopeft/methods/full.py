@@ -40,7 +40,7 @@ FULL = Method(
     build=_unfreeze,
     why_not_peft=(
         "Full fine-tuning trains the base weights themselves and has no adapter, so there is no adapter_config.json to "
-        "write. Export another pick, or train it with transformers' Trainer from the values in `autopeft report`."
+        "write. `--to trainer` writes a script for it on plain transformers."
     ),
 )
 
@@ -55,5 +55,8 @@ HEAD = Method(
     merges=True,
     searched=False,
     build=_leave_frozen,
-    why_not_peft="A head on a frozen base has no adapter, so there is no adapter_config.json to write.",
+    why_not_peft=(
+        "A head on a frozen base has no adapter, so there is no adapter_config.json to write. On an unquantized base "
+        "`--to trainer` writes a script for it on plain transformers."
+    ),
 )

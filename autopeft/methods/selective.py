@@ -55,8 +55,8 @@ BITFIT = Method(
     ),
     build=_unfreeze_biases,
     why_not_peft=(
-        "BitFit trains the base's own biases and has no adapter, so there is no adapter_config.json to write. Export "
-        "another pick, or train it with transformers' Trainer from the values in `autopeft report`."
+        "BitFit trains the base's own biases and has no adapter, so there is no adapter_config.json to write. "
+        "`--to trainer` writes a script for it on plain transformers."
     ),
 )
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from autopeft.records import Pick, StudyRecord, TrialRecord, TrialSpec
+from autopeft.records import Pick, StudyRecord, TrialRecord
 from autopeft.report.palette import Mark
 from autopeft.report.scores import Score, all_trials, held_out_score, validation_score
 from autopeft.report.words import (
@@ -20,8 +21,17 @@ from autopeft.report.words import (
 
 TITLES = {"best": "Best quality", "knee": "Knee of the front", "smallest": "Smallest within noise of the best"}
 
-Exportable = Callable[[TrialSpec], str | None]
-"""Why `autopeft export --to peft` refuses a configuration, or None where it does not."""
+
+class Way(NamedTuple):
+    """How a trial is taken home."""
+
+    target: str | None
+    """Of `autopeft export`; None where no target can say it, and `autopeft train` alone trains it."""
+    why_not_peft: str | None = None
+    """Why it is not `peft`, which every trainer of one's own reads; None where it is."""
+
+
+FindWay = Callable[[TrialRecord], Way]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,28 +52,30 @@ class Card:
     vram: str
     vram_source: str
     why: str
-    command: str | None
-    refusal: str | None
+    command: str
+    why_not_peft: str | None
 
 
-def list_cards(study: StudyRecord, marks: dict[str, Mark], exportable: Exportable) -> list[Card]:
+def list_cards(study: StudyRecord, marks: dict[str, Mark], find_way: FindWay) -> list[Card]:
     """Cards in the order of `TITLES`; picks of trials that the record lacks are left out."""
     trials = {trial.number: trial for trial in all_trials(study)}
     cards: list[Card] = []
     for pick in sorted(study.picks, key=lambda pick: list(TITLES).index(pick.name)):
         if pick.number in trials:
             same = next((card.title for card in cards if card.number == pick.number), None)
-            cards.append(_card(study, pick, trials[pick.number], marks, exportable(trials[pick.number].spec), same))
+            cards.append(_card(study, pick, trials[pick.number], marks, find_way(trials[pick.number]), same))
     return cards
 
 
-def export_command(study_name: str, pick: str) -> str:
+def take_home_command(study_name: str, pick: str, target: str | None) -> str:
     name = shlex.quote(study_name)
-    return f"autopeft export {name} --pick {pick} --to peft --out {shlex.quote(f'{study_name}-{pick}')}"
+    if target is None:
+        return f"autopeft train {name} --pick {pick}"
+    return f"autopeft export {name} --pick {pick} --to {target} --out {shlex.quote(f'{study_name}-{pick}')}"
 
 
 def _card(
-    study: StudyRecord, pick: Pick, trial: TrialRecord, marks: dict[str, Mark], refusal: str | None, same: str | None
+    study: StudyRecord, pick: Pick, trial: TrialRecord, marks: dict[str, Mark], way: Way, same: str | None
 ) -> Card:
     spec, cost = trial.spec, trial.cost
     settings = [*list_settings(spec), f"{spec.bits} bits", f"lr {format_learning_rate(spec.learning_rate)}"]
@@ -82,6 +94,6 @@ def _card(
         vram=NOTHING if cost is None else format_bytes(cost.peak_vram_bytes),
         vram_source="" if cost is None else cost.vram_source,
         why=pick.why,
-        command=None if refusal else export_command(study.config.name, pick.name),
-        refusal=refusal,
+        command=take_home_command(study.config.name, pick.name, way.target),
+        why_not_peft=way.why_not_peft,
     )

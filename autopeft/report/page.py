@@ -13,8 +13,8 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from autopeft.methods import METHODS
-from autopeft.records import StudyRecord, TrialSpec, WarmStart
-from autopeft.report.cards import Exportable, list_cards
+from autopeft.records import StudyRecord, TrialRecord, WarmStart
+from autopeft.report.cards import FindWay, Way, list_cards
 from autopeft.report.certainty import list_extensions, say_stopped, say_ties
 from autopeft.report.charts import Figure
 from autopeft.report.figures import PURPOSES, curves_figure, timeline_figure
@@ -32,19 +32,22 @@ from autopeft.tasks.scorers import GENERATION_SCORERS
 _FOLDER = Path(__file__).parent
 
 
-def refuse_peft_export(spec: TrialSpec) -> str | None:
-    """Why peft cannot express a configuration, according to its method; None where it can or nobody knows."""
-    method = METHODS.get(spec.method)
-    return method.why_not_peft if method is not None and method.peft is None else None
+def find_way_by_method(trial: TrialRecord) -> Way:
+    """peft, unless the trial's method says that it cannot; for records that no target can be asked about."""
+    method = METHODS.get(trial.spec.method)
+    return Way("peft") if method is None or method.peft is not None else Way(None, method.why_not_peft)
 
 
-def write_page(study: StudyRecord, path: Path, *, exportable: Exportable = refuse_peft_export) -> None:
+def write_page(study: StudyRecord, path: Path, *, find_way: FindWay = find_way_by_method) -> None:
     """Writes the page atomically, making its folder where needed."""
-    write_atomically(path, build_page(study, exportable=exportable))
+    write_atomically(path, build_page(study, find_way=find_way))
 
 
-def build_page(study: StudyRecord, *, exportable: Exportable = refuse_peft_export) -> str:
-    """The page's HTML: a function of the record alone, so that the same study gives the same bytes."""
+def build_page(study: StudyRecord, *, find_way: FindWay = find_way_by_method) -> str:
+    """The page's HTML: a function of the record alone, so that the same study gives the same bytes.
+
+    `find_way` says how a pick is taken home (`export.find_way`, which the report's layer cannot import).
+    """
     environment = Environment(
         loader=FileSystemLoader(_FOLDER),
         autoescape=True,
@@ -64,7 +67,7 @@ def build_page(study: StudyRecord, *, exportable: Exportable = refuse_peft_expor
         verdict=write_verdict(study),
         states=count_states(study),
         notes=_list_notes(study),
-        cards=list_cards(study, marks, exportable),
+        cards=list_cards(study, marks, find_way),
         legend=_legend(trials_methods=(trial.spec.method for trial in trials if trial.rungs), marks=marks),
         has_scores=any(trial.rungs for trial in trials),
         has_own=any(trial.source == "included" for trial in trials),

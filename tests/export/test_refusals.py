@@ -8,9 +8,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from chosen_trials import draw_recipe
+from chosen_trials import draw_recipe, make_study, make_trial
 
-from autopeft.export import TARGETS, axolotl, find_nearest, llama_factory, ms_swift, refuse_export, trl, unsloth
+from autopeft.export import (
+    TARGETS,
+    axolotl,
+    find_nearest,
+    find_way,
+    llama_factory,
+    ms_swift,
+    refuse_export,
+    trl,
+    unsloth,
+)
 from autopeft.export.settings import TRAINING, Unsaid, list_values, say_all
 from autopeft.methods import METHODS
 from autopeft.methods.base import Dimension
@@ -201,3 +211,20 @@ def test_adalora_is_said_in_the_terms_that_peft_has_for_it() -> None:
     assert method.peft is not None
     arguments = method.peft(recipe.training_spec(), make_example_context("encoder", "all-linear")).arguments
     assert set(arguments) - {"target_modules", "modules_to_save"} == set(ms_swift._ADALORA)
+
+
+@pytest.mark.parametrize(
+    ("method", "target"), [("lora", "peft"), ("full", "trainer"), ("bitfit", "trainer"), ("bottleneck", None)]
+)
+def test_the_report_is_told_a_target_that_can_say_the_pick(method: str, target: str | None) -> None:
+    spec = make_recipe_spec(METHODS[method], device_kind="cpu")
+    trial = make_trial(spec=spec)
+    way = find_way(make_study([trial]), trial)
+    assert way.target == target
+    assert (way.why_not_peft is None) == (target == "peft")
+
+
+def test_a_method_that_is_not_installed_is_left_to_the_export_to_refuse() -> None:
+    spec = dataclasses.replace(make_recipe_spec(METHODS["lora"], device_kind="cpu"), method="gone")
+    trial = make_trial(spec=spec)
+    assert find_way(make_study([trial]), trial).target == "peft"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from plotly.offline import get_plotlyjs
 
 from autopeft.records import Failed, Refused
+from autopeft.report.cards import Way
 from autopeft.report.page import build_page, write_page
 
 HOSTILE = [
@@ -99,15 +100,20 @@ def test_a_name_that_a_shell_would_split_is_quoted_in_the_command(study_of, tria
     assert "autopeft export 'my study' --pick best --to peft --out 'my study-best'" in text
 
 
-def test_a_method_that_peft_cannot_express_says_why_instead(study_of, trial_of, spec_of):
+def test_a_method_that_peft_cannot_express_says_why_and_how_else(study_of, trial_of, spec_of):
     text = Document(build_page(study_of(trials=[trial_of(0, spec=spec_of("full"))]))).text
     assert "--to peft is not possible for this method. Full fine-tuning trains the base weights" in text
     assert "autopeft export" not in text
+    assert "autopeft train sst2-evening --pick best" in text
 
 
-def test_the_caller_may_say_what_cannot_be_exported(study_of, trial_of):
-    page = build_page(study_of(trials=[trial_of(0)]), exportable=lambda spec: f"No {spec.method} today.")
-    assert "No lora today." in Document(page).text
+def test_the_caller_may_say_how_a_pick_is_taken_home(study_of, trial_of):
+    page = build_page(
+        study_of(trials=[trial_of(0)]), find_way=lambda trial: Way("trainer", f"No {trial.number} today.")
+    )
+    text = Document(page).text
+    assert "No 0 today." in text
+    assert "autopeft export sst2-evening --pick knee --to trainer --out sst2-evening-knee" in text
 
 
 def test_estimated_memory_is_called_so_wherever_it_appears(page):
