@@ -21,8 +21,9 @@ from autopeft.backends.hf.saved import save_adapter
 from autopeft.backends.hf.scoring import score_split, summarize
 from autopeft.backends.hf.steps import build_optimizer, train_step
 from autopeft.backends.hf.trial import digest_weights
+from autopeft.cli.main import main
 from autopeft.methods import METHODS
-from autopeft.production.card import make_card
+from autopeft.production.card import make_card, write_card
 from autopeft.production.files import (
     LocalPlaces,
     TrainingResult,
@@ -36,6 +37,7 @@ from autopeft.production.finished import open_finished
 from autopeft.production.merge import merge
 from autopeft.production.recipe import find_task_files
 from autopeft.production.verify import verify
+from autopeft.records import Bits
 from autopeft.tasks.spec import parse_task
 from autopeft.testing.subject import Case
 from autopeft.testing.tiny_models import tiny_folder
@@ -64,7 +66,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_finished(folder: Path, llama: Path, method: str, scorer: str) -> Path:
+def make_finished(folder: Path, llama: Path, method: str, scorer: str, bits: Bits = 32) -> Path:
     """Learns to say the first of two words."""
     rows = folder.parent / "rows"
     rows.mkdir(parents=True)
@@ -78,9 +80,9 @@ def make_finished(folder: Path, llama: Path, method: str, scorer: str) -> Path:
         + f"files: {{train: {rows}/train.jsonl, test: {rows}/test.jsonl}}\n"
     )
     task = parse_task(text, "tiny")
-    spec = dataclasses.replace(Case(METHODS[method], "llama", 32).spec(), max_steps=NUM_STEPS, learning_rate=1e-2)
+    spec = dataclasses.replace(Case(METHODS[method], "llama", bits).spec(), max_steps=NUM_STEPS, learning_rate=1e-2)
     data = TaskData(task, model=str(llama), data_dir=None, split_seed=0)
-    base = load_base(str(llama), num_labels=None, bits=32, device="cpu")
+    base = load_base(str(llama), num_labels=None, bits=bits, device="cpu")
     model = build_trial_model(base, spec)
     optimizer = build_optimizer(model, spec)
     for step in range(NUM_STEPS):
@@ -147,6 +149,27 @@ def test_merged_it_has_the_bases_own_layout(llama: Path, tmp_path: Path) -> None
     assert (tmp_path / "model/tokenizer.model").read_bytes() == b"a sentencepiece model"
     generation = [json.loads((f / "generation_config.json").read_text()) for f in (tmp_path / "model", llama)]
     assert generation[0]["eos_token_id"] == generation[1]["eos_token_id"]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_trained_on_a_rounded_base_it_is_verified_and_merged(
+    bits: Bits, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_finished(tmp_path / "done", llama, "lora", "exact_match", bits)
+    found = verify(open_finished(folder))
+    assert found.quality > 0.2
+    assert found.num_changed == 0
+    assert found.loss == pytest.approx(found.recorded_loss, abs=2e-3)
+    write_card(folder, read_recipe(folder), read_result(folder), None)
+    assert main(["merge", str(folder), "--out", str(tmp_path / "model")]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    (loss,) = [line for line in captured.out.splitlines() if line.startswith("dequantizing")]
+    moved = float(loss.split("at most ")[1].split(":")[0])
+    # NF4 weights are multiplied in float32 as they are; int8 multiplies rounded activations too (LLM.int8).
+    assert 0 <= moved <= (1e-3 if bits == 4 else 1.0)
+    assert keys_of(tmp_path / "model") == keys_of(llama)
+    assert "It was trained on a quantized base" in (tmp_path / "model/README.md").read_text()
 
 
 def test_its_card_is_that_of_a_language_model(llama: Path, tmp_path: Path) -> None:
