@@ -5,7 +5,7 @@ from __future__ import annotations
 from autopeft.export.bundle import Bundle
 from autopeft.export.common import OPTIMIZERS, schedule, training_arguments
 from autopeft.export.files import to_yaml
-from autopeft.export.lora import ORDER, WARMUP, describe_cuts, refuse_classifier, say_bundle
+from autopeft.export.lora import list_differences, refuse_classifier, say_bundle
 from autopeft.export.rows import Row, write_rows
 from autopeft.export.settings import Entries, Rule, Values, choose, product, say_all, to, unless, whole
 from autopeft.export.target import Export, Target
@@ -100,9 +100,7 @@ def write(bundle: Bundle) -> Export:
         notes=(
             "Rows are segments of text, of which those with `label: true` are learned; Axolotl tokenizes each by "
             "itself, as the study did, and adds nothing.",
-            *describe_cuts(bundle),
-            WARMUP,
-            ORDER,
+            *list_differences(bundle),
         ),
     )
 

@@ -7,7 +7,7 @@ import json
 from autopeft.export.bundle import Bundle
 from autopeft.export.common import training_arguments
 from autopeft.export.files import to_yaml
-from autopeft.export.lora import ORDER, WARMUP, describe_cuts, install, refuse_classifier
+from autopeft.export.lora import install, list_differences, refuse_classifier
 from autopeft.export.rows import SPLITS, Row, write_rows
 from autopeft.export.settings import (
     Entries,
@@ -127,9 +127,7 @@ def write(bundle: Bundle) -> Export:
         notes=(
             f"Completions in the rows end in {words.end}, and prompts begin as the tokenizer begins a text, because "
             "LLaMA-Factory's template `empty` adds neither.",
-            *describe_cuts(bundle),
-            WARMUP,
-            ORDER,
+            *list_differences(bundle),
         ),
     )
 

@@ -34,23 +34,22 @@ def no(title: str, what: str) -> Rule:
     return only(False, f"{title} has no {what}.")
 
 
-def describe_cuts(bundle: Bundle) -> list[str]:
-    """A note on rows that were cut, where some were."""
-    assert bundle.words is not None
-    if not bundle.words.num_cut:
-        return []
-    return [
-        f"The prompts of {bundle.words.num_cut:,} rows are longer than {bundle.task.max_length} tokens with their "
-        "completions. They were cut from the left when this was written, as in the study."
-    ]
+def list_differences(bundle: Bundle) -> list[str]:
+    """What every trainer but our own script does otherwise than the trial, and rows that were cut."""
+    recipe, notes = bundle.recipe, []
+    if bundle.words is not None and bundle.words.num_cut:
+        notes.append(
+            f"The prompts of {bundle.words.num_cut:,} rows are longer than {bundle.task.max_length} tokens with their "
+            "completions. They were cut from the left when this was written, as in the study."
+        )
+    if recipe.warmup_steps:
+        notes.append("Warm-up starts at zero, the trial's one step above it.")
+    if recipe.weight_decay:
+        notes.append("Weight decay leaves out norms and biases, where the trial's has all that trains.")
+    return [*notes, "Rows come in an order of the trainer's own, and batches are not put together by length."]
 
 
 def install(bundle: Bundle, package: str) -> str:
     """The command that installs a trainer, and bitsandbytes where the configuration needs it."""
     extra = " bitsandbytes" if bundle.recipe.spec.bits < 16 or bundle.recipe.optimizer != "adamw" else ""
     return f"pip install '{package}'{extra}"
-
-
-WARMUP = "Warm-up starts at zero, the trial's one step above it."
-ORDER = "Rows come in an order of the trainer's own, and batches are not put together by length."
-"""Notes that hold for every trainer but our own script."""

@@ -7,7 +7,7 @@ from typing import Any
 from autopeft.export.bundle import Bundle
 from autopeft.export.common import training_arguments
 from autopeft.export.files import to_yaml
-from autopeft.export.lora import ORDER, WARMUP, describe_cuts, install
+from autopeft.export.lora import install, list_differences
 from autopeft.export.rows import Row, write_rows
 from autopeft.export.settings import (
     Entries,
@@ -163,7 +163,7 @@ def write(bundle: Bundle) -> Export:
         "logging_steps": 10,
         "report_to": "none",
     }
-    notes = [*(describe_cuts(bundle) if task.kind == "generation" else []), WARMUP, ORDER]
+    notes = list_differences(bundle)
     if bundle.context.head:
         notes.append("The head is drawn by transformers when the model is loaded, not from the trial's seed.")
     return Export(

@@ -6,10 +6,8 @@ from autopeft.export.bundle import Bundle
 from autopeft.export.common import training_arguments
 from autopeft.export.files import to_yaml
 from autopeft.export.lora import (
-    ORDER,
-    WARMUP,
-    describe_cuts,
     install,
+    list_differences,
     no_initialisation,
     no_lora_plus,
     refuse_classifier,
@@ -87,7 +85,7 @@ def write(bundle: Bundle) -> Export:
     return Export(
         files={"sft.yaml": to_yaml(content, "Run in this folder: trl sft --config sft.yaml"), **rows},
         commands=(install(bundle, "trl[peft]==1.16.0"), "trl sft --config sft.yaml"),
-        notes=(*notes, *describe_cuts(bundle), WARMUP, ORDER),
+        notes=(*notes, *list_differences(bundle)),
     )
 
 

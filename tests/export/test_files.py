@@ -73,6 +73,19 @@ def test_the_readme_says_how_to_run_it_and_what_to_expect(
     assert "75.0% on 10 test rows (1 seed)" in text
 
 
+def test_what_a_trainer_does_otherwise_is_said_where_it_matters(
+    spec: TrialSpec, bundle_of: Callable[..., Bundle]
+) -> None:
+    for target in ("trl", "llama-factory", "axolotl", "unsloth", "ms-swift"):
+        said = " ".join(TARGETS[target].write(bundle_of(spec, "generation", warmup_steps=0)).notes)
+        assert "batches are not put together by length" in said
+        assert "Warm-up" not in said
+        assert "Weight decay" not in said
+        said = " ".join(TARGETS[target].write(bundle_of(spec, "generation", warmup_steps=1, weight_decay=0.1)).notes)
+        assert "Warm-up starts at zero" in said
+        assert "Weight decay leaves out norms and biases" in said
+
+
 def test_llama_factory_finds_the_rows_by_their_registration(
     spec: TrialSpec, bundle_of: Callable[..., Bundle], tmp_path: Path
 ) -> None:
