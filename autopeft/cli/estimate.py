@@ -14,21 +14,30 @@ if TYPE_CHECKING:
     from autopeft.records import Estimate, Scalar, StepSettings, TrialSpec
 
 _JSON_KEYS = """\
-keys with --json: [{spec, settings, estimate, peak_bytes, device_bytes, fits}], or {spec, refused} where it cannot be
+keys with --json: [{spec, settings, estimate, peak_bytes, device_bytes, fits}], or {method, bits, spec, refused} for one
+of several that cannot be, whose spec is null where its settings are refused already
   estimate        parts in bytes; those from base_bytes to library_bytes add up to peak_bytes
   device_bytes    what a GPU must have free: the higher peak, what the allocator wastes, the driver's share
   fits            whether both peaks are within --max-vram; null without it
 """
 
 
+_MOST_LABELS = 100_000
+"""A configuration of transformers has a name for each."""
+
 _STEPS = 100
 """Of the length that configurations are made for: memory does not depend on it, but AdaLoRA refuses fewer than 3."""
 
 
 class _Row(NamedTuple):
-    spec: TrialSpec
-    estimate: Estimate | None
-    refused: str | None
+    """What was asked for, and what came of it: an estimate, or the reason why there is none."""
+
+    method: str
+    bits: int
+    spec: TrialSpec | None
+    """None where the settings are refused already."""
+    estimate: Estimate | None = None
+    refused: str | None = None
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -69,22 +78,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    from autopeft.errors import SpecError
     from autopeft.records import StepSettings
     from autopeft.search.request import parse_bytes
 
     _check(args)
     most = parse_bytes(args.max_vram) if args.max_vram else None
     settings = StepSettings(micro_batches=args.accumulate, checkpoint_activations=args.gradient_checkpointing)
-    costs, specs = _read_study(args.study) if args.study else _read_arguments(args)
-    rows = []
-    for spec in specs:
-        try:
-            rows.append(_Row(spec, costs.estimate(spec, settings), None))
-        except SpecError as exc:
-            if len(specs) == 1:
-                raise
-            rows.append(_Row(spec, None, str(exc)))
+    costs, asked = _read_study(args.study) if args.study else _read_arguments(args)
+    rows = [_estimate(row, costs, settings) for row in asked]
+    _check_any(rows)
     if args.json:
         print(json.dumps([_to_json(row, settings, most) for row in rows], indent=2))
     elif len(rows) == 1:
@@ -92,6 +94,34 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print_table(rows, most)
     return 0
+
+
+def _estimate(row: _Row, costs: HfCostModel, settings: StepSettings) -> _Row:
+    from autopeft.errors import SpecError
+
+    if row.spec is None:
+        return row
+    try:
+        return row._replace(estimate=costs.estimate(row.spec, settings))
+    except SpecError as exc:
+        return row._replace(refused=_in_one_line(exc))
+
+
+def _check_any(rows: Sequence[_Row]) -> None:
+    """Raises SpecError where every row is refused."""
+    from autopeft.errors import SpecError
+
+    reasons = [row.refused for row in rows if row.refused is not None]
+    if len(reasons) < len(rows):
+        return
+    if len(set(reasons)) == 1:
+        raise SpecError(reasons[0])
+    refusals = " ".join(f"{_describe(row, rows)}: {row.refused}" for row in rows)
+    raise SpecError(f"None of these {len(rows)} configurations is possible. {refusals}")
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 # What cannot go with --study or --space, because nothing would come of it.
@@ -118,6 +148,8 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("batch_size", "seq_len", "accumulate", "num_labels", "count"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise SpecError(f"{_option(name)} must be at least 1, but is {getattr(args, name)}.")
+    if args.num_labels is not None and args.num_labels > _MOST_LABELS:
+        raise SpecError(f"--num-labels takes at most {_MOST_LABELS:,}, but was given {args.num_labels:,}.")
 
 
 def _refuse_given(args: argparse.Namespace, names: Sequence[str], rule: str) -> None:
@@ -135,9 +167,10 @@ def _option(name: str) -> str:
 # --- what to estimate
 
 
-def _read_arguments(args: argparse.Namespace) -> tuple[HfCostModel, Sequence[TrialSpec]]:
+def _read_arguments(args: argparse.Namespace) -> tuple[HfCostModel, Sequence[_Row]]:
     device_kind, gpu = _parse_device(args.device or "cuda")
-    specs = _draw_space(args, device_kind) if args.space else _make_specs(args, device_kind)
+    rows = _draw_space(args, device_kind) if args.space else _make_rows(args, device_kind)
+    _check_any(rows)
     # Slow to import, so only once the request is known to make sense.
     from autopeft.backends.hf.cost import HfCostModel
     from autopeft.backends.hf.cuda_rules import MODELLED_GPU, Gpu, find_gpu
@@ -150,7 +183,7 @@ def _read_arguments(args: argparse.Namespace) -> tuple[HfCostModel, Sequence[Tri
         longest_tokens=args.seq_len or 512,
         gpu=chosen,
     )
-    return costs, specs
+    return costs, rows
 
 
 def _parse_device(name: str) -> tuple[str, tuple[str, tuple[int, int]] | None]:
@@ -165,23 +198,40 @@ def _parse_device(name: str) -> tuple[str, tuple[str, tuple[int, int]] | None]:
     return "cuda", (KNOWN_GPUS[name].title, KNOWN_GPUS[name].capability)
 
 
-def _make_specs(args: argparse.Namespace, device_kind: str) -> list[TrialSpec]:
+def _make_rows(args: argparse.Namespace, device_kind: str) -> list[_Row]:
     """One for each method and bit width."""
     from autopeft.errors import SpecError
     from autopeft.methods import find_method
+    from autopeft.search.request import parse_fixed
 
     methods = [find_method(name.strip()) for name in (args.method or "lora").split(",")]
     widest = 16 if device_kind == "cuda" else 32
-    widths: list[int | None] = [None]
+    fixed = parse_fixed(args.fix).get("bits")
+    widths: list[Any] = [widest if fixed == "unquantized" else fixed]
     if args.bits:
         try:
             widths = [widest if part == "unquantized" else int(part) for part in args.bits.split(",")]
         except ValueError:
             raise SpecError(f"--bits takes 4, 8 or unquantized, but was given '{args.bits}'.") from None
-    return [_make_spec(args, method, bits, device_kind) for method in methods for bits in widths]
+    return [_make_row(args, method, bits, device_kind) for method in methods for bits in widths]
 
 
-def _make_spec(args: argparse.Namespace, method: Any, bits: int | None, device_kind: str) -> TrialSpec:
+def _make_row(args: argparse.Namespace, method: Any, bits: Any, device_kind: str) -> _Row:
+    from autopeft.errors import UsageError
+    from autopeft.methods.faults import DEVICE_BITS
+
+    shown = bits if isinstance(bits, int) else next(width for width in DEVICE_BITS[device_kind] if width in method.bits)
+    try:
+        return _row_of(_make_spec(args, method, bits, device_kind))
+    except UsageError as exc:
+        return _Row(method.name, shown, None, refused=_in_one_line(exc))
+
+
+def _row_of(spec: TrialSpec) -> _Row:
+    return _Row(spec.method, spec.bits, spec)
+
+
+def _make_spec(args: argparse.Namespace, method: Any, bits: Any, device_kind: str) -> TrialSpec:
     """The method's recipe with what the arguments say otherwise."""
     from autopeft.errors import SpecError, suggest_nearest
     from autopeft.search.request import parse_fixed
@@ -207,7 +257,7 @@ def _make_spec(args: argparse.Namespace, method: Any, bits: int | None, device_k
     return spec
 
 
-def _draw_space(args: argparse.Namespace, device_kind: str) -> list[TrialSpec]:
+def _draw_space(args: argparse.Namespace, device_kind: str) -> list[_Row]:
     """The space's recipes, then configurations drawn at random, always the same."""
     from dataclasses import replace
 
@@ -234,8 +284,8 @@ def _draw_space(args: argparse.Namespace, device_kind: str) -> list[TrialSpec]:
         if refuse_spec(spec, device_kind) is None:
             specs.setdefault(spec.cost_key(), spec)
     if args.batch_size is None:
-        return list(specs.values())
-    return [replace(spec, batch_size=args.batch_size) for spec in specs.values()]
+        return [_row_of(spec) for spec in specs.values()]
+    return [_row_of(replace(spec, batch_size=args.batch_size)) for spec in specs.values()]
 
 
 class _Random:
@@ -254,7 +304,7 @@ class _Random:
         return self._rng.choice(list(choices))
 
 
-def _read_study(name: str) -> tuple[HfCostModel, Sequence[TrialSpec]]:
+def _read_study(name: str) -> tuple[HfCostModel, Sequence[_Row]]:
     from autopeft.backends import load_cost_model
     from autopeft.cli.session import STUDIES, read_local
     from autopeft.errors import StudyError
@@ -269,7 +319,8 @@ def _read_study(name: str) -> tuple[HfCostModel, Sequence[TrialSpec]]:
     device = "cuda:0" if store.config.device_kind == "cuda" else "cpu"
     setup = make_setup(store.config, local["model"], local["data_dir"], STUDIES, 1, device)
     costs: Any = load_cost_model(setup)
-    return costs, list({trial.spec.cost_key(): trial.spec for trial in store.trials}.values())
+    specs = {trial.spec.cost_key(): trial.spec for trial in store.trials}
+    return costs, [_row_of(spec) for spec in specs.values()]
 
 
 # --- how it is told
@@ -278,8 +329,9 @@ def _read_study(name: str) -> tuple[HfCostModel, Sequence[TrialSpec]]:
 def _to_json(row: _Row, settings: StepSettings, most: int | None) -> dict[str, Any]:
     from autopeft.records import to_record
 
-    if row.estimate is None:
-        return {"spec": to_record(row.spec), "refused": row.refused}
+    if row.estimate is None or row.spec is None:
+        spec = None if row.spec is None else to_record(row.spec)
+        return {"method": row.method, "bits": row.bits, "spec": spec, "refused": row.refused}
     return {
         "spec": to_record(row.spec),
         "settings": to_record(settings),
@@ -294,6 +346,7 @@ def _print_one(row: _Row, settings: StepSettings, costs: HfCostModel, most: int 
     from autopeft.report.words import describe_settings, format_bytes, format_count, title_method
 
     spec, estimate = row.spec, row.estimate
+    assert spec is not None
     assert estimate is not None
     size = f"{spec.batch_size} x {costs.longest_tokens} tokens"
     if settings.micro_batches > 1:
@@ -338,18 +391,12 @@ def _print_one(row: _Row, settings: StepSettings, costs: HfCostModel, most: int 
 
 
 def _print_table(rows: Sequence[_Row], most: int | None) -> None:
-    from autopeft.report.words import describe_settings, format_bytes, format_count, title_method
+    from autopeft.report.words import format_bytes, format_count
 
     columns = f"{'trainable':>10} {'training':>10} {'evaluation':>11} {'GPU, free':>10} {'checkpoint':>11}"
     print(f"{columns}  configuration")
     for row in rows:
-        spec, estimate = row.spec, row.estimate
-        own = describe_settings(spec)
-        words = f"{title_method(spec.method)}{', ' + own if own else ''}, {spec.bits} bits"
-        if spec.optimizer != "adamw":
-            words += f", {spec.optimizer}"
-        if len({other.spec.batch_size for other in rows}) > 1:
-            words += f", batch {spec.batch_size}"
+        words, estimate = _describe(row, rows), row.estimate
         if estimate is None:
             print(f"{'-':>10} {'-':>10} {'-':>11} {'-':>10} {'-':>11}  {words}: {row.refused}")
             continue
@@ -368,6 +415,22 @@ def _print_table(rows: Sequence[_Row], most: int | None) -> None:
     estimates = [row.estimate for row in rows if row.estimate is not None]
     if estimates:
         print(f"\nModelled for {estimates[0].device}.")
+
+
+def _describe(row: _Row, rows: Sequence[_Row]) -> str:
+    """By what tells it from the others."""
+    from autopeft.report.words import describe_settings, title_method
+
+    words = title_method(row.method)
+    if row.spec is None:
+        return f"{words}, {row.bits} bits"
+    own = describe_settings(row.spec)
+    words += f"{', ' + own if own else ''}, {row.bits} bits"
+    if row.spec.optimizer != "adamw":
+        words += f", {row.spec.optimizer}"
+    if len({other.spec.batch_size for other in rows if other.spec is not None}) > 1:
+        words += f", batch {row.spec.batch_size}"
+    return words
 
 
 def _fit(estimate: Estimate, most: int) -> str:

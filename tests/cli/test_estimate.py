@@ -72,6 +72,29 @@ def test_what_cannot_be_trained_is_told_in_its_row(config, capsys):
     assert rows[1]["peak_bytes"] > 0
 
 
+def test_an_impossible_pair_of_several_is_told_in_its_row_and_the_others_are_estimated(config, capsys):
+    arguments = ("--model", config, "--method", "lora,full,ia3", "--bits", "4,unquantized", "--seq-len", "16")
+    rows = estimate(capsys, *arguments, "--rank", "4")
+    refused = {(row["method"], row["bits"]): row["refused"] for row in rows if "refused" in row}
+    assert refused.keys() == {("full", 4), ("full", 16), ("ia3", 4), ("ia3", 16)}
+    # Full fine-tuning has no rank, nor has IA3.
+    assert all("no setting 'rank'" in reason for reason in refused.values())
+    # A width that stands for all is in the row too.
+    (row,) = (row for row in estimate(capsys, *arguments[:4], "--fix", "bits=4", *arguments[6:]) if "refused" in row)
+    assert (row["method"], row["bits"]) == ("full", 4)
+    assert main(["estimate", *arguments]) == 0
+    (told,) = (line for line in capsys.readouterr().out.splitlines() if "Full fine-tuning, 4 bits: " in line)
+    assert "trains on a base of 16, 32 bits, but bits is 4" in told
+
+
+def test_one_impossible_pair_is_an_error_and_so_are_several_without_a_possible_one(config, capsys):
+    assert main(["estimate", "--model", config, "--method", "full", "--bits", "4", "--json"]) == 2
+    alone = capsys.readouterr()
+    assert alone.out == ""
+    assert main(["estimate", "--model", config, "--method", "full,head", "--bits", "4", "--rank", "4"]) == 2
+    assert capsys.readouterr().err.count("no setting 'rank'") == 2
+
+
 def test_a_space_is_drawn_from_the_same_way_each_time(config, capsys):
     # Two recipes, then two that are drawn.
     arguments = ("--model", config, "--space", "default", "--method", "lora,ia3", "--count", "4", "--seq-len", "16",
@@ -133,6 +156,7 @@ def test_a_language_model_has_no_head_and_its_logits_are_counted(config, capsys)
         (["--model", "CONFIG", "--device", "h10"], "Did you mean 'h100'"),
         (["--model", "CONFIG", "--batch-size", "0"], "--batch-size"),
         (["--model", "CONFIG", "--num-labels", "0"], "--num-labels"),
+        (["--model", "CONFIG", "--num-labels", "100000000000000"], "at most 100,000"),
         (["--model", "CONFIG", "--task-kind", "generation", "--num-labels", "3"], "has no head"),
         (["--study", "mine", "--task-kind", "generation"], "so --task-kind cannot go with it"),
         (["--study", "missing"], "missing"),
