@@ -176,6 +176,8 @@ class LocalExecutor:
             setup = replace(setup, device="cpu")
         else:
             environment |= {"CUDA_VISIBLE_DEVICES": self._devices[worker].removeprefix("cuda:")}
+            # nvidia-smi's numbers, by which it was chosen; CUDA's own begin with the fastest GPU.
+            environment |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
             setup = replace(setup, device="cuda:0")
         events = self._cost_events if worker == _COST else self._events
         self._processes[worker] = _Process(worker, setup, environment, events)

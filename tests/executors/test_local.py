@@ -128,3 +128,16 @@ def test_no_worker_outlives_a_driver_that_was_killed(tmp_path: Path) -> None:
     while any(is_alive(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(is_alive(pid) for pid in workers)
+
+
+def test_a_worker_gets_the_gpu_that_nvidia_smi_numbers_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environments: dict[int, dict[str, str]] = {}
+
+    def start(number: int, setup: WorkerSetup, environment: dict[str, str], events: object) -> None:
+        environments[number] = environment
+
+    monkeypatch.setattr("autopeft.executors.local._Process", start)
+    LocalExecutor(make_setup(tmp_path), ["cuda:3"])._spawn(0)
+    # CUDA's own numbers begin with the fastest GPU.
+    assert environments[0]["CUDA_VISIBLE_DEVICES"] == "3"
+    assert environments[0]["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"

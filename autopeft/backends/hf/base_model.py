@@ -257,8 +257,8 @@ def quantization_config(bits: Bits, head: Sequence[str], dtype: torch.dtype) -> 
     return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(head))
 
 
-def lend_model(base: BaseModel, *, own_weights: bool) -> Any:
-    """A copy of the base's module tree that shares its storages, or has weights of its own.
+def lend_model(base: BaseModel, *, own_weights: bool, device: str | None = None) -> Any:
+    """A copy of the base's module tree that shares its storages, or has weights of its own, on `device` if given.
 
     Quantized parameters and their states are shared whole: nothing trains or changes them.
     """
@@ -267,7 +267,7 @@ def lend_model(base: BaseModel, *, own_weights: bool) -> Any:
         if not parameter.is_floating_point():
             memo[id(parameter)] = parameter
             continue
-        data = parameter.data.clone() if own_weights else parameter.data
+        data = parameter.data.to(device, copy=True) if own_weights else parameter.data
         memo[id(parameter)] = nn.Parameter(data, requires_grad=False)
     for module in base.model.modules():
         for attribute in ("quant_state", "state"):
@@ -295,6 +295,9 @@ def digest_model(model: nn.Module) -> str:
     """Over parameters, buffers, requires_grad flags, module types, hooks and config: equal means untouched."""
     digest = hashlib.sha256()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    if own_weights and device is not None:
+        for module in model.modules():
+            module._buffers = {name: b if b is None else b.to(device) for name, b in module._buffers.items()}
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     for name, module in model.named_modules():

@@ -67,11 +67,14 @@ def _read_size(module: Any) -> tuple[int, int]:
     return module.in_features, module.out_features
 
 
-def build_trial_model(base: BaseModel, spec: TrialSpec) -> Any:
-    """The model to train, in training mode, everything random drawn from the trial's seed."""
+def build_trial_model(base: BaseModel, spec: TrialSpec, *, device: str | None = None) -> Any:
+    """The model to train, in training mode, everything random drawn from the trial's seed.
+
+    Weights that are the trial's own are made on `device`, by default where the base is.
+    """
     method = find_method(spec.method)
     context = build_context(base, spec)
-    model = lend_model(base, own_weights=method.writes_base(spec))
+    model = lend_model(base, own_weights=method.writes_base(spec), device=device)
     draw_head(model, base.head, seed=spec.seed)
     if method.peft is not None:
         model = put_on_peft(model, method.peft(spec, context))

@@ -105,8 +105,8 @@ class HfBackend:
 
     def ready(self) -> Ready:
         """Loads the unquantized base, so that a model that cannot be had is known before any trial starts."""
-        base = self._base(16 if self.setup.device.startswith("cuda") else 32)
-        if self.setup.latency or self.setup.device.startswith("cuda"):
+        base = self._base(16 if self._on_gpu else 32)
+        if self.setup.latency or self._on_gpu:
             # On a GPU another base will take its place.
             self._base_latency = self._time([base.model], None)[0]
         return Ready(
@@ -119,34 +119,41 @@ class HfBackend:
         )
 
     def run(self, stretch: Stretch, emit: Callable[[Event], None]) -> Finished | Ended:
-        vram: Vram | None = None
+        if self._on_gpu:
+            # A trial that goes on is not probed: without this, running out it would report an earlier trial's peak.
+            torch.cuda.reset_peak_memory_stats()
         try:
-            if stretch.to_step == 0:
-                return self._score_untrained(stretch)
-            live, vram = self._resume_or_build(stretch)
-            # Values that training changes make no difference to it.
-            inference = self._measure_inference(live, stretch.score_batch_size) if stretch.measure_inference else None
-            train_seconds = self._train(live, stretch, emit)
-            return replace(self._finish(live.model, stretch, vram, train_seconds, live), inference=inference)
+            return self._run(stretch, emit)
         except Diverged as exc:
-            self._drop_live()
-            return Ended(job=stretch.job, reason="diverged", detail=str(exc))
-        except (torch.OutOfMemoryError, MemoryError) as exc:
-            peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-            self._drop_live()
-            return Ended(job=stretch.job, reason="out_of_memory", detail=str(exc)[:300], peak_vram_bytes=peak)
-        except RuntimeError as exc:
-            self._drop_live()
-            # PyTorch's CPU allocator has no exception type of its own.
-            if "not enough memory" in str(exc):
-                return Ended(job=stretch.job, reason="out_of_memory", detail=str(exc)[:300])
-            raise
+            ended = Ended(job=stretch.job, reason="diverged", detail=str(exc))
+        except (MemoryError, RuntimeError) as exc:
+            if not is_out_of_memory(exc):
+                raise
+            peak = torch.cuda.max_memory_allocated() if self._on_gpu else None
+            ended = Ended(job=stretch.job, reason="out_of_memory", detail=str(exc)[:300], peak_vram_bytes=peak)
+        # Only here: the exception's traceback held the step's tensors, and whatever holds them keeps them.
+        self._drop_live()
+        return ended
+
+    def _run(self, stretch: Stretch, emit: Callable[[Event], None]) -> Finished:
+        if stretch.to_step == 0:
+            return self._score_untrained(stretch)
+        live, vram = self._resume_or_build(stretch)
+        # Values that training changes make no difference to it.
+        inference = self._measure_inference(live, stretch.score_batch_size) if stretch.measure_inference else None
+        train_seconds = self._train(live, stretch, emit)
+        return replace(self._finish(live.model, stretch, vram, train_seconds, live), inference=inference)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.setup.device.startswith("cuda")
 
     # --- build
 
-    def _base(self, bits: Bits) -> BaseModel:
+    def _base(self, bits: Bits, *, aside: bool = False) -> BaseModel:
+        """`aside`: an unquantized one in the machine's memory instead of the GPU's."""
         if bits not in self._bases:
-            if self.setup.device.startswith("cuda"):
+            if self._on_gpu:
                 # One base at a time on a GPU: a second one would count into the measured peak.
                 self._drop_live()
                 self._bases.clear()
@@ -156,7 +163,7 @@ class HfBackend:
             )
         base = self._bases[bits]
         if bits >= 16:
-            base.model.to(self.setup.device)
+            base.model.to("cpu" if aside else self.setup.device)
         return base
 
     def _resume_or_build(self, stretch: Stretch) -> tuple[LiveTrial, Vram | None]:
@@ -164,12 +171,13 @@ class HfBackend:
         if self._live is not None and self._live_of == at:
             return self._live, None
         self._drop_live()
-        base = self._base(stretch.spec.bits)
-        self._live = LiveTrial(build_trial_model(base, stretch.spec), stretch.spec)
-        if find_method(stretch.spec.method).writes_base(stretch.spec) and self.setup.device.startswith("cuda"):
-            # Production would not keep a second copy of the weights, so neither may the measured peak.
-            base.model.to("cpu")
+        # Production would not keep a second copy of the weights, so neither may the measured peak, nor what a trial
+        # needs to be built: that would not fit where the trial does.
+        aside = self._on_gpu and find_method(stretch.spec.method).writes_base(stretch.spec)
+        base = self._base(stretch.spec.bits, aside=aside)
+        if aside:
             release_memory()
+        self._live = LiveTrial(build_trial_model(base, stretch.spec, device=self.setup.device), stretch.spec)
         vram = None
         if stretch.from_step == 0:
             vram = self._probe(self._live)
@@ -181,7 +189,7 @@ class HfBackend:
 
     def _drop_live(self) -> None:
         self._live = self._live_of = None
-        if self.setup.device.startswith("cuda"):
+        if self._on_gpu:
             release_memory()
 
     # --- probe
@@ -191,7 +199,7 @@ class HfBackend:
 
         Three, because the optimizer's state is there from the second on, and the allocator settles by the third.
         """
-        if not self.setup.device.startswith("cuda"):
+        if not self._on_gpu:
             return None
         before = {name: p.detach().to("cpu", copy=True) for name, p in trainable_parameters(live.model).items()}
         stepping_before = copy.deepcopy(live.stepping.state(live.model)) if live.stepping else {}
@@ -229,11 +237,10 @@ class HfBackend:
 
         Merging leaves the base's modules with other values in them, so the base's latency is the merged model's.
         """
-        on_gpu = self.setup.device.startswith("cuda")
         method = find_method(live.spec.method)
-        resident = self._bases.get(16 if on_gpu else 32)
+        resident = self._bases.get(16 if self._on_gpu else 32)
         base = self._base_latency
-        if resident is not None and not (on_gpu and method.writes_base(live.spec)):
+        if resident is not None and not (self._on_gpu and method.writes_base(live.spec)):
             unmerged, base = self._time([live.model, resident.model], score_batch_size)
         else:
             (unmerged,) = self._time([live.model], score_batch_size)
@@ -283,7 +290,7 @@ class HfBackend:
             if time.monotonic() - last_sign > _PROGRESS_SECONDS:
                 last_sign = time.monotonic()
                 emit(Progress(job=stretch.job, step=live.step))
-        if device.startswith("cuda"):
+        if self._on_gpu:
             torch.cuda.synchronize()
         return time.monotonic() - started
 
@@ -293,12 +300,11 @@ class HfBackend:
         """The base as it is; on CUDA with the peak of scoring it."""
         self._drop_live()
         model = build_trial_model(self._base(stretch.spec.bits), stretch.spec)
-        on_gpu = self.setup.device.startswith("cuda")
-        if on_gpu:
+        if self._on_gpu:
             release_memory()
             torch.cuda.reset_peak_memory_stats()
         finished = self._finish(model, stretch, None, 0.0, None)
-        if not on_gpu:
+        if not self._on_gpu:
             return finished
         vram = Vram(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
         return replace(finished, peak_vram_bytes=vram.peak_bytes, reserved_vram_bytes=vram.reserved_bytes)
@@ -352,6 +358,17 @@ def write_whole(path: Path, write: Callable[[Any], object]) -> str:
     digest = digest_file(part)
     part.replace(path)
     return digest
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """PyTorch has a type of its own only for its CUDA allocator; what CUDA, cuBLAS and the CPU allocator lack is told
+    in a message."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+_OUT_OF_MEMORY = ("not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def release_memory() -> None:

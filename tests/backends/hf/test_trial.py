@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import make_tiny_bert
 
 from autopeft.backends.base import Ended, Event, Finished, Stretch, WorkerSetup
-from autopeft.backends.hf.base_model import BaseModel, digest_model, load_base
+from autopeft.backends.hf.base_model import BaseModel, digest_model, lend_model, load_base
 from autopeft.backends.hf.build import build_trial_model, count_trainable, trainable_parameters
 from autopeft.backends.hf.data import plan_batches, scoring_batches
 from autopeft.backends.hf.steps import learning_rate_at
@@ -214,16 +217,59 @@ def test_a_trial_whose_loss_is_not_finite_has_diverged_and_the_worker_goes_on(ba
     assert isinstance(run(backend, make_spec("ia3"), 0, 12), Finished)
 
 
-def test_running_out_of_memory_is_an_outcome(backend: HfBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    def raise_out_of_memory(*args: object, **kwargs: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        # Outside of PyTorch's allocator: a kernel that is loaded, and cuBLAS.
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:114] . DefaultCPUAllocator: not enough memory: you tried to ..."),
+    ],
+    ids=["allocator", "kernel", "cuBLAS", "CPU"],
+)
+def test_running_out_of_memory_is_an_outcome_and_leaves_nothing_behind(
+    backend: HfBackend, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    models: list[weakref.ref[Any]] = []
+    is_held: list[bool] = []
+
+    def run_out(model: Any, *args: object, **kwargs: object) -> None:
+        models.append(weakref.ref(model))
+        raise type(error)(str(error))
+
+    def drop() -> None:
+        HfBackend._drop_live(backend)
+        gc.collect()
+        is_held.extend(model() is not None for model in models)
 
     with monkeypatch.context() as patch:
-        patch.setattr("autopeft.backends.hf.trial.train_step", raise_out_of_memory)
+        patch.setattr("autopeft.backends.hf.trial.train_step", run_out)
+        patch.setattr(backend, "_drop_live", drop)
         ended = run(backend, make_spec("ia3"), 0, 12)
     assert isinstance(ended, Ended)
     assert ended.reason == "out_of_memory"
+    # What a traceback still held could not be given back to the GPU.
+    assert is_held == [False]
     assert isinstance(run(backend, make_spec("ia3"), 0, 12), Finished)
+
+
+def test_another_error_of_a_step_ends_the_worker(backend: HfBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("autopeft.backends.hf.trial.train_step", fail)
+        with pytest.raises(RuntimeError, match="illegal"):
+            run(backend, make_spec("ia3"), 0, 12)
+
+
+def test_weights_of_ones_own_are_made_where_they_are_needed(backend: HfBackend) -> None:
+    base = backend._base(32)
+    lent = lend_model(base, own_weights=True, device="meta")
+    tensors = [*lent.parameters(), *lent.buffers()]
+    assert {tensor.device.type for tensor in tensors if tensor.is_floating_point()} == {"meta"}
+    assert {parameter.device.type for parameter in base.model.parameters()} == {"cpu"}
 
 
 def test_every_epoch_sees_each_row_at_most_once_and_batches_are_full() -> None:
