@@ -34,6 +34,7 @@ from autopeft.backends.hf.fake_base import (
     EveryLayerAndExpert,
     OneEndOfSequence,
     build_meta_base,
+    keep_function_modes,
     make_fake,
 )
 from autopeft.backends.hf.live_bytes import Held, Part, list_tensors, round_up_bytes
@@ -226,7 +227,7 @@ class HfCostModel:
 
     def _rehearse(self, spec: TrialSpec, settings: StepSettings, built: _Built) -> Rehearsal:
         if settings.checkpoint_activations:
-            _checkpoint_activations(built.model, spec)
+            checkpoint_activations(built.model, keep_function_modes)
         known = list(zip(list_tensors(built.model), built.parts, strict=True))
         fakes = make_fake(built.model)
         parts = {fakes[id(t)].untyped_storage()._cdata: part for t, part in known if id(t) in fakes}
@@ -296,15 +297,6 @@ def _without_decomposition(spec: TrialSpec) -> TrialSpec:
     if spec.settings.get("init") not in ("pissa", "olora"):
         return spec
     return dataclasses.replace(spec, settings={**spec.settings, "init": "default"})
-
-
-def _checkpoint_activations(model: Any, spec: TrialSpec) -> None:
-    if find_method(spec.method).name == "prefix_tuning":
-        raise SpecError(
-            "Activation checkpointing runs layers again without their cached keys, which is where a prefix is kept, "
-            "but the method is prefix_tuning. Leave checkpointing away, or use prompt_tuning."
-        )
-    checkpoint_activations(model)
 
 
 def _sort_tensors(model: nn.Module, base: BaseModel, spec: TrialSpec) -> list[Part]:
@@ -379,10 +371,10 @@ def running_on_fakes(models: Iterable[nn.Module]) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet_fakes() -> Iterator[None]:
     """Silences what no user could act on: PyTorch prints the traceback of every error that it also raises, bitsandbytes
-    a line for every cast, and that fake GPU tensors are on a CPU, where nothing is paged."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "bitsandbytes.autograd._functions")
-    ]
+    a line for every cast, and that fake GPU tensors are on a CPU, where nothing is paged, and transformers that
+    checkpointed layers keep no cache."""
+    names = ("torch._subclasses.fake_tensor", "bitsandbytes.autograd._functions", "transformers")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

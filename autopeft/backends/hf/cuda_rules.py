@@ -35,8 +35,7 @@ _IN_FLOAT32 = frozenset({
 
 
 class GpuRules(TorchFunctionMode):
-    """CUDA's autocast, dropout and attention instead of the CPU's; around the backward pass too, which may run layers
-    forward again."""
+    """CUDA's autocast, dropout and attention instead of the CPU's."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -7,12 +7,13 @@ would need a CUDA build of PyTorch; where a GPU keeps other tensors than a CPU, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from autopeft.backends.hf.base_model import (
     BaseModel,
@@ -110,6 +111,24 @@ class OneEndOfSequence(TorchFunctionMode):
         if func is torch.Tensor.__getitem__ and _picks_tokens(args[1]):
             return args[0][:, -1].clone()
         return func(*args, **(kwargs or {}))
+
+
+def keep_function_modes() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For `checkpoint_activations`: a layer runs again under the function modes that it ran under the first time.
+
+    Otherwise it would run under none: `Tensor.backward` is itself handled by every mode, each is off while it handles,
+    and inside of the last autograd begins.
+    """
+    return nullcontext(), _under(_get_current_function_mode_stack())
+
+
+@contextmanager
+def _under(modes: Sequence[TorchFunctionMode]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for mode in modes:
+            if mode not in _get_current_function_mode_stack():
+                stack.enter_context(mode)
+        yield
 
 
 def _picks_tokens(index: Any) -> bool:

@@ -11,15 +11,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from peft import PeftType
 from torch import nn
+from torch.utils.checkpoint import noop_context_fn
 
 from autopeft.backends.hf.build import trainable_parameters
 from autopeft.backends.hf.data import Batch
 from autopeft.backends.hf.language import count_counted, score_completions
+from autopeft.errors import SpecError
 from autopeft.methods import find_method
 from autopeft.records import TrialSpec
 
 MAX_GRAD_NORM = 1.0
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 
 class Diverged(Exception):
@@ -128,10 +132,20 @@ def _weigh(parts: Sequence[Batch]) -> list[torch.Tensor | float]:
     return list(counts / counts.sum())
 
 
-def checkpoint_activations(model: Any) -> None:
-    """From now on each layer keeps its input alone and runs forward again in its backward pass (arXiv:1604.06174)."""
+def checkpoint_activations(model: Any, context_fn: Callable[[], Contexts] = noop_context_fn) -> None:
+    """From now on each layer keeps its input alone and runs forward again in its backward pass (arXiv:1604.06174).
+
+    `context_fn` gives what a layer runs in the first time and again, as for `torch.utils.checkpoint.checkpoint`. Raises
+    SpecError where the adapter is in cached keys, which transformers leaves out of checkpointed layers.
+    """
+    kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
+    if kind in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE):
+        raise SpecError(
+            "Activation checkpointing runs layers without cached keys, which is where prefix_tuning, p_tuning_v2 and "
+            "cartridge keep what they train. Leave checkpointing away, or use prompt_tuning."
+        )
     # peft hands unknown attributes on to the model inside; without re-entrance frozen inputs need no gradient.
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": context_fn})
 
 
 @torch.no_grad()

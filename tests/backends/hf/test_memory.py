@@ -168,9 +168,10 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-6)
 
 
-def test_a_prefix_cannot_be_kept_under_activation_checkpointing(costs):
-    with pytest.raises(SpecError, match="prefix_tuning"):
-        costs["llama"].estimate(spec_of("prefix_tuning"), CHECKPOINTED)
+@pytest.mark.parametrize("method", ["prefix_tuning", "p_tuning_v2", "cartridge"])
+def test_a_prefix_cannot_be_kept_under_activation_checkpointing(costs, method):
+    with pytest.raises(SpecError, match=f"without cached keys.* {method}"):
+        costs["llama"].estimate(spec_of(method), CHECKPOINTED)
 
 
 # --- scoring
