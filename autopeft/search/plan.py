@@ -50,6 +50,9 @@ from autopeft.tasks.data import Splits, load_splits, majority_predictions
 from autopeft.tasks.scorers import score_predictions
 from autopeft.tasks.spec import TaskSpec, find_task_text, parse_task
 
+_LARGEST_SEED = 2**31 - 1
+"""Seeds of confirmations lie above it, and NumPy's, which trainers draw with, must lie below 2**32."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -118,8 +121,8 @@ def make_plan(
     if request.name is not None:
         check_new_study(studies, request.name)
     budget = parse_budget(request.budget)
-    if request.seed < 0:
-        raise SpecError(f"--seed must be at least 0, but is {request.seed}.")
+    if not 0 <= request.seed <= _LARGEST_SEED:
+        raise SpecError(f"--seed takes 0 to {_LARGEST_SEED}, but was given {request.seed}.")
     price = parse_price(request.price) if request.price else None
     limit = parse_until(request.until, datetime.now()) if request.until else math.inf
     objectives = parse_objectives(request.objectives)

@@ -93,7 +93,11 @@ def parse_fixed(items: Sequence[str]) -> dict[str, Scalar]:
 
 
 def _parse_scalar(text: str) -> Scalar:
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        # `[1` and the 13th month: text, which the setting refuses by what it takes.
+        return text
     if isinstance(value, str):
         # YAML 1.1 reads 1e-3 as text.
         try:

@@ -79,6 +79,10 @@ def search(*changes: str, task: str = "demo", budget: str = "3trials") -> list[s
         (search("--fix", "lora.rank=9999"), ["lora.rank=9999", "1 to 256"]),
         (search("--fix", "lora.rank=many"), ["1 to 256"]),
         (search("--fix", "lora.rank"), ["NAME=VALUE"]),
+        # What YAML cannot read is taken as it is.
+        (search("--fix", "batch_size=[1"), ["batch_size=[1", "1 to 4096"]),
+        (search("--fix", "lora.rank=2026-13-01"), ["lora.rank=2026-13-01", "1 to 256"]),
+        (search("--fix", "lora.rank=!!python/name:os.system"), ["1 to 256"]),
         (search("--fix", "bits=16"), ["16", "GPU"]),
         (search("--methods", "full", "--fix", "bits=4"), ["Nothing is left to search"]),
         (search(budget="soon"), ["'soon'", "8gpu-h"]),
@@ -98,6 +102,7 @@ def search(*changes: str, task: str = "demo", budget: str = "3trials") -> list[s
         (search("--max-steps", "0"), ["at least 4"]),
         (search("--max-steps", "-8"), ["at least 4"]),
         (search("--seed", "-1"), ["--seed"]),
+        (search("--seed", "9999999999"), ["--seed takes 0 to 2147483647"]),
         (search("--workers", "0"), ["--workers"]),
         (search("--workers", "9999"), ["--workers"]),
         (search("--until", "25:00"), ["18:00"]),
