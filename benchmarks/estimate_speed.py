@@ -1,4 +1,4 @@
-"""How long estimates take and how much memory they need: a 7B and a 70B Llama, and search spaces of 50 configurations.
+"""How long estimates take and how much memory they need: a 7B and a 70B Llama, and spaces of 50 configurations on each.
 
 Each scenario runs in a fresh process, which tells of its start-up (imports) apart from the estimate itself, and of its
 peak resident memory. Only configurations are needed: no weights, no network, no GPU.
@@ -52,6 +52,7 @@ SCENARIOS = (
     Scenario("70B, LoRA, 4 bits", "70B", ("--method", "lora", "--rank", "16", "--bits", "4"), 10, 4 * 10**9),
     Scenario("7B, space default, 50 configurations", "7B", ("--space", "default", "--count", "50"), 60),
     Scenario("7B, space everything, 50 configurations", "7B", ("--space", "everything", "--count", "50"), 60),
+    Scenario("70B, space default, 50 configurations", "70B", ("--space", "default", "--count", "50"), 60, 4 * 10**9),
 )
 
 
