@@ -249,28 +249,27 @@ def make_batch(config: Any, rows: int, tokens: int, device: str) -> dict[str, to
 
 def measure(case: Case, base: BaseModel, config: Any, estimate: Estimate, bits: Bits, device: str) -> Measured:
     spec = case.spec(bits)
-    model = build_trial_model(base, spec)
+    if device != "cpu" and find_method(case.method).writes_base(spec):
+        # As a trial does: production would not keep a second copy of the weights.
+        base.model.to("cpu")
+        free_memory()
+    model = build_trial_model(base, spec, device=device)
     if case.settings.checkpoint_activations:
         checkpoint_activations(model)
     batch = make_batch(config, case.batch_size * case.settings.micro_batches, case.tokens, device)
-    scoring_batch = make_batch(config, estimate.scoring_batch_size, case.tokens, device)
     if device == "cpu":
         rehearsal = Rehearsal(model, spec, on_gpu=False)
         peak = find_peak(rehearsal.train(batch, micro_batches=case.settings.micro_batches)).total
-        return Measured(peak, find_peak(rehearsal.score(scoring_batch)).total, None)
-    if find_method(case.method).writes_base(spec):
-        # As a trial does: production would not keep a second copy of the weights.
-        base.model.to("cpu")
+        batch = make_batch(config, estimate.scoring_batch_size, case.tokens, device)
+        return Measured(peak, find_peak(rehearsal.score(batch)).total, None)
     optimizer = build_optimizer(model, spec)
-    del batch["labels"], scoring_batch["labels"]
-    labels = torch.zeros(case.batch_size * case.settings.micro_batches, dtype=torch.int64, device=device)
     free_memory()
     torch.cuda.reset_peak_memory_stats()
     for step in range(1, STEPS + 1):
         train_step(
             model,
             optimizer,
-            {**batch, "labels": labels},
+            batch,
             learning_rate=0.0,
             device=device,
             after_step=bind_after_step(model, spec, step),
@@ -278,12 +277,11 @@ def measure(case: Case, base: BaseModel, config: Any, estimate: Estimate, bits: 
         )
     torch.cuda.synchronize()
     peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    del batch, labels
+    batch = make_batch(config, estimate.scoring_batch_size, case.tokens, device)
     free_memory()
     torch.cuda.reset_peak_memory_stats()
     model.eval()
-    labels = torch.zeros(estimate.scoring_batch_size, dtype=torch.int64, device=device)
-    score_batch(model, {**scoring_batch, "labels": labels}, device=device)
+    score_batch(model, batch, device=device)
     torch.cuda.synchronize()
     return Measured(peak, torch.cuda.max_memory_allocated(), reserved)
 
