@@ -172,6 +172,26 @@ def find_linear_names(model: nn.Module, head: Sequence[str]) -> tuple[str, ...]:
     )
 
 
+def count_positions(model: nn.Module) -> int | None:
+    """Tokens of the longest sequence whose positions the model has in a table; None where it computes them, as rotary
+    and relative positions are.
+
+    A configuration's `max_position_embeddings` is not asked: of a rotary model it limits nothing, and of RoBERTa it
+    counts two positions that no token can have.
+    """
+    sizes = [
+        # RoBERTa begins after its padding token's position, OPT and BART after an offset that is in the table.
+        table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1) - getattr(table, "offset", 0)
+        for name, table in model.named_modules()
+        if isinstance(table, nn.Embedding) and name.rpartition(".")[2] in _TABLES_OF_POSITIONS
+    ]
+    return min(sizes, default=None)
+
+
+_TABLES_OF_POSITIONS = frozenset({"position_embeddings", "wpe", "embed_positions", "positions_embed"})
+"""As transformers names them in models that read text."""
+
+
 def build_meta_model(config: Any, dtype: torch.dtype = torch.float32) -> Any:
     """The classifier or language model without weights."""
     with torch.device("meta"):
@@ -275,6 +295,9 @@ def lend_model(base: BaseModel, *, own_weights: bool, device: str | None = None)
             if state is not None and base.bits < 16:
                 memo[id(state)] = state
     model = copy.deepcopy(base.model, memo)
+    if own_weights and device is not None:
+        for module in model.modules():
+            module._buffers = {name: b if b is None else b.to(device) for name, b in module._buffers.items()}
     model.train()
     return model
 
@@ -295,9 +318,6 @@ def digest_model(model: nn.Module) -> str:
     """Over parameters, buffers, requires_grad flags, module types, hooks and config: equal means untouched."""
     digest = hashlib.sha256()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-    if own_weights and device is not None:
-        for module in model.modules():
-            module._buffers = {name: b if b is None else b.to(device) for name, b in module._buffers.items()}
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     for name, module in model.named_modules():

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from autopeft.backends.base import CONTEXT_BYTES
-from autopeft.backends.hf.base_model import BaseModel, load_config
+from autopeft.backends.hf.base_model import BaseModel, count_positions, load_config
 from autopeft.backends.hf.build import ParameterCount, build_trial_model, count_trainable
 from autopeft.backends.hf.cuda_rules import MODELLED_GPU, Gpu, cublas_workspace_bytes
 from autopeft.backends.hf.data import Batch
@@ -119,6 +119,7 @@ class HfCostModel:
     def _compute(self, spec: TrialSpec, settings: StepSettings, every_layer: bool) -> Estimate:
         shallow = None if every_layer else self._build_shallow(spec)
         models = shallow.models if shallow else (self._build(spec, 0),)
+        self._check_positions(spec, models[0].model)
         with running_on_fakes([built.model for built in models]), self._explain(spec):
             rehearsals = [self._rehearse(spec, settings, built) for built in models]
 
@@ -233,6 +234,21 @@ class HfCostModel:
         parts = {fakes[id(t)].untyped_storage()._cdata: part for t, part in known if id(t) in fakes}
         return Rehearsal(built.model, spec, on_gpu=self.device_kind == "cuda", parts=parts)
 
+    def _check_positions(self, spec: TrialSpec, model: Any) -> None:
+        """Raises SpecError where prompt and text are longer than the model can be; on fakes no look-up would fail."""
+        positions = count_positions(model)
+        tokens = max(self.longest_tokens, self.scoring_tokens)
+        prompt = _count_prompt(model)
+        if positions is None or prompt + tokens <= positions:
+            return
+        mine = f"{find_method(spec.method).title} puts {prompt} in front of {tokens} tokens" if prompt else ""
+        ways = "fewer virtual tokens, " if prompt else ""
+        raise SpecError(
+            f"A sequence must fit into the positions that a model has learned, of which '{self._model}' has "
+            f"{positions:,}, but {mine or f'the longest has {tokens:,} tokens'}. Use {ways}sequences of at most "
+            f"{max(positions - prompt, 0):,} tokens (max_length in a task, --seq-len in an estimate), or another model."
+        )
+
     @contextlib.contextmanager
     def _explain(self, spec: TrialSpec) -> Iterator[None]:
         try:
@@ -290,6 +306,12 @@ def scoring_sizes(batch_size: int) -> list[int]:
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
     return sizes
+
+
+def _count_prompt(model: Any) -> int:
+    """Positions that peft puts in front of each sequence, as embeddings or as keys and values."""
+    config: Any = getattr(model, "active_peft_config", None)
+    return int(config.num_virtual_tokens) if getattr(config, "is_prompt_learning", False) else 0
 
 
 def _without_decomposition(spec: TrialSpec) -> TrialSpec:

@@ -12,7 +12,14 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autopeft.backends.hf.base_model import build_meta_model, find_head, find_linear_names, load_base, load_config
+from autopeft.backends.hf.base_model import (
+    build_meta_model,
+    count_positions,
+    find_head,
+    find_linear_names,
+    load_base,
+    load_config,
+)
 from autopeft.backends.hf.build import BaseModel, build_trial_model
 from autopeft.backends.hf.cost import HfCostModel, count_peak_bytes
 from autopeft.backends.hf.live_bytes import LiveBytes
@@ -332,11 +339,76 @@ def test_targets_that_fit_nothing_are_refused(minilm):
         minilm.cost(spec)
 
 
-def test_a_prefix_that_does_not_fit_beside_the_longest_sequence_is_refused():
-    # MiniLM knows 512 positions.
-    costs = HfCostModel("minilm", num_labels=2, device_kind="cpu", longest_tokens=512)
-    with pytest.raises(SpecError, match="on 512 tokens"):
-        costs.cost(spec_of("prefix_tuning", batch_size=1))
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix_tuning", "cartridge"])
+def test_a_prompt_that_does_not_fit_in_front_of_the_longest_sequence_is_refused(small_bert, method):
+    # A BERT knows 512 positions.
+    costs = HfCostModel(small_bert, num_labels=2, device_kind="cpu", longest_tokens=496)
+    assert costs.cost(spec_of(method, batch_size=1, num_virtual_tokens=16)).peak_vram_bytes > 0
+    with pytest.raises(SpecError, match=r"has 512, but .* puts 17 in front of 496 tokens.* at most 495 tokens"):
+        costs.cost(spec_of(method, batch_size=1, num_virtual_tokens=17))
+
+
+def test_rows_to_score_need_positions_too(small_bert):
+    costs = HfCostModel(small_bert, num_labels=2, device_kind="cpu", longest_tokens=16, scoring_tokens=512)
+    assert costs.cost(spec_of("lora")).peak_vram_bytes > 0
+    with pytest.raises(SpecError, match="16 in front of 512 tokens"):
+        costs.cost(spec_of("prompt_tuning"))
+    costs = HfCostModel(small_bert, num_labels=2, device_kind="cpu", longest_tokens=513)
+    with pytest.raises(SpecError, match="the longest has 513 tokens"):
+        costs.cost(spec_of("lora"))
+
+
+_SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100, "pad_token_id": 0}
+_T5 = {
+    "d_model": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 100,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+}
+_TEXT = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 100, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        (transformers.BertConfig(**_SMALL, max_position_embeddings=40), 40),
+        # Padding has position 1, and the first token 2.
+        (transformers.RobertaConfig(**_SMALL | {"pad_token_id": 1}, max_position_embeddings=42), 40),
+        (transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=100, n_positions=40, pad_token_id=0), 40),
+        (transformers.OPTConfig(**_SMALL, ffn_dim=64, word_embed_proj_dim=64, max_position_embeddings=40), 40),
+        (transformers.BartConfig(**_TEXT, max_position_embeddings=40), 40),
+        (transformers.LlamaConfig(**_SMALL, max_position_embeddings=40), None),
+        (transformers.ModernBertConfig(**_SMALL, max_position_embeddings=40), None),
+        (transformers.T5Config(**_T5), None),
+        (transformers.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=100, pad_token_id=0), None),
+        # Version 3 has relative positions alone.
+        (transformers.DebertaV2Config(**_SMALL, position_biased_input=False, relative_attention=True), None),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_a_sequence_is_as_long_as_the_positions_that_were_learned(tmp_path, config, positions):
+    config.save_pretrained(tmp_path)
+    model = build_meta_model(load_config(str(tmp_path), 2))
+    assert count_positions(model) == positions
+    real = transformers.AutoModelForSequenceClassification.from_config(config)
+    ids_BT = torch.full((1, 41), 7)
+    if config.is_encoder_decoder:
+        # By which it classifies.
+        ids_BT[0, -1] = config.eos_token_id
+    if positions is None:
+        assert real(ids_BT).logits.isfinite().all()
+    else:
+        assert real(ids_BT[:, 1:]).logits.isfinite().all()
+        with pytest.raises((IndexError, RuntimeError)):
+            real(ids_BT)
+    costs = HfCostModel(str(tmp_path), num_labels=2, device_kind="cpu", longest_tokens=41)
+    if positions is None:
+        assert costs.cost(spec_of("ia3")).peak_vram_bytes > 0
+    else:
+        with pytest.raises(SpecError, match="has 40, but the longest has 41 tokens"):
+            costs.cost(spec_of("ia3"))
 
 
 @pytest.mark.parametrize("name", METHODS)
