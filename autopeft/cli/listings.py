@@ -19,6 +19,7 @@ keys of a method with --json (all methods: {"methods": [...], "excluded": {peft 
   layer_choice    whether it can be kept to the last k layers
   merges          whether it can be folded into the base
   starts_as_base  whether the logits are the base's before the first step
+  answers_alone   whether a row's answer depends on that row alone, not on others of its batch
   writes_base     {when: never, always or "by setting"; settings: those with which it does}
   learning_rate   {low, high}
   dimensions      [{name, meaning, kind, low, high, log, choices, default, only_if}]

@@ -160,6 +160,8 @@ class Method:
     """Whether the trained adapter can be folded into the base, which is then a plain transformers model."""
     starts_as_base: bool = True
     """Whether at initialisation, with its recipe, the logits equal the base's."""
+    answers_alone: bool = True
+    """Whether a row's answer depends on that row alone, whatever is in its batch beside it."""
     bits: tuple[Bits, ...] = ALL_BITS
     optimizers: tuple[Optimizer, ...] = ("adamw",)
     """Worth searching; the first that the device has (`optimizers_on`) is the default."""

@@ -120,6 +120,7 @@ def describe_method(method: Method, origin: Origin) -> dict[str, Any]:
         "layer_choice": method.layer_choice,
         "merges": method.merges,
         "starts_as_base": method.starts_as_base,
+        "answers_alone": method.answers_alone,
         "writes_base": {"when": writes.when, "settings": [{name: value} for name, value in writes.settings]},
         "learning_rate": {"low": low, "high": high},
         "dimensions": [_describe_dimension(dimension) for dimension in method.dimensions],

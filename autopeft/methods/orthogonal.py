@@ -179,7 +179,7 @@ PSOFT = Method(
     layer_choice=True,
     needs=(
         "linear layers, not GPT-2's Conv1D; unquantized weights, of each of which it takes a full singular value "
-        "decomposition whenever it is built: seconds for MiniLM, most of an hour for 7 billion weights on a CPU; plain "
+        "decomposition whenever it is built, slow for large models; plain "
         "peft takes it again when it loads the adapter, so load that on the kind of device that it was trained on"
     ),
     merges=True,
@@ -213,7 +213,7 @@ OSF = Method(
     layer_choice=True,
     needs=(
         "linear layers, not GPT-2's Conv1D; unquantized weights, of each of which it takes a full singular value "
-        "decomposition whenever it is built: seconds for MiniLM, most of an hour for 7 billion weights on a CPU"
+        "decomposition whenever it is built, slow for large models"
     ),
     merges=True,
     bits=UNQUANTIZED,

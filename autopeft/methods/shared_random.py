@@ -270,6 +270,7 @@ LILY = Method(
     target_modules=GROUPS,
     layer_choice=True,
     needs="linear layers, not GPT-2's Conv1D; its router averages over a batch, so predictions depend on it",
+    answers_alone=False,
     recipe=Recipe(
         settings={"rank": 32, "layers_per_a": 1, "num_b": 2, "scale": 1.0},
         target_modules="all-linear",

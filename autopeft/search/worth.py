@@ -46,7 +46,7 @@ Floats = npt.NDArray[np.float64]
 QUALITY_EVERY = 5
 """Of so many stretches one goes by quality whatever it costs. The hypervolume gives nothing to what costs as much as
 its reference, full fine-tuning foremost, and little to what costs nearly that much: without turns of its own the
-accurate end of the front would be found last or never. benchmarks/README.md has what they change."""
+accurate end of the front would be found last or never."""
 _MOST_OBSERVED = 300
 """Trials that the surrogate learns from; more only make it slower."""
 _NUM_PARENTS = 32
@@ -71,6 +71,12 @@ class _Beliefs(NamedTuple):
 
     means: Floats
     variances: Floats
+
+
+class _Learned(NamedTuple):
+    surrogate: QualitySurrogate
+    joined: dict[int, Forecast]
+    """By trial number: its own scores and what others like it have shown."""
 
 
 class _Times(NamedTuple):
@@ -190,7 +196,7 @@ class Appraiser:
         return [known[place] for place in sorted(chosen)]
 
     @cached_property
-    def _surrogate(self) -> QualitySurrogate | None:
+    def _learned(self) -> _Learned | None:
         """None where nothing that the space can express has been scored."""
         seen = self._expressible(self._observed)
         if not seen:
@@ -202,24 +208,24 @@ class Appraiser:
             np.array([forecast.mean for forecast in forecasts]),
             np.array([forecast.deviation**2 for forecast in forecasts]),
         )
-        smoothed = surrogate.smooth()
-        self._smoothed = {
+        joined = {
             trial.number: Forecast(float(mean), math.sqrt(float(variance)))
-            for (trial, _), mean, variance in zip(seen, smoothed.means, smoothed.variances, strict=True)
+            for (trial, _), mean, variance in zip(seen, *surrogate.smooth(), strict=True)
         }
         pending = self._expressible([t for t in self._trials if t.state == "running" and not t.rungs and t.cost])
         if pending:
             surrogate.believe(stack([row for _, row in pending]), _decades(_count_parameters(pending)))
-        return surrogate
+        return _Learned(surrogate, joined)
 
     def _expressible(self, trials: Sequence[Trial]) -> list[tuple[Trial, Row]]:
         return [(trial, row) for trial in trials if (row := self._rows.get(trial.number)) is not None]
 
     def _believe_scored(self, trials: Sequence[Trial]) -> _Beliefs:
-        smoothed = self._smoothed if self._surrogate is not None else {}
-        joined = [smoothed.get(trial.number, self._forecasts[trial.number]) for trial in trials]
+        joined = {} if self._learned is None else self._learned.joined
+        forecasts = [joined.get(trial.number, self._forecasts[trial.number]) for trial in trials]
         return _Beliefs(
-            np.array([forecast.mean for forecast in joined]), np.array([forecast.deviation**2 for forecast in joined])
+            np.array([forecast.mean for forecast in forecasts]),
+            np.array([forecast.deviation**2 for forecast in forecasts]),
         )
 
     def _believe_new(self, newcomers: Sequence[Newcomer], params: Floats) -> _Beliefs:
@@ -232,8 +238,8 @@ class Appraiser:
         places = [place for place, newcomer in enumerate(newcomers) if newcomer.row is not None]
         if places:
             features = stack([row for newcomer in newcomers if (row := newcomer.row) is not None])
-            if self._surrogate is not None:
-                means[places], variances[places] = self._surrogate.estimate(features, _decades(params[places]))
+            if self._learned is not None:
+                means[places], variances[places] = self._learned.surrogate.estimate(features, _decades(params[places]))
             else:
                 means[places] -= expect_drop(features)
         return _Beliefs(means, variances)
@@ -281,25 +287,25 @@ class Appraiser:
 
     # --- prices
 
-    @cached_property
-    def _had(self) -> Floats:
-        """(P, objectives): the complete trials, and the running ones as they are forecast."""
+    def _find_had(self, *states: str) -> Floats:
+        """(P, objectives): where trials in these states have ended or are expected to."""
         rows = [
             self._points[trial.number]
             for trial in self._trials
-            if trial.state in ("complete", "running") and trial.number in self._points
+            if trial.state in states and trial.number in self._points
         ]
         return np.array(rows, dtype=float).reshape(len(rows), 1 + len(self._objectives))
 
     def _price_to_end(self, beliefs: _Beliefs, costs: Floats, times: _Times) -> Floats:
-        costs, had = self._in_turn(costs)
+        costs, had = self._in_turn(costs, self._find_had("complete", "running"))
         means, deviations = self._scale_beliefs(beliefs.means, beliefs.variances)
         gains = expected_improvement(means, deviations, costs, had)
         prices: Floats = gains / (times.to_score + times.to_end)
         return prices
 
     def _price_first_stretch(self, beliefs: _Beliefs, costs: Floats, times: _Times) -> Floats:
-        costs, had = self._in_turn(costs)
+        # What is paused can be had by going on with it: something new has to add to that.
+        costs, had = self._in_turn(costs, self._find_had("complete", "running", "paused"))
         noise = max(self._growth.deviation_at(self._rungs[0]) ** 2, 1e-12)
         left = 1 / (1 / beliefs.variances + 1 / noise)
         means, shown = self._scale_beliefs(beliefs.means, beliefs.variances - left)
@@ -315,11 +321,11 @@ class Appraiser:
         dearest: Floats = prices.max(axis=0)
         return dearest
 
-    def _in_turn(self, costs: Floats) -> tuple[Floats, Floats]:
-        """The candidates' costs and what is had already, without the costs where it is quality's turn."""
+    def _in_turn(self, costs: Floats, had: Floats) -> tuple[Floats, Floats]:
+        """Both without costs where it is quality's turn."""
         if self.is_turn_of_quality:
             costs = costs[:, :0]
-        return costs, self._had[:, : 1 + costs.shape[1]]
+        return costs, had[:, : 1 + costs.shape[1]]
 
     def _scale_beliefs(self, means: Floats, variances: Floats) -> tuple[Floats, Floats]:
         scale = 1 - self._reference["quality"]
