@@ -213,7 +213,7 @@ class StudyStore:
             study = optuna.load_study(
                 study_name=_STUDY,
                 storage=storage,
-                # Only asked for what has been enqueued; see sampler.py.
+                # Only asked for what has been enqueued; worth.py says what that is.
                 sampler=optuna.samplers.RandomSampler(seed=0),
             )
         except Exception as exc:  # sqlalchemy's and optuna's many types, none of which a user can tell apart

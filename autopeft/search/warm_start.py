@@ -12,7 +12,7 @@ What a configuration is worth on a source is the mean of what was trained there,
 same method count the less the farther their settings are. So a lucky score is drawn towards its neighbours, and one
 source's configuration can be judged on the others. Where nothing is near, it is worth nothing there.
 
-Only the choice is taken over. Scores of other studies enter neither rungs, fronts nor the sampler's history.
+Only the choice is taken over. Scores of other studies enter neither rungs, fronts nor what the surrogate learns from.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.utils.checkpoint
 import transformers
+from recipe_specs import make_recipe_spec
 
 from autopeft.backends.hf.cost import HfCostModel
 from autopeft.backends.hf.fake_base import keep_function_modes
-from autopeft.methods import METHODS
 from autopeft.records import Bits, StepSettings, TrialSpec
 
 WIDTH, BATCH_SIZE, TOKENS = 64, 8, 128
@@ -43,21 +43,8 @@ VARIANTS: tuple[tuple[str, Bits, dict[str, Any]], ...] = (
 the other end of the backward pass."""
 
 
-def spec_of(method: str, bits: Bits, **changed: Any) -> TrialSpec:
-    recipe = METHODS[method].recipe
-    return TrialSpec(
-        method=method,
-        settings={**recipe.settings, **changed},
-        target_modules=recipe.target_modules,
-        bits=bits,
-        learning_rate=recipe.learning_rate,
-        batch_size=BATCH_SIZE,
-        max_steps=10,
-        warmup_ratio=0.0,
-        schedule="linear",
-        weight_decay=0.0,
-        seed=0,
-    )
+def spec_of(method: str, bits: Bits = 32, **changed: Any) -> TrialSpec:
+    return make_recipe_spec(method, bits, batch_size=BATCH_SIZE, **changed)
 
 
 @pytest.fixture(scope="module")

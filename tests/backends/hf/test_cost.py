@@ -11,6 +11,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recipe_specs import make_recipe_spec
 
 from autopeft.backends.hf.base_model import (
     build_meta_model,
@@ -53,25 +54,8 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
 """One of each way to be built, and settings that change what a step holds."""
 
 
-def spec_of(
-    method: str, bits: Bits = 32, *, batch_size: int = BATCH_SIZE, optimizer: Any = "adamw", **changed: Any
-) -> TrialSpec:
-    """The method's recipe with some of its settings changed."""
-    recipe = METHODS[method].recipe
-    return TrialSpec(
-        method=method,
-        settings={**recipe.settings, **changed},
-        target_modules=recipe.target_modules,
-        bits=bits,
-        learning_rate=recipe.learning_rate,
-        batch_size=batch_size,
-        max_steps=10,
-        warmup_ratio=0.0,
-        schedule="linear",
-        weight_decay=0.0,
-        seed=0,
-        optimizer=optimizer,
-    )
+def spec_of(method: str, bits: Bits = 32, *, batch_size: int = BATCH_SIZE, **changed: Any) -> TrialSpec:
+    return make_recipe_spec(method, bits, batch_size=batch_size, **changed)
 
 
 def padded_batch() -> dict[str, torch.Tensor]:

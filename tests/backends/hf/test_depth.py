@@ -12,6 +12,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from recipe_specs import make_recipe_spec
 
 from autopeft.backends.hf.base_model import load_base
 from autopeft.backends.hf.build import build_trial_model
@@ -48,20 +49,8 @@ PLAIN = StepSettings()
 
 
 def spec_of(method: str, bits: Bits, *, target_modules: str | None = None, **changed: Any) -> TrialSpec:
-    recipe = METHODS[method].recipe
-    return TrialSpec(
-        method=method,
-        settings={**recipe.settings, **changed},
-        target_modules=target_modules or recipe.target_modules,
-        bits=bits,
-        learning_rate=recipe.learning_rate,
-        batch_size=2,
-        max_steps=10,
-        warmup_ratio=0.0,
-        schedule="linear",
-        weight_decay=0.0,
-        seed=0,
-    )
+    spec = make_recipe_spec(method, bits, batch_size=2, **changed)
+    return dataclasses.replace(spec, target_modules=target_modules or spec.target_modules)
 
 
 def make_costs(folder: Path, architecture: str, device_kind: Any = "cuda") -> HfCostModel:

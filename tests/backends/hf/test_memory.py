@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from recipe_specs import make_recipe_spec
 
 from autopeft.backends.hf.build import build_trial_model
 from autopeft.backends.hf.cost import HfCostModel
@@ -15,7 +16,6 @@ from autopeft.backends.hf.live_bytes import LiveBytes
 from autopeft.backends.hf.memory import Rehearsal, find_peak
 from autopeft.backends.hf.steps import build_optimizer, checkpoint_activations, score_batch, train_step
 from autopeft.errors import SpecError
-from autopeft.methods import METHODS
 from autopeft.records import Bits, StepSettings, TrialSpec
 from autopeft.testing.tiny_models import ArchitectureName, tiny_base, tiny_folder
 
@@ -43,20 +43,7 @@ CONFIGURATIONS: tuple[tuple[str, Bits, Mapping[str, Any], StepSettings], ...] = 
 
 
 def spec_of(method: str, bits: Bits = 32, **changed: Any) -> TrialSpec:
-    recipe = METHODS[method].recipe
-    return TrialSpec(
-        method=method,
-        settings={**recipe.settings, **changed},
-        target_modules=recipe.target_modules,
-        bits=bits,
-        learning_rate=recipe.learning_rate,
-        batch_size=BATCH_SIZE,
-        max_steps=10,
-        warmup_ratio=0.0,
-        schedule="linear",
-        weight_decay=0.0,
-        seed=0,
-    )
+    return make_recipe_spec(method, bits, batch_size=BATCH_SIZE, **changed)
 
 
 def real_batch(architecture: ArchitectureName, rows: int) -> dict[str, torch.Tensor]:
