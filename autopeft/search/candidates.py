@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from autopeft.methods.base import Dimension
 from autopeft.records import Scalar
 from autopeft.search.surrogate import Answers, place_in_range
-from autopeft.spaces.space import MethodSpace, SearchSpace, is_open
+from autopeft.spaces.space import MethodSpace, SearchSpace
 
 _NUM_ANYWHERE = 160
 _NUM_NEAR = 120
@@ -28,12 +28,9 @@ def draw_candidates(space: SearchSpace, parents: Sequence[Answers], rng: random.
     return drawn
 
 
-def settings_of(space: MethodSpace, answers: Answers) -> dict[str, Scalar]:
+def settings_of(method: MethodSpace, answers: Answers) -> dict[str, Scalar]:
     """All settings by their short names, as `make_spec` takes them."""
-    values: dict[str, Scalar] = dict(space.fixed)
-    for dimension in space.dimensions:
-        values[dimension.name] = answers.get(f"{space.method}.{dimension.name}", dimension.default)
-    return values
+    return method.settle(lambda dimension: answers[f"{method.method}.{dimension.name}"])
 
 
 def _draw(method: MethodSpace, rng: random.Random) -> dict[str, Scalar]:
@@ -59,14 +56,14 @@ def _perturb(method: MethodSpace, parent: Answers, rng: random.Random) -> dict[s
 
 
 def _answer(method: MethodSpace, wanted: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """To the questions that are open once those before them are answered, as `SearchSpace.suggest` asks them."""
-    values: dict[str, Scalar] = dict(method.fixed)
+    """What is wanted, of the questions that are open."""
     answers: dict[str, Scalar] = {"method": method.method}
-    for dimension in method.dimensions:
-        if is_open(dimension, values):
-            values[dimension.name] = answers[f"{method.method}.{dimension.name}"] = wanted[dimension.name]
-        else:
-            values[dimension.name] = dimension.default
+
+    def answer(dimension: Dimension) -> Scalar:
+        answers[f"{method.method}.{dimension.name}"] = wanted[dimension.name]
+        return wanted[dimension.name]
+
+    method.settle(answer)
     return answers
 
 

@@ -813,7 +813,8 @@ class Search:
                 "No finalist could be confirmed with another seed within the budget: there are no test scores."
             )
         elif self._confirm_queue:
-            notes.append(f"{len(self._confirm_queue)} planned confirmations did not fit into the budget.")
+            count = len(self._confirm_queue)
+            notes.append(f"{count} planned confirmation{'s' * (count > 1)} did not fit into the budget.")
         if self._ends_early:
             assert self._rest.gain is not None
             notes.append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -39,6 +39,13 @@ class MethodSpace:
     """Names without the method's prefix; shared settings among them."""
     fixed: Mapping[str, Scalar]
 
+    def settle(self, answer: Callable[[Dimension], Scalar]) -> dict[str, Scalar]:
+        """All settings by name, as `make_spec` takes them. Asks for those that the settings before them leave open."""
+        values = dict(self.fixed)
+        for dimension in self.dimensions:
+            values[dimension.name] = answer(dimension) if is_open(dimension, values) else dimension.default
+        return values
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSpace:
@@ -55,14 +62,7 @@ class SearchSpace:
     def suggest(self, suggester: Suggester, *, max_steps: int, seed: int) -> TrialSpec:
         """Asks for every dimension that the earlier answers leave open."""
         method = suggester.suggest_categorical("method", list(self.methods))
-        space = self.methods[method]
-        values = dict(space.fixed)
-        for dimension in space.dimensions:
-            values[dimension.name] = (
-                _suggest(suggester, f"{method}.{dimension.name}", dimension)
-                if is_open(dimension, values)
-                else dimension.default
-            )
+        values = self.methods[method].settle(lambda d: _suggest(suggester, f"{method}.{d.name}", d))
         return make_spec(method, values, max_steps=max_steps, seed=seed)
 
     def params(self, spec: TrialSpec) -> dict[str, Scalar] | None:
