@@ -38,6 +38,11 @@ _FAR = 1.5
 method's recipe, and no further beyond `_FAR`. On the 150 recorded configurations of sst2 mean accuracy is 0.81 within
 0.3 decades of the recipe's rate, 0.78 to 0.6, 0.71 to 1 and 0.65 beyond."""
 
+_SLOPE = 0.015
+"""How much better a configuration is expected to be than one with a tenth of its trainable parameters. Without it the
+search begins with what is cheapest, which on a hard task learns nothing. Near their recipes' learning rates, recorded
+configurations gain 0.004 a decade on sst2, 0.035 on trec and 0.049 on cola."""
+
 
 class Row(NamedTuple):
     """One configuration as numbers; differences of 1 are large but for `rate` and `width`."""
@@ -234,10 +239,12 @@ def _correlate(distances: _Distances, setting: _Setting) -> Floats:
     return correlations
 
 
-def expect_drop(features: Features) -> Floats:
-    """(N,) what a learning rate far from its method's recipe costs, before anything has been tried."""
-    drop: Floats = _DROP * np.clip(np.abs(features.rates) - _NEAR, 0.0, _FAR - _NEAR) ** 2
-    return drop
+def expect_quality(features: Features, sizes: Floats) -> Floats:
+    """(N,) before anything has been tried, up to a constant: by the distance of the learning rate from its method's
+    recipe, and by `sizes`, decades of parameters."""
+    drop = _DROP * np.clip(np.abs(features.rates) - _NEAR, 0.0, _FAR - _NEAR) ** 2
+    expected: Floats = _SLOPE * sizes - drop
+    return expected
 
 
 class QualitySurrogate:
@@ -247,7 +254,7 @@ class QualitySurrogate:
         """`sizes` (N,) are decades of parameters; `means` and `variances` (N,) what each trial's scores say of its end.
         N is at least 1."""
         self._features, self._sizes = features, sizes
-        self._residuals = means + expect_drop(features)
+        self._residuals = means - expect_quality(features, sizes)
         self._noise = variances
         weights = 1 / (variances + _LEAST_DEVIATION**2)
         self._centre = float(np.average(self._residuals, weights=weights))
@@ -263,7 +270,7 @@ class QualitySurrogate:
         """Takes configurations under way to score what is expected of them, so that none like them is tried as well."""
         if not len(sizes):
             return
-        means = self.estimate(features, sizes).means + expect_drop(features) - self._centre
+        means = self.estimate(features, sizes).means - expect_quality(features, sizes) - self._centre
         self._features = Features(*(np.concatenate(pair) for pair in zip(self._features, features, strict=True)))
         self._sizes = np.concatenate([self._sizes, sizes])
         self._residuals = np.concatenate([self._residuals, means])
@@ -297,13 +304,14 @@ class QualitySurrogate:
         """(N,) of the trials themselves and of those believed: drawn to what others show, the more the less is sure."""
         residuals = self._residuals - self._noise * self._weights
         left = self._noise - self._noise**2 * np.diag(self._inverse)
-        return Estimates(self._centre - expect_drop(self._features) + residuals, np.maximum(left, 0.0))
+        means = self._centre + expect_quality(self._features, self._sizes) + residuals
+        return Estimates(means, np.maximum(left, 0.0))
 
     def estimate(self, features: Features, sizes: Floats) -> Estimates:
         """(M,) of configurations not tried yet; their own luck is in the variance."""
         cross = self._variance * _correlate(_measure(self._features, self._sizes, features, sizes), self._setting)
         left = self._variance * (1 + self._setting.luck) - (cross * (self._inverse @ cross)).sum(axis=0)
-        means = self._centre - expect_drop(features) + cross.T @ self._weights
+        means = self._centre + expect_quality(features, sizes) + cross.T @ self._weights
         return Estimates(means, np.maximum(left, 1e-12))
 
 

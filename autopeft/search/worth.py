@@ -36,7 +36,7 @@ from autopeft.search.surrogate import (
     Answers,
     QualitySurrogate,
     Row,
-    expect_drop,
+    expect_quality,
     interpolate_costs,
     stack,
 )
@@ -241,7 +241,8 @@ class Appraiser:
             if self._learned is not None:
                 means[places], variances[places] = self._learned.surrogate.estimate(features, _decades(params[places]))
             else:
-                means[places] -= expect_drop(features)
+                expected = expect_quality(features, _decades(params[places]))
+                means[places] += expected - expected.mean()
         return _Beliefs(means, variances)
 
     # --- costs

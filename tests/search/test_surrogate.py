@@ -75,6 +75,20 @@ def test_before_much_is_known_a_rate_near_the_recipes_is_trusted_most(space: Sea
     assert max(high, low) < near - 0.05
 
 
+def test_more_parameters_are_expected_to_be_better_until_scores_say_otherwise(space: SearchSpace) -> None:
+    rows = draw(space, 1) * 3
+    sizes = np.array([3.0, 5.0, 7.0])
+
+    def estimate(means: list[float]) -> list[float]:
+        surrogate = QualitySurrogate(encode(space, rows), sizes, np.array(means), np.full(3, 0.005**2))
+        return list(surrogate.estimate(encode(space, rows), sizes).means)
+
+    seen = QualitySurrogate(encode(space, rows[:1]), sizes[1:2], np.array([0.6]), np.full(1, 0.005**2))
+    small, middle, large = seen.estimate(encode(space, rows), sizes).means
+    assert small + 0.02 < middle < large - 0.02
+    assert estimate([0.9, 0.7, 0.5]) == sorted(estimate([0.9, 0.7, 0.5]), reverse=True)
+
+
 def test_a_rate_that_is_bad_for_one_method_is_suspect_for_the_other(space: SearchSpace) -> None:
     rows = draw(space, 100)
     seen = [row for row in rows if row["method"] == "lora" or abs(decades_above_recipe(row)) < 0.3]
