@@ -21,7 +21,7 @@ from searchers import Ended, Trace
 from tables import Table
 
 from autopeft.search.distributions import optuna_directions
-from autopeft.search.front import find_nondominated
+from autopeft.search.front import peel_layers
 
 Floats = npt.NDArray[np.float64]
 
@@ -195,14 +195,7 @@ def _objectives(table: Table, indices: Sequence[int], rung: int) -> Floats:
 
 def sort_nondominated(points: Floats) -> list[int]:
     """Rows of (N, D) from best to worst: layer by layer, each in the order of its epsilon-net."""
-    left = np.arange(len(points))
-    order: list[int] = []
-    while len(left):
-        first = find_nondominated(points[left])
-        layer = left[first]
-        order += [int(layer[place]) for place in order_by_epsilon_net(points[layer])]
-        left = left[~first]
-    return order
+    return [int(layer[place]) for layer in peel_layers(points) for place in order_by_epsilon_net(points[layer])]
 
 
 def order_by_epsilon_net(points: Floats) -> list[int]:

@@ -84,12 +84,15 @@ def make_pool(table: Table) -> Pool:
     if config.space_name != "listed":
         space = restore_space(config)
         params = [space.params(curve.spec) for curve in table.curves]
-        found: dict[str, BaseDistribution] = {}
         known = []
         for answers, curve in zip(params, table.curves, strict=True):
             assert answers is not None, f"the space does not hold {curve.spec}"
             known.append(answers)
-            found |= distributions(space, answers)
+        found: dict[str, BaseDistribution] = {}
+        # Methods of which nothing is recorded may be asked for, too.
+        for name, method in space.methods.items():
+            asked = {f"{name}.{dimension.name}": dimension.default for dimension in method.dimensions}
+            found |= distributions(space, {"method": name, **asked})
         return Pool(tuple(known), found)
     by_hand: list[Mapping[str, Scalar]] = [
         {

@@ -8,6 +8,7 @@ search decides as an uninterrupted one would.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,7 +20,7 @@ import optuna
 from autopeft.methods import refuse_spec
 from autopeft.records import Scalar, TrialSpec
 from autopeft.search.distributions import distributions, optuna_directions
-from autopeft.search.front import cost_vector, find_nondominated
+from autopeft.search.front import cost_vector, peel_layers
 from autopeft.search.store import Trial
 from autopeft.spaces.space import SearchSpace
 
@@ -107,12 +108,8 @@ def _find_layers(numbers: Sequence[int], history: Sequence[Observation], most: i
     left = np.array([i for i in numbers if history[i].values is not None], dtype=int)
     # Quality comes first and is to be made large.
     points = np.array([history[i].values for i in left], dtype=float).reshape(len(left), -1) * _signs(history)
-    found: list[int] = []
-    while len(left) and len(found) < most:
-        layer = find_nondominated(points)
-        found += [int(i) for i in left[layer]]
-        left, points = left[~layer], points[~layer]
-    return found[:most]
+    first = itertools.islice(itertools.chain.from_iterable(peel_layers(points)), most)
+    return [int(left[place]) for place in first]
 
 
 def _signs(history: Sequence[Observation]) -> npt.NDArray[np.float64]:

@@ -6,7 +6,7 @@ Points are rows of a float array in which every column is to be made small: qual
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,6 +84,15 @@ def find_nondominated(points: Points) -> npt.NDArray[np.bool_]:
         better = (points < point).any(axis=1)
         keep[i] = not (no_worse & better).any()
     return keep
+
+
+def peel_layers(points: Points) -> Iterator[npt.NDArray[np.int64]]:
+    """(N, D) -> rows layer by layer: what no other dominates, then what no other of the rest does, and so on."""
+    left = np.arange(len(points))
+    while len(left):
+        first = find_nondominated(points[left])
+        yield left[first]
+        left = left[~first]
 
 
 def hypervolume(points: Points, reference: Sequence[float]) -> float:

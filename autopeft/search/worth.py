@@ -16,6 +16,7 @@ prices, so that breadth and depth need no rule of their own.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autopeft.records import Cost, Failed, TrialSource, TrialSpec
-from autopeft.search.front import OBJECTIVES, cost_value, find_nondominated, scale_cost, scale_quality
+from autopeft.search.front import OBJECTIVES, cost_value, find_nondominated, peel_layers, scale_cost, scale_quality
 from autopeft.search.gain import QUANTILES, Forecast, GrowthModel, expected_improvement
 from autopeft.search.speed import Speed
 from autopeft.search.store import Trial
@@ -146,14 +147,9 @@ class Appraiser:
         points = np.array([self._points[trial.number] for trial in known]).reshape(
             len(known), 1 + len(self._objectives)
         )
-        left = np.arange(len(known))
-        found: list[int] = []
-        while len(left) and len(found) < _NUM_PARENTS:
-            front = find_nondominated(points[left])
-            found += [int(place) for place in left[front]]
-            left = left[~front]
-        parents = [self._rows.get(known[place].number) for place in found]
-        return [row.answers for row in parents if row is not None][:_NUM_PARENTS]
+        first = itertools.islice(itertools.chain.from_iterable(peel_layers(points)), _NUM_PARENTS)
+        parents = [self._rows.get(known[place].number) for place in first]
+        return [row.answers for row in parents if row is not None]
 
     # --- beliefs
 

@@ -24,6 +24,7 @@ from autopeft.search.front import (
     find_nondominated,
     hypervolume,
     parse_objectives,
+    peel_layers,
 )
 
 Points = npt.NDArray[np.float64]
@@ -90,6 +91,16 @@ def test_a_point_is_kept_exactly_where_no_other_dominates_it(points: Points) -> 
 @given(GRID)
 def test_some_point_is_always_nondominated(points: Points) -> None:
     assert find_nondominated(points).any()
+
+
+@given(GRID)
+def test_layers_hold_every_point_once_and_dominate_downwards(points: Points) -> None:
+    layers = list(peel_layers(points))
+    assert sorted(int(row) for layer in layers for row in layer) == list(range(len(points)))
+    assert list(layers[0]) == list(np.flatnonzero(find_nondominated(points)))
+    for upper, lower in itertools.pairwise(layers):
+        for row in points[lower]:
+            assert ((points[upper] <= row).all(axis=1) & (points[upper] < row).any(axis=1)).any()
 
 
 @given(GRID)
