@@ -23,6 +23,8 @@ QUANTILES = np.array([-1.645, -1.036, -0.674, -0.385, -0.126, 0.126, 0.385, 0.67
 """Standard normal quantiles at 5%, 15%, ..., 95%: a mean over them stands for the expectation."""
 _PRIOR_GAIN_DEVIATION = 0.1
 """Spread of how much quality changes from one rung to the next, before any trial has shown it; counts as one trial."""
+_SLOPE_PRIOR = 2.0
+"""Trials a standard deviation off in loss that have to show a slope before half of it is believed."""
 _LEAST_SCORES = 8
 """Below, a line through scores says less than the scores themselves."""
 
@@ -97,20 +99,35 @@ def _sampling_variance(score: RungScore) -> float:
     return share * (1 - share) / score.num_examples
 
 
+class _Growth(NamedTuple):
+    """From one rung to the next, in quality."""
+
+    step: Forecast
+    """Of a trial whose loss is in the middle."""
+    slope: float
+    """For each standard deviation that its loss is above."""
+
+
 class GrowthModel:
-    """How quality grows from rung to rung, learned from every trial that has reached the next one."""
+    """How quality grows from rung to rung, learned from every trial that has reached the next one.
+
+    Losses differ before qualities do: on a hard task all answers are the most frequent label's for long, and the loss
+    tells who is about to learn. So growth goes along a line with a trial's standing in loss at its rung, drawn towards
+    none until several have shown it. On the recording of cola, where halving by loss did well, half the budget then
+    finds 0.82 of the hypervolume instead of 0.77; on sst2 and trec it changes nothing.
+    """
 
     def __init__(self, trials: Sequence[Trial], rungs: Sequence[int]) -> None:
         self._rungs = tuple(rungs)
-        self._quality = QualityModel([score for trial in trials for score in trial.rungs])
-        growths: dict[int, list[float]] = {step: [] for step in rungs}
-        following = dict(itertools.pairwise(rungs))
+        scores = [score for trial in trials for score in trial.rungs]
+        self._quality = QualityModel(scores)
+        self._losses = {step: _measure_losses([score for score in scores if score.step == step]) for step in rungs}
+        pairs: dict[int, list[tuple[float, float]]] = {step: [] for step in rungs}
         for trial in trials:
-            means = {score.step: self._quality.estimate(score).mean for score in trial.rungs}
-            for step, mean in means.items():
-                if following.get(step) in means:
-                    growths[step].append(means[following[step]] - mean)
-        self._growths = {step: _pool(values) for step, values in growths.items()}
+            for score, later in itertools.pairwise(trial.rungs):
+                growth = self._quality.estimate(later).mean - self._quality.estimate(score).mean
+                pairs[score.step].append((self._place(score), growth))
+        self._growths = {step: _fit_growth(found) for step, found in pairs.items()}
         noises = [_sampling_variance(trial.rungs[-1]) for trial in trials if trial.rungs]
         self._noise = statistics.median(noises) if noises else 0.0
 
@@ -118,7 +135,8 @@ class GrowthModel:
         """From the last rung scored; errors of later rungs add up."""
         last = trial.rungs[-1]
         mean, deviation = self._quality.estimate(last)
-        mean += sum(self._growths[step].mean for step in self._rungs[:-1] if step >= last.step)
+        left = [self._growths[step] for step in self._rungs[:-1] if step >= last.step]
+        mean += sum(growth.step.mean + growth.slope * self._place(last) for growth in left)
         return Forecast(mean, math.sqrt(deviation**2 + self._growth_variance(last.step)))
 
     def deviation_at(self, step: int) -> float:
@@ -126,7 +144,31 @@ class GrowthModel:
         return math.sqrt(self._noise + self._growth_variance(step))
 
     def _growth_variance(self, first: int) -> float:
-        return sum(self._growths[step].deviation ** 2 for step in self._rungs[:-1] if step >= first)
+        return sum(self._growths[step].step.deviation ** 2 for step in self._rungs[:-1] if step >= first)
+
+    def _place(self, score: RungScore) -> float:
+        """Standard deviations that the logarithm of its loss is above the mean at its rung."""
+        losses = self._losses[score.step]
+        if losses.deviation == 0 or not _has_loss(score):
+            return 0.0
+        return (math.log(score.loss) - losses.mean) / losses.deviation
+
+
+def _measure_losses(scores: Sequence[RungScore]) -> Forecast:
+    logarithms = [math.log(score.loss) for score in scores if _has_loss(score)]
+    if not logarithms:
+        return Forecast(0.0, 0.0)
+    return Forecast(statistics.fmean(logarithms), statistics.pstdev(logarithms))
+
+
+def _fit_growth(pairs: Sequence[tuple[float, float]]) -> _Growth:
+    """Of (place in loss, growth)."""
+    if not pairs:
+        return _Growth(_pool([]), 0.0)
+    places, growths = (np.array(values) for values in zip(*pairs, strict=True))
+    off = places - places.mean()
+    slope = float(off @ growths / (off @ off + _SLOPE_PRIOR))
+    return _Growth(_pool(list(growths - slope * places)), slope)
 
 
 def _pool(growths: Sequence[float]) -> Forecast:

@@ -106,6 +106,22 @@ def test_trials_that_grow_alike_make_forecasts_surer(make_trial: Callable[..., T
 # --- luck taken out of a score
 
 
+def test_where_no_quality_has_moved_yet_loss_tells_who_is_about_to_learn(make_trial: Callable[..., Trial]) -> None:
+    def at_loss(trial: Trial, loss: float) -> Trial:
+        trial.rungs[0] = dataclasses.replace(trial.rungs[0], loss=loss)
+        return trial
+
+    paused = [at_loss(make_trial(0.5), loss) for loss in (0.60, 0.70)]
+    shown = [at_loss(make_trial(0.5, quality), loss) for quality, loss in ((0.8, 0.60), (0.5, 0.70)) for _ in range(4)]
+    low, high = (GrowthModel([*paused, *shown], RUNGS).forecast(trial).mean for trial in paused)
+    assert low - high == pytest.approx(0.3 * 8 / (8 + 2), abs=0.001)
+    # What two have shown may be luck.
+    low, high = (GrowthModel([*paused, *shown[::4]], RUNGS).forecast(trial).mean for trial in paused)
+    assert low - high == pytest.approx(0.3 * 2 / (2 + 2), abs=0.001)
+    one, other = (GrowthModel(paused, RUNGS).forecast(trial).mean for trial in paused)
+    assert one == other
+
+
 def make_scores(qualities: list[float], losses: list[float], *, num_examples: int) -> list[RungScore]:
     return [
         RungScore(

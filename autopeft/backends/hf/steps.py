@@ -145,7 +145,9 @@ def checkpoint_activations(model: Any, context_fn: Callable[[], Contexts] = noop
             "cartridge keep what they train. Leave checkpointing away, or use prompt_tuning."
         )
     # peft hands unknown attributes on to the model inside; without re-entrance frozen inputs need no gradient.
-    model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": context_fn})
+    # Newer transformers' name; where there is it, the old one warns.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "context_fn": context_fn})
 
 
 @torch.no_grad()
