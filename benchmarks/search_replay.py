@@ -45,6 +45,8 @@ METAMATHQA_RUNGS = (250, 500, 1000, 2000, 5000)
 """Doubling, as far as the full length lets them: nothing was recorded before step 250."""
 PART = 0.75
 """Of a recording's configurations that a seed plays."""
+FRONT_AT = SHARES.index(1 / 6)
+"""Where the front's members are counted."""
 GAP_AT = SHARES.index(1 / 5)
 """Where quality is compared with the best there is."""
 _LEAST_COMPLETED = (3, 4, 5, 6)
@@ -122,6 +124,8 @@ class Row:
     """How many there are."""
     volumes: tuple[float, ...]
     """Share of the hypervolume at each of SHARES."""
+    fronts: tuple[float, ...]
+    """Members of the true front that were trained to their end, at each of SHARES."""
     enough_share: float | None
     """Share of the whole budget that ENOUGH of the hypervolume took; None where most seeds never had it."""
     quality_gap: float
@@ -197,6 +201,10 @@ def _measure(name: str, played: Sequence[Played]) -> Row:
         true_front=statistics.median(end.true_front for end in ends),
         volumes=tuple(
             statistics.median(_volume_at(one.table, one.at[place], share) for one in played)
+            for place, share in enumerate(SHARES)
+        ),
+        fronts=tuple(
+            statistics.median(len(one.table.front & set(_ended_by(one.table, one.at[place], share))) for one in played)
             for place, share in enumerate(SHARES)
         ),
         enough_share=None if statistics.median(enough) > 1 else statistics.median(enough),
@@ -304,8 +312,8 @@ def describe_table(table: Table, rows: Sequence[Row], num_seeds: int) -> str:
         "",
         "| searcher | times cheaper at its own end | hypervolume there | of the front | "
         + " | ".join(f"at 1/{round(1 / share)}" for share in SHARES)
-        + f" | budget for {ENOUGH} | quality lacking at 1/{round(1 / SHARES[GAP_AT])} |",
-        "|---|" + "--:|" * (5 + len(SHARES)),
+        + f" | of the front at 1/{round(1 / SHARES[FRONT_AT])} | budget for {ENOUGH} | quality lacking at 1/{round(1 / SHARES[GAP_AT])} |",
+        "|---|" + "--:|" * (6 + len(SHARES)),
     ]
     for row in rows:
         cheaper = "-" if row.times_cheaper is None else f"{row.times_cheaper:.2f}"
@@ -313,7 +321,7 @@ def describe_table(table: Table, rows: Sequence[Row], num_seeds: int) -> str:
         volumes = " | ".join(f"{volume:.3f}" for volume in row.volumes)
         lines.append(
             f"| {row.searcher} | {cheaper} | {row.end_volume:.4f} | {row.end_front:g} of {row.true_front:g} "
-            f"| {volumes} | {enough} | {row.quality_gap:.3f} |"
+            f"| {volumes} | {row.fronts[FRONT_AT]:g} | {enough} | {row.quality_gap:.3f} |"
         )
     return "\n".join(lines)
 
