@@ -29,7 +29,7 @@ from machine import describe_machine
 from peers import PEERS, is_installed, play
 from searchers import OurSearch, Source, Trace
 from svg import draw_lines
-from tables import Table, read_metamathqa, read_table
+from tables import PART, Table, draw_part, read_metamathqa, read_table
 
 from autopeft.records import to_record
 from autopeft.search.front import parse_objectives
@@ -43,8 +43,6 @@ ENOUGH = 0.99
 """Of the hypervolume."""
 METAMATHQA_RUNGS = (250, 500, 1000, 2000, 5000)
 """Doubling, as far as the full length lets them: nothing was recorded before step 250."""
-PART = 0.75
-"""Of a recording's configurations that a seed plays."""
 FRONT_AT = SHARES.index(1 / 6)
 """Where the front's members are counted."""
 GAP_AT = SHARES.index(1 / 5)
@@ -162,7 +160,7 @@ def compare(table: Table, num_seeds: int, peers: Sequence[str]) -> list[Row]:
         # Of a space drawn at random nobody would train everything.
         ours = [("autopeft", "chosen", True), ("autopeft, random arrival", "one by one", True),
                 ("Optuna TPE, raced by autopeft", "tpe", True)]  # fmt: skip
-    tables = [table if is_listed else _choose_part(table, seed) for seed in range(num_seeds)]
+    tables = [table if is_listed else draw_part(table, seed) for seed in range(num_seeds)]
     rows = []
     for name, source, clocked in ours:
         search = OurSearch(source=source)
@@ -174,11 +172,6 @@ def compare(table: Table, num_seeds: int, peers: Sequence[str]) -> list[Row]:
         rows.append(_measure(name, played))
         print(f"{name} played.", file=sys.stderr)
     return rows
-
-
-def _choose_part(table: Table, seed: int) -> Table:
-    count = len(table.curves)
-    return table.choose(sorted(random.Random(seed).sample(range(count), round(PART * count))), table.name)
 
 
 def _play_ours(search: OurSearch, table: Table, seed: int, clocked: bool) -> Played:
@@ -312,7 +305,8 @@ def describe_table(table: Table, rows: Sequence[Row], num_seeds: int) -> str:
         "",
         "| searcher | times cheaper at its own end | hypervolume there | of the front | "
         + " | ".join(f"at 1/{round(1 / share)}" for share in SHARES)
-        + f" | of the front at 1/{round(1 / SHARES[FRONT_AT])} | budget for {ENOUGH} | quality lacking at 1/{round(1 / SHARES[GAP_AT])} |",
+        + f" | of the front at 1/{round(1 / SHARES[FRONT_AT])} | budget for {ENOUGH} "
+        f"| quality lacking at 1/{round(1 / SHARES[GAP_AT])} |",
         "|---|" + "--:|" * (6 + len(SHARES)),
     ]
     for row in rows:

@@ -5,8 +5,8 @@
 
 Each table is searched in turn, the other tables being the sources, all that was trained to its end on them, or the
 leaderboards that `--sources` names. Both searches are the product's, on one worker with a simulated clock; a
-configuration that was not recorded is answered by the nearest that was. Hypervolumes are shares of what training
-everything gives, budgets shares of what that takes.
+configuration that was not recorded is answered by the nearest that was. Every seed searches another random part of the
+table. Hypervolumes are shares of what training everything gives, budgets shares of what that takes.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from machine import describe_machine
 from pool import make_pool
 from searchers import OurSearch
-from tables import Table, read_table
+from tables import PART, Table, draw_part, read_table
 
 from autopeft.records import WarmStart
 from autopeft.report.priors import read_sources
@@ -44,18 +45,19 @@ def main() -> None:
     for table in tables:
         sources = read_sources(arguments.sources, Path()) if arguments.sources else []
         sources = sources or [make_source(other) for other in tables if other is not table]
-        warm = choose_recorded(table, sources)
-        for title, search in (
-            ("recipes", OurSearch(source="chosen")),
-            (f"warm, {len(warm.first)} first", OurSearch(source="chosen", warm_start=warm)),
-        ):
-            volumes = [measure(table, search, share, arguments.seeds) for share in SHARES]
+        parts = [draw_part(table, seed) for seed in range(arguments.seeds)]
+        cold = OurSearch(source="chosen")
+        warm = [replace(cold, warm_start=choose_recorded(part, sources)) for part in parts]
+        for title, searches in (("recipes", [cold] * len(parts)), ("warm", warm)):
+            volumes = [measure(parts, searches, share) for share in SHARES]
             cells = " | ".join(f"{volume:.3f}" for volume in volumes)
             names = ", ".join(source.title for source in sources)
             lines.append(f"| {_name(table)} | {names} | {title} | {cells} |")
             record.append({"searched": _name(table), "sources": names, "start": title, "volumes": volumes})
             print(f"{lines[-1]}", file=sys.stderr, flush=True)
-    text = f"Medians over {arguments.seeds} seeds.\n\n" + "\n".join(lines)
+    text = f"Medians over {arguments.seeds} seeds, each on another random {PART:.0%} of the table.\n\n" + "\n".join(
+        lines
+    )
     print(text)
     if arguments.out:
         data = {"made_at": datetime.now(UTC).isoformat(timespec="seconds"), "machine": describe_machine(),
@@ -110,13 +112,13 @@ def choose_recorded(table: Table, sources: Sequence[Source]) -> WarmStart:
     return WarmStart(sources=warm.sources, first=tuple(first), weighed=warm.weighed)
 
 
-def measure(table: Table, search: OurSearch, share: float, num_seeds: int) -> float:
-    """The median share of the hypervolume that was had by the end of the budget."""
+def measure(parts: Sequence[Table], searches: Sequence[OurSearch], share: float) -> float:
+    """The median share of the hypervolume that was had by the end of the budget, over a search of each part."""
     volumes = []
-    for seed in range(num_seeds):
-        within = share * table.total_seconds * (1 + 1e-9)
-        places = [ended.place for ended in search.play(table, seed, share).ended if ended.at_seconds <= within]
-        volumes.append(table.volume(places) / table.total_volume)
+    for seed, (part, search) in enumerate(zip(parts, searches, strict=True)):
+        within = share * part.total_seconds * (1 + 1e-9)
+        places = [ended.place for ended in search.play(part, seed, share).ended if ended.at_seconds <= within]
+        volumes.append(part.volume(places) / part.total_volume)
     return statistics.median(volumes)
 
 
