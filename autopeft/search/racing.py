@@ -114,7 +114,7 @@ class LearnedRacing:
     inverse of progress, as in `PairedRacing`, so that all rungs together teach one scale. Until enough have reached the
     end nothing is stopped. That costs little, since what is paused waits behind what promises more.
 
-    On the 63 runs of peft's method_comparison these defaults train everything worth training in a sixth of the time;
+    On the 63 runs of peft's method_comparison these defaults train everything worth training in a fifth of the time;
     docs/search.md has the figures, and those of the halves that they were chosen on.
     """
 
