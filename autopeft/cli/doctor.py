@@ -81,14 +81,15 @@ def _look_at_python() -> list[Finding]:
 
 
 def _memory() -> Finding:
-    try:
-        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
+    from autopeft.executors.devices import find_memory
+
+    memory = find_memory()
+    if memory is None:
         return Finding("memory", None, "this system does not tell")
-    good = pages >= 4 * 2**30
+    total, available = memory
+    good = total >= 4 * 2**30
     remedy = "" if good else "Searching MiniLM takes about 1.5 GiB a worker; run with --workers 1."
-    return Finding("memory", good, f"{pages / 2**30:.1f} GiB, {free / 2**30:.1f} GiB unused", remedy)
+    return Finding("memory", good, f"{total / 2**30:.1f} GiB, {available / 2**30:.1f} GiB available", remedy)
 
 
 def _look_at_gpus() -> list[Finding]:

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from autopeft.errors import DeviceError
@@ -52,16 +53,49 @@ def find_gpus() -> list[Gpu]:
     wanted = None if visible is None else [part.strip() for part in visible.split(",") if part.strip()]
     gpus = []
     for line in output.splitlines():
-        index, uuid, name, total, free = (part.strip() for part in line.split(","))
+        fields = [part.strip() for part in line.split(",")]
+        if len(fields) != 5:
+            continue
+        index, uuid, name, *memory = fields
+        sizes = _read_memory(memory)
+        if sizes is None:
+            continue
         if wanted is None or index in wanted or any(uuid.startswith(part) for part in wanted if "-" in part):
-            gpus.append(Gpu(index, name, int(float(total) * 2**20), int(float(free) * 2**20)))
+            gpus.append(Gpu(index, name, *sizes))
     return gpus
+
+
+def _read_memory(cells: Sequence[str]) -> tuple[int, int] | None:
+    """(total, free) bytes from nvidia-smi's cells in MiB; None of a GPU that it cannot read, which has fallen off."""
+    try:
+        total, free = (int(float(cell) * 2**20) for cell in cells)
+    except ValueError:
+        # A GPU without memory of its own shares the machine's (Jetson, GB10), and nvidia-smi knows nothing of that.
+        return find_memory() if set(cells) <= {"[N/A]", "N/A", "[Not Supported]"} else None
+    return total, free
 
 
 def find_free_bytes(workers: int) -> int | None:
     """What the fullest of the GPUs that `plan_gpu_workers` would choose has free; None where there are too few."""
     free = sorted((gpu.free_bytes for gpu in find_gpus()), reverse=True)
     return free[workers - 1] if len(free) >= workers else None
+
+
+def find_memory() -> tuple[int, int] | None:
+    """(total, available) bytes of the machine itself, what files are cached in counted as available; None where the
+    system does not tell."""
+    try:
+        page = os.sysconf("SC_PAGE_SIZE")
+        total, available = os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page
+    except (ValueError, OSError):
+        return None
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as file:
+            # In kB.
+            available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        pass
+    return total, available
 
 
 def count_cores() -> int:

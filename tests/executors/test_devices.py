@@ -1,0 +1,58 @@
+"""GPUs as nvidia-smi tells them, also where it cannot tell all."""
+
+from __future__ import annotations
+
+from subprocess import CompletedProcess
+
+import pytest
+
+from autopeft.executors.devices import Gpu, find_gpus, find_memory
+
+LINES = (
+    "0, GPU-aaaa, NVIDIA H100, 81559, 80000\n",
+    "1, GPU-bbbb, NVIDIA A100, 40960, 1024\n",
+)
+
+
+@pytest.fixture
+def tell(monkeypatch):
+    """Puts a nvidia-smi in place that prints what it is given."""
+
+    def put(output: str) -> None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/nvidia-smi")
+        monkeypatch.setattr("subprocess.run", lambda *arguments, **options: CompletedProcess([], 0, stdout=output))
+
+    return put
+
+
+def test_gpus_come_with_their_memory(tell):
+    tell("".join(LINES))
+    assert find_gpus() == [
+        Gpu("0", "NVIDIA H100", 81559 * 2**20, 80000 * 2**20),
+        Gpu("1", "NVIDIA A100", 40960 * 2**20, 1024 * 2**20),
+    ]
+
+
+@pytest.mark.parametrize(("visible", "numbers"), [("1", ["1"]), ("GPU-aa", ["0"]), ("", [])])
+def test_hidden_gpus_are_left_out(tell, monkeypatch, visible, numbers):
+    tell("".join(LINES))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [gpu.number for gpu in find_gpus()] == numbers
+
+
+@pytest.mark.parametrize("unknown", ["[N/A]", "N/A", "[Not Supported]"])
+def test_a_gpu_without_memory_of_its_own_has_the_machines(tell, unknown):
+    tell(f"0, GPU-cccc, NVIDIA GB10, {unknown}, {unknown}\n")
+    (gpu,) = find_gpus()
+    memory = find_memory()
+    assert memory is not None
+    assert gpu.total_bytes == memory[0]
+    assert 0 < gpu.free_bytes < gpu.total_bytes
+
+
+def test_a_gpu_that_cannot_be_read_is_left_out_and_the_others_stay(tell):
+    broken = "1, GPU-dddd, NVIDIA A100, [Unknown Error], [Unknown Error]\n"
+    lost = "Unable to determine the device handle for GPU0000:02:00.0: GPU is lost.\n"
+    tell(LINES[0] + broken + lost)
+    assert [gpu.number for gpu in find_gpus()] == ["0"]
