@@ -21,6 +21,8 @@ _EPOCHS_AT_MOST = 3
 _LENGTHS_TO_BUY = 15
 """Full lengths that a time budget should buy; fewer, longer trials would leave nothing to compare."""
 _SHORTEST, _UNCLOCKED = 160, 400
+FEWEST_STEPS, MOST_STEPS = 4, 1_000_000
+"""Of a full length. A worker lays out all batches of a trial beforehand, at 200 bytes and more each."""
 
 # Rough figures for plans alone; searches measure. One core trains MiniLM (22.7M parameters, LoRA) at 6.7 steps a second
 # on 16 sst2 sentences, which is 190e9 of the nominal 6 x parameters x tokens operations a second.

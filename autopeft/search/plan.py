@@ -36,6 +36,8 @@ from autopeft.search.front import parse_objectives
 from autopeft.search.lengths import (
     AUTO_GPU_DECODER,
     AUTO_GPU_MODEL,
+    FEWEST_STEPS,
+    MOST_STEPS,
     SCORING_SHARE,
     choose_max_steps,
     guess_seconds_per_step,
@@ -140,8 +142,8 @@ def make_plan(
     max_steps = request.max_steps
     if max_steps is None:
         max_steps = choose_max_steps(wall * len(devices), per_step, splits)
-    if max_steps < 4:
-        raise SpecError(f"--max-steps must be at least 4, but is {max_steps}.")
+    if not FEWEST_STEPS <= max_steps <= MOST_STEPS:
+        raise SpecError(f"--max-steps takes {FEWEST_STEPS} to {MOST_STEPS:,}, but was given {max_steps:,}.")
     least_gain = None
     if request.stop_when_gain_below is not None:
         least_gain = parse_share(request.stop_when_gain_below, "--stop-when-gain-below")
