@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -55,6 +56,7 @@ def build_page(study: StudyRecord, *, find_way: FindWay = find_way_by_method) ->
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["code"] = mark_code
     trials = all_trials(study)
     marks = mark_methods(trial.spec.method for trial in trials)
     rows = list_rows(study, marks)
@@ -92,6 +94,14 @@ def build_page(study: StudyRecord, *, find_way: FindWay = find_way_by_method) ->
         style=_read("page.css"),
         script=_read("page.js"),
         plotly=Markup(get_plotlyjs()),  # holds no closing script tag, says a test
+    )
+
+
+def mark_code(text: str) -> Markup:
+    """Text for terminals and Markdown as HTML, what stands between backticks as code."""
+    parts = re.split("`([^`]*)`", text)
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if index % 2 else part for index, part in enumerate(parts)
     )
 
 

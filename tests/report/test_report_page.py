@@ -116,6 +116,13 @@ def test_the_caller_may_say_how_a_pick_is_taken_home(study_of, trial_of):
     assert "autopeft export sst2-evening --pick knee --to trainer --out sst2-evening-knee" in text
 
 
+def test_what_stands_between_backticks_is_code_and_nothing_is_markup(study_of, trial_of):
+    page = build_page(
+        study_of(trials=[trial_of(0)]), find_way=lambda trial: Way("trainer", "Use `--to <x>`, or <b>not</b>, it`s so.")
+    )
+    assert "Use <code>--to &lt;x&gt;</code>, or &lt;b&gt;not&lt;/b&gt;, it`s so." in page
+
+
 def test_estimated_memory_is_called_so_wherever_it_appears(page):
     document = Document(page)
     headers = re.findall(r"<th .*?</th>", page, re.DOTALL)
