@@ -90,11 +90,28 @@ def load_config(name: str, num_labels: int | None) -> Any:
         # Keys and values are kept for writing alone; in training they would hold memory to no end.
         config.use_cache = False
         return config
+    _check_answers(name, config)
     if find_kind(config) == "decoder":
         config.pad_token_id = _find_padding(name, config)
     # Otherwise each forward pass guesses it from the labels, which DeBERTa does by reading their values.
     config.problem_type = "single_label_classification"
     return config
+
+
+_BY_SUMMARY = frozenset({"xlnet", "xlm", "flaubert"})
+"""Model types whose classifiers read what `summary_type` says, and no attention mask (transformers 5.23)."""
+
+
+def _check_answers(name: str, config: Any) -> None:
+    """Raises ModelError for a classifier whose answer to a row would depend on the other rows of its batch."""
+    summary = getattr(config, "summary_type", None)
+    if config.model_type not in _BY_SUMMARY or summary not in ("last", "mean"):
+        return
+    where = {"last": "the last position of its batch", "mean": "the mean over all positions of its batch"}[summary]
+    raise ModelError(
+        f"A classifier must read a row's answer from the row's own tokens, but that of '{name}' ({config.model_type}) "
+        f"takes {where}, which is padding for shorter rows. Use another model, such as a BERT, ModernBERT or Llama."
+    )
 
 
 def _find_padding(name: str, config: Any) -> int | None:

@@ -12,9 +12,10 @@ import pytest
 import torch
 import transformers
 
-from autopeft.backends.hf.base_model import load_base, load_tokenizer, make_base
+from autopeft.backends.hf.base_model import load_base, load_config, load_tokenizer, make_base
 from autopeft.backends.hf.build import build_trial_model
 from autopeft.backends.hf.data import TaskData
+from autopeft.errors import ModelError
 from autopeft.production.plain import plan_batches, takes_padding
 from autopeft.records import TrialSpec
 from autopeft.tasks.spec import parse_task
@@ -117,3 +118,18 @@ def test_rows_are_padded_behind_though_the_tokenizer_pads_in_front(tmp_path: Pat
     mask_BT = data.collate(data.train, range(8), "cpu")["attention_mask"]
     assert bool((mask_BT[:, 0] == 1).all())
     assert bool((mask_BT[:, -1] == 0).any())
+
+
+@pytest.mark.parametrize(("config", "where"), [
+    (transformers.XLNetConfig(d_model=64, n_layer=2, n_head=4, d_inner=64), "last position"),
+    (transformers.XLMConfig(summary_type="mean"), "mean over all positions"),
+])  # fmt: skip
+def test_a_classifier_that_reads_padding_is_refused(tmp_path: Path, config: Any, where: str) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=where):
+        load_config(str(tmp_path), 2)
+
+
+def test_one_that_reads_the_first_token_is_not(tmp_path: Path) -> None:
+    transformers.XLMConfig().save_pretrained(tmp_path)
+    assert load_config(str(tmp_path), 2).summary_type == "first"
