@@ -27,19 +27,24 @@ def load_cost_model(setup: WorkerSetup) -> CostModel:
         from autopeft.backends.fake import FakeCostModel
 
         return FakeCostModel()
-    from autopeft.backends.hf.cost import HfCostModel
+    from autopeft.backends.hf.cost import HfCostModel, Writing
     from autopeft.backends.hf.cuda_rules import MODELLED_GPU, find_gpu
     from autopeft.backends.hf.data import TaskData
     from autopeft.tasks.spec import parse_task
 
     task = parse_task(setup.task, "task")
     data: Any = TaskData(task, model=setup.model, data_dir=setup.data_dir, split_seed=setup.split_seed)
+    writing = None
+    if task.scorer == "exact_match":
+        prompts = [data.validation.prompt_ids(i) for i in range(len(data.validation.features))]
+        writing = Writing(max(map(len, prompts)), task.max_new_tokens)
     return HfCostModel(
         setup.model,
         num_labels=task.num_labels,
         device_kind="cuda" if setup.device.startswith("cuda") else "cpu",
         longest_tokens=data.longest_tokens,
         scoring_tokens=max(data.validation.lengths()),
+        writing=writing,
         gpu=find_gpu() or MODELLED_GPU,
     )
 

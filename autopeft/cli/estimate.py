@@ -373,7 +373,7 @@ def _print_one(row: _Row, settings: StepSettings, costs: HfCostModel, most: int 
     print(f"{'peak while training':<32}{format_bytes(estimate.peak_bytes):>10}")
     print(
         f"{'peak of the evaluation pass':<32}{format_bytes(estimate.scoring_bytes):>10}"
-        f"  {estimate.scoring_batch_size} examples at a time"
+        f"  {estimate.scoring_batch_size} examples at a time{_tell_writing(costs)}"
     )
     if most is not None:
         print(f"{_fit(estimate, most) + ' --max-vram':<32}{format_bytes(most):>10}")
@@ -388,6 +388,15 @@ def _print_one(row: _Row, settings: StepSettings, costs: HfCostModel, most: int 
     if estimate.layers_measured:
         shallow, deeper = estimate.layers_measured
         print(f"\nExtrapolated from models of {shallow} and {deeper} of its layers, which repeat.")
+
+
+def _tell_writing(costs: HfCostModel) -> str:
+    """Whether the evaluation counted is one in which a language model writes."""
+    if costs.num_labels is not None:
+        return ""
+    if costs.writing is None:
+        return ", by their loss; exact_match writes, which a --study's estimate counts"
+    return f", each written {costs.writing.new_tokens} tokens after up to {costs.writing.prompt_tokens}"
 
 
 def _print_table(rows: Sequence[_Row], most: int | None) -> None:

@@ -51,6 +51,14 @@ _NOT_FOR_FAKES = (DataDependentOutputException, DynamicOutputShapeException, Uns
 _ONE_STEP = StepSettings()
 
 
+class Writing(NamedTuple):
+    """What a model writes when it is scored by exact_match."""
+
+    prompt_tokens: int
+    """Of the longest prompt."""
+    new_tokens: int
+
+
 class _Built(NamedTuple):
     """A trial's model on the meta device, and what its tensors are for."""
 
@@ -72,10 +80,11 @@ class HfCostModel:
         device_kind: Literal["cpu", "cuda"],
         longest_tokens: int,
         scoring_tokens: int | None = None,
+        writing: Writing | None = None,
         gpu: Gpu = MODELLED_GPU,
     ) -> None:
         """`num_labels` is None for a language model. `longest_tokens` is the longest sequence to train on,
-        `scoring_tokens` to score (by default the same).
+        `scoring_tokens` to score (by default the same), `writing` what it writes meanwhile, if it does.
 
         Raises ModelError where the model cannot be had.
         """
@@ -84,6 +93,7 @@ class HfCostModel:
         self.longest_tokens = self._pad(longest_tokens)
         self.scoring_tokens = self._pad(longest_tokens if scoring_tokens is None else scoring_tokens)
         self.num_labels = num_labels
+        self.writing = writing
         self._model = model
         self._config = load_config(model, num_labels)
         self._bases: dict[tuple[Bits, int], BaseModel] = {}
@@ -138,6 +148,12 @@ class HfCostModel:
             for scoring_size in scoring_sizes(spec.batch_size):
                 batch = self._batch(scoring_size, self.scoring_tokens)
                 scoring = peak_of([r.score(batch) for r in rehearsals])
+                if self.writing is not None:
+                    # Soft prompts are positions like any other, whose keys and values are kept too.
+                    prompt_tokens = _count_prompt(models[0].model) + self.writing.prompt_tokens
+                    written = [r.write(scoring_size, prompt_tokens, self.writing.new_tokens) for r in rehearsals]
+                    passes = [peak_of(peaks) for peaks in zip(*written, strict=True)]
+                    scoring = max(scoring, *passes, key=lambda held: held.total)
                 if training is None or scoring.total <= training.total:
                     break
             # An untrained base needs what scoring it needs.

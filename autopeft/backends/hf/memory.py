@@ -7,10 +7,12 @@ update. Peaks are kept for each moment, because only so can they be extrapolated
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -70,8 +72,8 @@ class Rehearsal:
         self.model = model
         self.wasted_bytes = 0
         """What the caching allocator reserves for a step beyond its peak."""
-        self._runner = OnGpu(model) if on_gpu else model
         self._on_gpu = on_gpu
+        self._runner = self._put_on_device(model)
         self._workspaces = cuda_workspaces() if on_gpu else cpu_workspaces()
         self._parts = parts
         self._optimizer = None
@@ -138,6 +140,38 @@ class Rehearsal:
         self.model.train()
         return live.peaks
 
+    def write(self, rows: int, tokens: int, new_tokens: int) -> list[Peaks]:
+        """The peaks of writing `new_tokens` after `tokens` in each of `rows`, as `write_completions` does: of reading
+        the prompts, and of the last token, before which the keys and values of all others are kept."""
+        # Without peft's wrapper, which puts soft prompts in front: `tokens` has them.
+        writer = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        self.model.eval()
+        with torch.no_grad():
+            reading = self._count_writing(writer, _make_prompt(writer, rows, tokens), None)
+            with self._rules():
+                kept = _make_prompt(writer, rows, tokens + new_tokens - 1)
+                cache = self._put_on_device(writer)(**kept, use_cache=True).past_key_values
+            last = _make_prompt(writer, rows, tokens + new_tokens)
+            last |= {name: last[name][:, -1:].clone() for name in last.keys() - {"attention_mask"}}
+            writing = self._count_writing(writer, last, cache)
+        self.model.train()
+        return [reading, writing]
+
+    def _count_writing(self, writer: Any, batch: Batch, cache: Any) -> Peaks:
+        live = self._count(batch)
+        for tensor in _list_cached(cache):
+            live.add(tensor)
+        # As transformers' `generate` does where the model can.
+        kept = {"logits_to_keep": 1} if writer._supports_logits_to_keep() else {}
+        with self._rules(), _marks(writer, None, live), live:
+            output = self._put_on_device(writer)(**batch, past_key_values=cache, use_cache=True, **kept)
+            # The next token is chosen from a copy in float32 (GenerationMixin._sample).
+            output.logits[:, -1].to(copy=True, dtype=torch.float32).argmax(-1)
+        return live.peaks
+
+    def _put_on_device(self, model: nn.Module) -> nn.Module:
+        return OnGpu(model) if self._on_gpu else model
+
     def _part_of(self, tensor: torch.Tensor) -> Part:
         if self._parts is None:
             return "adapter" if tensor.requires_grad else "base"
@@ -159,6 +193,20 @@ class Rehearsal:
         for tensor in batch.values():
             live.add(tensor)
         return live
+
+
+def _make_prompt(writer: Any, rows: int, tokens: int) -> Batch:
+    """What `generate` gives the model: a position for each token of each row, too, where it takes them."""
+    names = ["input_ids", "attention_mask"]
+    if "position_ids" in inspect.signature(writer.forward).parameters:
+        names.append("position_ids")
+    return {name: torch.ones(rows, tokens, dtype=torch.int64) for name in names}
+
+
+def _list_cached(cache: Any) -> Iterator[torch.Tensor]:
+    """Keys, values and other states of each layer of transformers' caches; nothing where there is none yet."""
+    for layer in getattr(cache, "layers", ()):
+        yield from (leaf for leaf in tree_leaves(list(vars(layer).values())) if isinstance(leaf, torch.Tensor))
 
 
 def _list_paged(spec: TrialSpec, states: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -1,0 +1,141 @@
+"""What a language model holds while it writes, as exact_match has it do: the estimate beside a real `generate`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from recipe_specs import make_recipe_spec
+
+from autopeft.backends import load_cost_model
+from autopeft.backends.base import WorkerSetup
+from autopeft.backends.hf.base_model import load_base
+from autopeft.backends.hf.build import build_trial_model
+from autopeft.backends.hf.cost import HfCostModel, Writing
+from autopeft.backends.hf.live_bytes import LiveBytes, list_tensors
+from autopeft.records import TrialSpec
+
+PROMPT, NEW = 40, 60
+_SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 100,
+                          "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}  # fmt: skip
+CONFIGS: dict[str, Callable[[int], Any]] = {
+    "llama": lambda depth: transformers.LlamaConfig(**_SIZES, num_hidden_layers=depth, num_key_value_heads=2),
+    "gpt2": lambda depth: transformers.GPT2Config(
+        n_embd=64, n_layer=depth, n_head=4, vocab_size=100, n_positions=256, eos_token_id=1, pad_token_id=0
+    ),
+    # Windows of 16 in five of six layers.
+    "gemma3": lambda depth: transformers.Gemma3TextConfig(
+        **_SIZES, num_hidden_layers=depth, num_key_value_heads=1, head_dim=16, sliding_window=16
+    ),
+}
+"""By depth."""
+
+
+def spec_of(method: str, batch_size: int = 8, **changed: Any) -> TrialSpec:
+    return make_recipe_spec(method, 32, batch_size=batch_size, **changed)
+
+
+def make_costs(folder: Path, architecture: str, depth: int, writing: Writing | None, **more: Any) -> HfCostModel:
+    transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture](depth)).save_pretrained(folder)
+    # Losses of single tokens, so that whatever is held is held to write.
+    return HfCostModel(
+        str(folder), num_labels=None, device_kind="cpu", longest_tokens=128, scoring_tokens=2, writing=writing, **more
+    )
+
+
+def count_real_writing(folder: Path, spec: TrialSpec, rows: int) -> int:
+    """Peak of bytes while the model really writes."""
+    model = build_trial_model(load_base(str(folder), num_labels=None, bits=32, device="cpu"), spec).eval()
+    batch = {name: torch.ones(rows, PROMPT, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
+    # Two lengths, or the mask would be dropped.
+    batch["attention_mask"][0, :5] = 0
+    settings = transformers.GenerationConfig(min_new_tokens=NEW, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    live = LiveBytes()
+    for tensor in [*list_tensors(model), *batch.values()]:
+        live.add(tensor)
+    with torch.no_grad(), live:
+        written_BT = model.generate(**batch, generation_config=settings)
+    assert written_BT.shape == (rows, PROMPT + NEW)
+    return live.peak_bytes
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_writing_needs_is_estimated_within_1_percent(tmp_path, architecture, method):
+    costs = make_costs(tmp_path, architecture, 6, Writing(PROMPT, NEW))
+    spec = spec_of(method)
+    estimate = costs.estimate(spec)
+    optimizer_bytes = estimate.optimizer_bytes
+    real = count_real_writing(tmp_path, spec, estimate.scoring_batch_size)
+    assert estimate.scoring_bytes - optimizer_bytes == pytest.approx(real, rel=0.01)
+
+
+def test_keys_and_values_of_every_position_are_counted(tmp_path):
+    by_tokens = {}
+    for new_tokens in (100, 200):
+        costs = make_costs(tmp_path, "llama", 6, Writing(PROMPT, new_tokens))
+        by_tokens[new_tokens] = costs.estimate(spec_of("lora"))
+    sizes = {estimate.scoring_batch_size for estimate in by_tokens.values()}
+    assert len(sizes) == 1
+    # Keys and values x 6 layers x 2 heads of 16 numbers of 4 bytes, and one of both again where a token is added.
+    grown = by_tokens[200].scoring_bytes - by_tokens[100].scoring_bytes
+    assert grown == pytest.approx(sizes.pop() * 100 * (2 * 6 + 1) * 2 * 16 * 4, rel=0.01)
+
+
+def test_windows_keep_their_last_positions_alone(tmp_path):
+    short, long = (
+        make_costs(tmp_path, "gemma3", 6, Writing(PROMPT, new)).estimate(spec_of("lora")) for new in (100, 200)
+    )
+    # One layer of six attends to everything.
+    everywhere = long.scoring_batch_size * 100 * 2 * 6 * 16 * 4
+    assert 0 < long.scoring_bytes - short.scoring_bytes < 0.6 * everywhere
+
+
+def test_a_soft_prompt_is_kept_like_text(tmp_path):
+    plain, long = (
+        make_costs(tmp_path, "llama", 6, Writing(PROMPT, NEW)).estimate(
+            spec_of("prompt_tuning", num_virtual_tokens=tokens)
+        )
+        for tokens in (2, 64)
+    )
+    assert long.scoring_bytes - plain.scoring_bytes > long.scoring_batch_size * 62 * 2 * 6 * 2 * 16 * 4
+
+
+def test_fewer_are_written_at_a_time_where_more_would_not_fit(tmp_path):
+    spec = spec_of("ia3", batch_size=16)
+    alone = make_costs(tmp_path, "llama", 4, None).estimate(spec)
+    written = make_costs(tmp_path, "llama", 4, Writing(200, 4000)).estimate(spec)
+    assert written.peak_bytes == alone.peak_bytes
+    assert written.scoring_batch_size < alone.scoring_batch_size
+    assert written.scoring_bytes <= written.peak_bytes or written.scoring_batch_size == 1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_a_deep_model_writes_as_if_all_its_layers_had_been_run(tmp_path, architecture):
+    costs = make_costs(tmp_path, architecture, 26, Writing(PROMPT, NEW))
+    spec = spec_of("lora")
+    extrapolated, measured = costs.estimate(spec), costs.estimate(spec, every_layer=True)
+    assert extrapolated.layers_measured is not None
+    assert extrapolated.scoring_bytes == measured.scoring_bytes
+    assert extrapolated.scoring_bytes > make_costs(tmp_path, architecture, 26, None).estimate(spec).scoring_bytes
+
+
+def test_a_task_says_what_is_written(tmp_path):
+    from test_language import write_text
+    from tiny_models import make_tiny_llama
+
+    task = write_text(tmp_path, scorer="exact_match", max_new_tokens=7)
+    setup = WorkerSetup(
+        backend="hf", model=make_tiny_llama(tmp_path), task=task, data_dir=None, split_seed=0, study_dir=str(tmp_path),
+        device="cpu", threads=1,
+    )  # fmt: skip
+    costs: Any = load_cost_model(setup)
+    assert costs.writing.new_tokens == 7
+    assert 5 < costs.writing.prompt_tokens < 20
+    other = load_cost_model(dataclasses.replace(setup, task=write_text(tmp_path)))
+    assert other.writing is None  # type: ignore[attr-defined]
