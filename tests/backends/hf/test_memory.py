@@ -31,6 +31,10 @@ CONFIGURATIONS: tuple[tuple[str, Bits, Mapping[str, Any], StepSettings], ...] = 
     ("lora", 32, {"dropout": 0.1}, PLAIN),
     ("lora", 32, {}, CHECKPOINTED),
     ("lora", 4, {}, CHECKPOINTED),
+    ("lora", 32, {"dora": True}, CHECKPOINTED),
+    ("full", 32, {}, CHECKPOINTED),
+    ("ia3", 32, {}, CHECKPOINTED),
+    ("ia3", 8, {}, CHECKPOINTED),
     ("lora", 32, {}, ACCUMULATED),
     ("full", 32, {}, PLAIN),
     ("full", 32, {}, ACCUMULATED),
@@ -39,7 +43,7 @@ CONFIGURATIONS: tuple[tuple[str, Bits, Mapping[str, Any], StepSettings], ...] = 
     ("bottleneck", 4, {}, PLAIN),
     ("prompt_tuning", 32, {}, PLAIN),
 )
-"""Times four architectures, but for one: 51."""
+"""Times four architectures, but for one: 67."""
 
 
 def spec_of(method: str, bits: Bits = 32, **changed: Any) -> TrialSpec:
