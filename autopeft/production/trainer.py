@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from autopeft.backends.hf.build import trainable_parameters
 from autopeft.backends.hf.data import Batch
-from autopeft.backends.hf.steps import Diverged, bind_after_step, build_optimizer
+from autopeft.backends.hf.steps import Diverged, bind_after_step, build_optimizer, restore_optimizer
 from autopeft.methods import find_method
 from autopeft.production import checkpoints
 from autopeft.production.checkpoints import CheckpointMeta, Evaluation
@@ -291,7 +291,7 @@ class RecipeTrainer(transformers.Trainer):
 
             load_sharded_optimizer(self.model, _inner(self.optimizer), state["optimizer"])
         else:
-            _inner(self.optimizer).load_state_dict(state["optimizer"])
+            restore_optimizer(_inner(self.optimizer), state["optimizer"])
         self.lr_scheduler.load_state_dict(state["schedule"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

@@ -23,6 +23,8 @@ from autopeft.methods import find_method
 from autopeft.records import TrialSpec
 
 MAX_GRAD_NORM = 1.0
+_PAGED_STATES = frozenset({"state1", "state2"})
+"""Names of the moments in bitsandbytes' optimizer states (Optimizer2State.init_state); the rest is never paged."""
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 
@@ -55,6 +57,24 @@ def build_optimizer(model: nn.Module, spec: TrialSpec) -> torch.optim.Optimizer:
     paged = spec.optimizer == "paged_adamw_8bit"
     optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, **arguments, is_paged=paged)
     return optimizer
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """`load_state_dict`, after which paged states are paged again.
+
+    bitsandbytes loads them into the GPU's own memory (0.50.2, Optimizer8bit.load_state_dict), where a full GPU could no
+    longer page them out and an estimate that leaves them out would be wrong.
+    """
+    optimizer.load_state_dict(state)
+    if not getattr(optimizer, "is_paged", False):
+        return
+    paged: Any = optimizer
+    for parameter in (p for group in paged.param_groups for p in group["params"]):
+        kept = paged.state.get(parameter, {})
+        for name in _PAGED_STATES & kept.keys():
+            # Of small parameters it is no paged one here either.
+            buffer = paged.get_state_buffer(parameter, dtype=kept[name].dtype)
+            kept[name] = buffer.copy_(kept[name])
 
 
 def bind_after_step(model: nn.Module, spec: TrialSpec, step: int) -> Callable[[], None] | None:

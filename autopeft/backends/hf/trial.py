@@ -34,6 +34,7 @@ from autopeft.backends.hf.steps import (
     bind_after_step,
     build_optimizer,
     learning_rate_at,
+    restore_optimizer,
     train_step,
 )
 from autopeft.methods import find_method
@@ -76,7 +77,7 @@ class LiveTrial:
         with torch.no_grad():
             for name, parameter in trainable_parameters(self.model).items():
                 parameter.copy_(state["trainable"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(self.optimizer, state["optimizer"])
         if self.stepping:
             self.stepping.restore(self.model, state["stepping"])
         torch.set_rng_state(state["random"].cpu())

@@ -15,7 +15,7 @@ from autopeft.backends.base import Ended, Event, Finished, Stretch, WorkerSetup
 from autopeft.backends.hf.base_model import BaseModel, digest_model, lend_model, load_base
 from autopeft.backends.hf.build import build_trial_model, count_trainable, trainable_parameters
 from autopeft.backends.hf.data import plan_batches, scoring_batches
-from autopeft.backends.hf.steps import learning_rate_at
+from autopeft.backends.hf.steps import learning_rate_at, restore_optimizer
 from autopeft.backends.hf.trial import HfBackend
 from autopeft.methods import METHODS, refuse_spec
 from autopeft.records import TrialSpec
@@ -320,3 +320,29 @@ def test_a_worker_says_where_target_groups_do_not_mean_what_their_names_say(
     notes = backend.ready().notes
     assert len(notes) == 3
     assert all("architecture is not known" in note for note in notes)
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_paged_states_are_paged_again_after_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bitsandbytes
+
+    parameter = torch.nn.Parameter(torch.linspace(-1, 1, 8192))
+    before, after = (bitsandbytes.optim.AdamW8bit([parameter], is_paged=True) for _ in range(2))
+    parameter.grad = torch.linspace(1, 2, 8192)
+    before.step()
+
+    paged = []
+
+    def get_state_buffer(p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        # In place of CUDA's unified memory, which a CPU does not have.
+        paged.append(torch.zeros_like(p, dtype=dtype))
+        return paged[-1]
+
+    monkeypatch.setattr(after, "get_state_buffer", get_state_buffer)
+    restore_optimizer(after, before.state_dict())
+    kept = after.state[parameter]
+    assert {id(kept["state1"]), id(kept["state2"])} == {id(tensor) for tensor in paged}
+    for name in ("state1", "state2", "absmax1", "absmax2"):
+        assert torch.equal(kept[name], before.state[parameter][name])
+    assert kept["state1"].any()
+    assert kept["step"] == 1
