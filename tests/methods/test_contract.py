@@ -30,11 +30,20 @@ def rotated_architectures(method: Method) -> list[ArchitectureName]:
     return [*names[start:], *names[:start]]
 
 
+TOO_WIDE: dict[str, list[dict[str, Any]]] = {
+    "oft": [{"block_size": 128}],
+    "c3a": [{"block_size": 128}, {"block_size": 256}],
+}
+"""Choices that divide no width of the tiny models; test_orthogonal trains them on a wider one."""
+
+
 def cases_of(method: Method) -> list[Any]:
     """Its recipe on the first model that takes it; marked slow, on all, and every other choice of every setting."""
     recipes = [Case(method, name, width_for(method)) for name in rotated_architectures(method)]
     variants = [
-        [case._replace(settings=tuple(changed.items())) for case in recipes] for changed in choice_variants(method)
+        [case._replace(settings=tuple(changed.items())) for case in recipes]
+        for changed in choice_variants(method)
+        if changed not in TOO_WIDE.get(method.name, ())
     ]
     return [recipes, *(pytest.param(case, marks=pytest.mark.slow) for case in [*recipes, *variants])]
 
@@ -43,6 +52,11 @@ class TestEveryMethod(MethodContract):
     @classmethod
     def cases(cls) -> list[Any]:
         return [case for method in METHODS.values() for case in cases_of(method)]
+
+    def same_bytes(self, subject: Subject) -> float:
+        # From its forward to its backward pass oneDNN's LSTM keeps a workspace, which on fakes has no size: 0.3 MB of
+        # the 11.5 of a tiny model. It grows with the virtual tokens alone.
+        return 0.04 if ("encoder", "lstm") in subject.case.settings else super().same_bytes(subject)
 
 
 def test_an_everyday_run_tries_every_architecture() -> None:
@@ -372,6 +386,16 @@ def test_a_failing_law_prints_its_message_alone(pytester: pytest.Pytester) -> No
 
 
 # --- what the suite itself is made of
+
+
+def test_what_is_too_wide_for_the_tiny_models_is_refused_by_all_of_them() -> None:
+    for name, changes in TOO_WIDE.items():
+        method = METHODS[name]
+        for changed in changes:
+            assert changed in choice_variants(method)
+            for architecture in claimed(method, tuple(ARCHITECTURES)):
+                case = Case(method, architecture, 32, tuple(changed.items()))
+                assert "must divide the width of every target" in str(Subject(case).refusal())
 
 
 def test_every_other_choice_of_a_setting_is_a_variant() -> None:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.boft.layer import FastBlockDiag
 
-from autopeft.backends.hf.build import build_trial_model, trainable_parameters
+from autopeft.backends.hf.base_model import BaseModel, make_base
+from autopeft.backends.hf.build import build_trial_model, count_trainable, trainable_parameters
 from autopeft.backends.hf.peft_stand_ins import install_block_diagonal
+from autopeft.backends.hf.saved import merge_adapter
+from autopeft.backends.hf.steps import build_optimizer, train_step
 from autopeft.errors import SpecError
 from autopeft.methods import METHODS
 from autopeft.methods.base import BuildContext, PeftCall
 from autopeft.methods.orthogonal import ORTHOGONAL, check_divides
 from autopeft.methods.sparse_spectral import SPARSE_SPECTRAL
 from autopeft.records import TrialSpec
+from autopeft.testing.subject import compute_logits, compute_loss
 from autopeft.testing.tiny_models import tiny_base, tiny_batch
 
 MakeSpec = Callable[..., TrialSpec]
@@ -111,6 +117,42 @@ def test_boft_has_as_many_rotations_as_butterfly_factors(make_spec: MakeSpec) ->
     rotations = [p for name, p in trainable_parameters(model).items() if "boft_R" in name]
     assert rotations
     assert {len(rotation) for rotation in rotations} == {3}
+
+
+@pytest.fixture(scope="module")
+def wide_bert() -> BaseModel:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**sizes, vocab_size=96, pad_token_id=0)
+    return make_base(transformers.AutoModelForSequenceClassification.from_config(config).requires_grad_(False), 32)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("method", "block_size", "count"),
+    [
+        # Half a skew-symmetric matrix a block: 5 layers of 256 inputs have 2 blocks, one of 512 has 4.
+        ("oft", 128, (5 * 2 + 4) * 128 * 127 // 2),
+        # A vector a circulant block: 4 layers of 256 x 256, and two of 256 x 512.
+        ("c3a", 128, 4 * 2 * 2 * 128 + 2 * 2 * 4 * 128),
+        ("c3a", 256, 4 * 256 + 2 * 2 * 256),
+    ],
+)
+def test_the_largest_blocks_train_and_merge_on_a_model_that_is_wide_enough(
+    method: str, block_size: int, count: int, wide_bert: BaseModel, make_spec: MakeSpec
+) -> None:
+    spec = make_spec(method, settings={"block_size": block_size})
+    model = build_trial_model(wide_bert, spec)
+    assert count_trainable(model, wide_bert.head).adapter == count
+    before = compute_loss(model)
+    optimizer = build_optimizer(model, spec)
+    model.train()
+    for _ in range(10):
+        train_step(model, optimizer, tiny_batch(), learning_rate=3e-3, device="cpu")
+    assert compute_loss(model) < before
+    logits = compute_logits(model)
+    merged = merge_adapter(copy.deepcopy(model))
+    torch.testing.assert_close(compute_logits(merged), logits, rtol=0, atol=1e-4)
 
 
 def test_bofts_block_diagonal_and_its_gradient_are_those_of_pytorch() -> None:
