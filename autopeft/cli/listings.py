@@ -51,13 +51,17 @@ def list_methods(args: argparse.Namespace) -> int:
 
     from autopeft.cli.method_table import render_method, render_table
     from autopeft.methods import METHODS, find_method
-    from autopeft.methods.excluded import LEFT_OUT
+    from autopeft.methods.excluded import EXCLUDED_STARTS, LEFT_OUT
     from autopeft.methods.facts import describe_method
 
     if args.name is not None:
         method = find_method(args.name)
         origin = METHODS.origin(method.name)
-        text = json.dumps(describe_method(method, origin), indent=2) if args.json else render_method(method, origin)
+        if args.json:
+            text = json.dumps(describe_method(method, origin), indent=2)
+        else:
+            left_out = EXCLUDED_STARTS.items() if method.name == "lora" else ()
+            text = render_method(method, origin, left_out)
     elif args.json:
         methods = [describe_method(method, METHODS.origin(name)) for name, method in METHODS.items()]
         text = json.dumps({"methods": methods, "excluded": dict(LEFT_OUT)}, indent=2)

@@ -92,8 +92,8 @@ def _tell_origins(methods: MethodTable) -> str:
     return f"All come from {OURS}" + (f", but {', '.join(foreign)}." if foreign else ".")
 
 
-def render_method(method: Method, origin: Origin) -> str:
-    """Everything that is known of one method."""
+def render_method(method: Method, origin: Origin, left_out: Iterable[tuple[str, str]] = ()) -> str:
+    """Everything that is known of one method; `left_out` is what peft has of it besides, with the reason."""
     recipe = method.recipe
     blocks = [
         [f"{method.title} ({method.name})"],
@@ -111,6 +111,9 @@ def render_method(method: Method, origin: Origin) -> str:
             ),
         ],
     ]
+    left_out = sorted(left_out)
+    if left_out:
+        blocks.append(["Other starts that peft has for it, left out", *_pairs(left_out)])
     return "\n\n".join("\n".join(block) for block in blocks)
 
 

@@ -86,6 +86,8 @@ def refuse(recipe: Recipe, task: TaskSpec) -> str | None:
         return f"the script knows no learning rates of {method.title}'s own."
     if method.stepping is not None and method.name != "adalora":
         return f"the script does not know what {method.title} does after each step."
+    if method.start is not None and method.start.count_tokens(spec):
+        return f"the script reads no rows before its first step, as {method.title} with these settings wants to."
     return None
 
 

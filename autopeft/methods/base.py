@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from autopeft.records import Bits, Optimizer, Scalar, TrialSpec
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 ALL_BITS: tuple[Bits, ...] = (4, 8, 16, 32)
@@ -128,6 +129,19 @@ class Stepping(NamedTuple):
     restore: Callable[[nn.Module, dict[str, Any]], None]
 
 
+class RowStart(NamedTuple):
+    """For methods that begin with what rows of the task show them, such as EVA's directions of activations.
+
+    What it sets are values of trainable parameters alone: shapes, and so costs, are known without rows.
+    """
+
+    count_tokens: Callable[[TrialSpec], int]
+    """That a batch of rows must have at least; 0 where the configuration begins without rows."""
+    begin: Callable[[nn.Module, TrialSpec, Iterable[Mapping[str, torch.Tensor]]], None]
+    """(model, spec, batches), called once before the first step, in evaluation mode and without gradients. Batches are
+    inputs of the model without labels, finitely many."""
+
+
 def write_nothing(spec: TrialSpec) -> bool:
     return False
 
@@ -181,6 +195,7 @@ class Method:
     """Trainable parameters in groups as `torch.optim` takes them, each with `lr_scale`, a factor on the learning rate;
     None where one rate serves all."""
     stepping: Stepping | None = None
+    start: RowStart | None = None
     why_not_peft: str = ""
     """Where `peft` is None: why the `peft` export refuses it, and what to do."""
 

@@ -25,14 +25,11 @@ EXCLUDED_STARTS: dict[str, str] = {
         "a start for LoRA that decomposes weights by the activations of data which the user chooses for it, and a "
         "study has its task's rows alone"
     ),
-    "EVA": (
-        "a start for LoRA from the activations of training rows, by which peft hands ranks out among layers: "
-        "parameters and memory would be known only once a trial has run, and a search refuses by them before"
-    ),
     "GAUSSIAN": "a start for LoRA that differs from the default in the distribution of its random numbers alone",
     "LOFTQ": (
-        "a start for LoRA from the weights before quantization, which a worker with a quantized base does not hold, "
-        "and which peft 0.21.2 computes on a GPU alone; for unquantized bases lora.init has PiSSA and OLoRA"
+        "a start for LoRA from what quantization takes away, for which the unquantized weights must be at hand beside "
+        "the quantized ones, and which peft 0.21.2 computes on a GPU alone (utils/loftq_utils.py moves every weight to "
+        "CUDA); on 4 and 8 bits LoRA starts from zero"
     ),
     "MICA": "a start for LoRA that freezes B, and that needs a full decomposition of every weight",
     "ORTHOGONAL": "a start for LoRA that differs from the default in how its random numbers are drawn alone",

@@ -1,11 +1,12 @@
-"""LoRA and its switches: how it starts (PiSSA, OLoRA), is scaled (rsLoRA), split up (DoRA) and stepped (LoRA+)."""
+"""LoRA and its switches: how it starts (PiSSA, OLoRA, EVA), is scaled (rsLoRA), split up (DoRA) and stepped (LoRA+)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from autopeft.errors import SpecError
-from autopeft.methods.base import BuildContext, Method, PeftCall, Recipe, choice, floats, integers
+from autopeft.methods import eva
+from autopeft.methods.base import BuildContext, Method, PeftCall, Recipe, RowStart, choice, floats, integers
 from autopeft.methods.targets import ends_with
 from autopeft.records import TrialSpec
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _TITLES = {"pissa": "PiSSA", "olora": "OLoRA"}
+"""Starts that are taken from the weights, and change them."""
 
 RANK = integers("rank", 1, 256, 8, "rank of the update")
 ALPHA_OVER_RANK = floats("alpha_over_rank", 0.25, 8.0, 2.0, "alpha divided by rank: the update's scale", log=True)
@@ -70,20 +72,37 @@ def _check_decomposition(title: str, rank: int, context: BuildContext) -> None:
             )
 
 
+def _check_directions(rank: int, context: BuildContext) -> None:
+    """Raises SpecError where a layer's inputs have fewer directions than EVA is to find."""
+    for name, (num_inputs, _) in context.sizes.items():
+        if any(ends_with(name, target) for target in context.targets) and rank > num_inputs:
+            raise SpecError(
+                f"EVA finds directions of a layer's inputs, so lora.rank may be at most {num_inputs} on {name}, but is "
+                f"{rank}. Lower the rank or use init 'default'."
+            )
+
+
 def _peft(spec: TrialSpec, context: BuildContext) -> PeftCall:
-    init = str(spec.settings["init"])
+    init, rank = str(spec.settings["init"]), int(spec.settings["rank"])
     if init in _TITLES:
-        _check_decomposition(_TITLES[init], int(spec.settings["rank"]), context)
+        _check_decomposition(_TITLES[init], rank, context)
+    elif init == "eva":
+        _check_directions(rank, context)
     # Four subspace iterations instead of a full SVD: seconds instead of minutes on large layers
     # (peft's documentation of `pissa_niter_4`).
-    in_peft: dict[str, Any] = {"default": True, "pissa": "pissa_niter_4", "olora": "olora"}
+    in_peft: dict[str, dict[str, Any]] = {
+        "default": {"init_lora_weights": True},
+        "pissa": {"init_lora_weights": "pissa_niter_4"},
+        "olora": {"init_lora_weights": "olora"},
+        "eva": eva.PEFT_ARGUMENTS,
+    }
     return PeftCall(
         "LoraConfig",
         {
             **lora_arguments(spec, list(context.targets)),
             "use_dora": bool(spec.settings["dora"]),
             "use_rslora": bool(spec.settings["rslora"]),
-            "init_lora_weights": in_peft[init],
+            **in_peft[init],
             "modules_to_save": list(context.head),
         },
     )
@@ -97,7 +116,8 @@ def _writes_base(spec: TrialSpec) -> bool:
 LORA = Method(
     name="lora",
     title="LoRA",
-    paper="arXiv:2106.09685 (DoRA 2402.09353, rsLoRA 2312.03732, PiSSA 2404.02948, OLoRA 2406.01775, LoRA+ 2402.12354)",
+    paper="arXiv:2106.09685 (DoRA 2402.09353, rsLoRA 2312.03732, PiSSA 2404.02948, OLoRA 2406.01775, EVA 2410.07170, "
+    "LoRA+ 2402.12354)",
     family="low-rank",
     dimensions=(
         RANK,
@@ -107,9 +127,10 @@ LORA = Method(
         choice("rslora", (False, True), False, "rsLoRA: scale by alpha / sqrt(rank)"),
         choice(
             "init",
-            ("default", "pissa", "olora"),
+            ("default", "pissa", "olora", "eva"),
             "default",
-            "start from zero, or from the weight's principal components (PiSSA) or its QR decomposition (OLoRA)",
+            "start at random, from the weight's principal components (PiSSA) or its QR decomposition (OLoRA), or from "
+            "the principal components of its inputs on training rows (EVA)",
             only_if={"bits": (16, 32)},
         ),
         LR_RATIO_B,
@@ -118,7 +139,8 @@ LORA = Method(
     target_modules=("attention-qv", "attention", "mlp", "all-linear"),
     layer_choice=True,
     merges=True,
-    needs="PiSSA and OLoRA: an unquantized base with no target narrower than the rank; OLoRA: no Conv1D (GPT-2)",
+    needs="PiSSA and OLoRA: an unquantized base with no target narrower than the rank; OLoRA: no Conv1D (GPT-2); "
+    "EVA: up to 10 batches of training rows before the first step, no target with fewer inputs than the rank",
     recipe=Recipe(
         settings={
             "rank": 8,
@@ -137,4 +159,5 @@ LORA = Method(
     refuse=_refuse,
     peft=_peft,
     parameter_groups=split_by_rate,
+    start=RowStart(count_tokens=eva.count_tokens, begin=eva.begin_with_activations),
 )

@@ -226,6 +226,11 @@ def _build(recipe: Recipe, task: TaskSpec, model: str, session: Session) -> Any:
             f"{method.title} lays a schedule of its own out over one training, so it cannot be split into pre-training "
             "and a task. Choose another trial."
         )
+    if method.start is not None and method.start.count_tokens(spec):
+        raise SpecError(
+            f"{method.title} with these settings begins with the task's rows, and --stage pretrain reads a text first. "
+            "Choose another trial."
+        )
     if is_sharded():
         raise SpecError("--stage pretrain runs on one process or with DDP, but accelerate was told to shard (FSDP).")
     language = load_base(model, num_labels=None, bits=spec.bits, device=session.device)

@@ -14,6 +14,7 @@ from torch import nn
 from autopeft.backends.hf.base_model import load_base
 from autopeft.backends.hf.build import build_trial_model
 from autopeft.backends.hf.data import TaskData, TokenizedSplit, plan_batches
+from autopeft.backends.hf.row_start import start_from_rows
 from autopeft.backends.hf.steps import Diverged, SplitScores, checkpoint_activations
 from autopeft.backends.hf.trial import digest_weights, release_memory
 from autopeft.errors import ModelError, RecordError, SpecError, TrainingError
@@ -84,6 +85,11 @@ def train(
     built = _build(recipe, task, model, session)
     if start is not None:
         start.load_into(built.model, built.head)
+    elif resume is None:
+        start_from_rows(
+            built.model, recipe.training_spec(), train_split.lengths(),
+            lambda rows: data.collate(train_split, rows, session.device), device=session.device,
+        )  # fmt: skip
     rhythm = plan_rhythm(recipe, options, num_scored=len(data.validation.labels))
     if rhythm.evaluate is not None and find_method(recipe.spec.method).stepping is not None:
         notes.append(

@@ -20,7 +20,7 @@ _FRACTIONS = frozenset({"accuracy", "f1", "precision", "recall", "match"})
 _SCORER_TITLES = {"f1": "F1", "macro_f1": "macro F1", "matthews_correlation": "Matthews correlation"}
 
 # Names as their papers write them; every other name is shown with spaces for underscores.
-_SPELLINGS = {"dora": "DoRA", "rslora": "rsLoRA", "pissa": "PiSSA", "olora": "OLoRA", "loftq": "LoftQ"}
+_SPELLINGS = {"dora": "DoRA", "rslora": "rsLoRA", "pissa": "PiSSA", "olora": "OLoRA", "eva": "EVA"}
 
 
 def title_method(name: str, titles: Mapping[str, str] | None = None) -> str:

@@ -21,6 +21,7 @@ from autopeft.backends.hf.base_model import BaseModel, digest_model, draw_head, 
 from autopeft.backends.hf.build import ParameterCount, build_trial_model, count_trainable
 from autopeft.backends.hf.cost import HfCostModel
 from autopeft.backends.hf.data import Batch
+from autopeft.backends.hf.row_start import start_from_rows
 from autopeft.backends.hf.steps import bind_after_step, build_optimizer, train_step
 from autopeft.backends.hf.trial import HfBackend
 from autopeft.errors import SpecError
@@ -165,7 +166,12 @@ class Subject:
         return int(model.get_nb_trainable_parameters()[0]) if isinstance(model, peft.PeftModel) else None
 
     def build(self) -> Any:
-        return build_trial_model(self.base, self.spec)
+        """As a trial begins: with what rows show the method, here those of the fixed batch."""
+        model = build_trial_model(self.base, self.spec)
+        batch = tiny_batch()
+        lengths = batch["attention_mask"].sum(1).tolist()
+        start_from_rows(model, self.spec, lengths, lambda rows: {k: v[rows] for k, v in batch.items()}, device="cpu")
+        return model
 
     def base_logits(self) -> torch.Tensor:
         """(B, C), of the base with the head that the trial draws."""

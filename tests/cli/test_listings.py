@@ -13,7 +13,7 @@ import pytest
 from autopeft.cli.main import build_parser, main
 from autopeft.cli.method_table import WIDTH, render_method, render_table
 from autopeft.methods import METHODS
-from autopeft.methods.excluded import LEFT_OUT
+from autopeft.methods.excluded import EXCLUDED_STARTS, LEFT_OUT
 from autopeft.methods.faults import FAMILIES
 from autopeft.methods.table import OURS, MethodTable
 
@@ -124,6 +124,13 @@ def test_a_page_has_ranges_defaults_and_conditions(say: Say) -> None:
     assert "if bits is 16 or 32" in printed
     assert "built by peft, LoraConfig" in printed
     assert "writes base with init pissa or init olora" in printed
+
+
+def test_loras_page_says_why_some_of_pefts_starts_are_left_out(say: Say) -> None:
+    printed = " ".join(say("methods", "lora").split())
+    for name, reason in EXCLUDED_STARTS.items():
+        assert f"{name} {reason}" in printed
+    assert "default, pissa, olora, eva" in printed
 
 
 def test_the_page_of_the_baseline_says_that_it_is_one(say: Say) -> None:

@@ -26,6 +26,7 @@ from autopeft.backends.hf.build import build_trial_model, trainable_parameters
 from autopeft.backends.hf.data import TaskData, TokenizedSplit, longest_batch, plan_batches
 from autopeft.backends.hf.kernels import install_onednn_products, prefers_onednn
 from autopeft.backends.hf.latency import measure_latencies
+from autopeft.backends.hf.row_start import start_from_rows
 from autopeft.backends.hf.saved import count_saved_bytes
 from autopeft.backends.hf.scoring import pack_scores, score_split, summarize
 from autopeft.backends.hf.steps import (
@@ -181,12 +182,19 @@ class HfBackend:
         self._live = LiveTrial(build_trial_model(base, stretch.spec, device=self.setup.device), stretch.spec)
         vram = None
         if stretch.from_step == 0:
+            self._start_from_rows(self._live)
             vram = self._probe(self._live)
         else:
             assert stretch.checkpoint is not None
             path = Path(self.setup.study_dir) / stretch.checkpoint
             self._live.restore(torch.load(path, map_location=self.setup.device, weights_only=True))
         return self._live, vram
+
+    def _start_from_rows(self, live: LiveTrial) -> None:
+        split, device = self.data.train, self.setup.device
+        start_from_rows(
+            live.model, live.spec, split.lengths(), lambda rows: self.data.collate(split, rows, device), device=device
+        )
 
     def _drop_live(self) -> None:
         self._live = self._live_of = None
