@@ -19,13 +19,21 @@ def refuse(recipe: Recipe, task: TaskSpec) -> str | None:
 
 def write(bundle: Bundle) -> Export:
     config = json.dumps(adapter_config(bundle), indent=2) + "\n"
+    notes = [
+        "adapter_config.json holds the adapter alone; the rest is in training.yaml. In a loop of your own: "
+        '`peft.get_peft_model(model, peft.PeftConfig.from_pretrained("."))`.'
+    ]
+    spec = bundle.recipe.spec
+    start = find_method(spec.method).start
+    if start is not None and start.count_tokens(spec):
+        notes.append(
+            "EVA begins with rows: before the first step of such a loop, call `peft.initialize_lora_eva_weights(model, "
+            "batches)` with batches of inputs without labels. `autopeft train` shows it 10 batches at most."
+        )
     return Export(
         files={"adapter_config.json": config, **neutral_rows(bundle)},
         commands=("autopeft train . --out trained",),
-        notes=(
-            "adapter_config.json holds the adapter alone; the rest is in training.yaml. In a loop of your own: "
-            '`peft.get_peft_model(model, peft.PeftConfig.from_pretrained("."))`.',
-        ),
+        notes=tuple(notes),
     )
 
 

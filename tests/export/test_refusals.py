@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -185,6 +186,12 @@ def test_a_constant_rate_keeps_its_warm_up(schedule: str) -> None:
         ("trl", {"init": "pissa"}, "starts LoRA from zero"),
         ("trl", {"lr_ratio_b": 4.0}, "no LoRA+"),
         ("llama-factory", {"init": "olora"}, "by PiSSA, but init is olora"),
+        ("llama-factory", {"init": "eva"}, "by PiSSA, but init is eva"),
+        ("trl", {"init": "eva"}, "but init is eva"),
+        ("axolotl", {"init": "eva"}, "no start of LoRA by eva"),
+        ("ms-swift", {"init": "eva"}, "no start of LoRA by eva"),
+        ("unsloth", {"init": "eva"}, "no start of LoRA by eva"),
+        ("trainer", {"init": "eva"}, "reads no rows before its first step"),
         ("axolotl", {"alpha_over_rank": 1.37}, "lora_alpha is a whole number, but it would be 10.96"),
         ("ms-swift", {"alpha_over_rank": 1.37}, "lora_alpha is a whole number"),
         ("unsloth", {"lr_ratio_b": 4.0}, "no LoRA+"),
@@ -196,6 +203,16 @@ def test_a_setting_that_a_target_lacks_is_named(target: str, settings: dict[str,
     reason = refuse_export(target, recipe, task)
     assert reason is not None
     assert words in reason
+
+
+def test_pefts_file_says_that_eva_begins_with_rows(bundle_of: Any) -> None:
+    spec = make_spec("lora", 16)
+    spec = dataclasses.replace(spec, settings={**spec.settings, "init": "eva"})
+    written = TARGETS["peft"].write(bundle_of(spec, "generation"))
+    config = json.loads(written.files["adapter_config.json"])
+    assert config["init_lora_weights"] == "eva"
+    assert config["eva_config"]["rho"] == 1.0
+    assert any("initialize_lora_eva_weights" in note for note in written.notes)
 
 
 def test_values_are_those_of_recipe_and_configuration() -> None:

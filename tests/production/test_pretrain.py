@@ -102,6 +102,11 @@ def test_a_method_with_a_schedule_of_its_own_is_refused(make_recipe_for: Make, t
         run(make_recipe_for("adalora", architecture="llama"), text, tmp_path)
 
 
+def test_a_start_from_the_tasks_rows_is_refused(make_recipe_for: Make, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="begins with the task's rows"):
+        run(make_recipe_for(architecture="llama", spec={"settings": {"init": "eva"}}), text, tmp_path)
+
+
 def test_another_seed_or_method_is_another_adapter(make_recipe_for: Make, text: Path, tmp_path: Path) -> None:
     run(make_recipe_for(architecture="llama"), text, tmp_path, steps=1)
     for other in (make_recipe_for(architecture="llama", seed=1), make_recipe_for("ia3", architecture="llama")):

@@ -101,10 +101,17 @@ def train_trial(spec: TrialSpec, folder: Path) -> tuple[HfBackend, Finished]:
     return backend, finished
 
 
-# LoRA+ has parameter groups, AdaLoRA acts after steps, the bottleneck is ours, full trains the base itself.
+# LoRA+ has parameter groups, EVA begins with rows, AdaLoRA acts after steps, the bottleneck is ours, full trains the
+# base itself.
 @pytest.mark.parametrize(
     ("method", "settings"),
-    [("lora", {"dropout": 0.1, "lr_ratio_b": 4.0}), ("adalora", {"dropout": 0.1}), ("bottleneck", {}), ("full", {})],
+    [
+        ("lora", {"dropout": 0.1, "lr_ratio_b": 4.0}),
+        ("lora", {"dropout": 0.1, "init": "eva"}),
+        ("adalora", {"dropout": 0.1}),
+        ("bottleneck", {}),
+        ("full", {}),
+    ],
 )
 def test_a_recipe_of_the_trials_length_is_the_trial_to_the_bit(
     make_recipe_for: Make, places: LocalPlaces, tmp_path: Path, method: str, settings: dict[str, Any]

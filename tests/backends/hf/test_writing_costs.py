@@ -18,7 +18,7 @@ from autopeft.backends.hf.base_model import load_base
 from autopeft.backends.hf.build import build_trial_model
 from autopeft.backends.hf.cost import HfCostModel, Writing
 from autopeft.backends.hf.live_bytes import LiveBytes, list_tensors
-from autopeft.records import TrialSpec
+from autopeft.records import Bits, TrialSpec
 
 PROMPT, NEW = 40, 60
 _SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 100,
@@ -36,15 +36,17 @@ CONFIGS: dict[str, Callable[[int], Any]] = {
 """By depth."""
 
 
-def spec_of(method: str, batch_size: int = 8, **changed: Any) -> TrialSpec:
-    return make_recipe_spec(method, 32, batch_size=batch_size, **changed)
+def spec_of(method: str, bits: Bits = 32, *, batch_size: int = 8, **changed: Any) -> TrialSpec:
+    return make_recipe_spec(method, bits, batch_size=batch_size, **changed)
 
 
-def make_costs(folder: Path, architecture: str, depth: int, writing: Writing | None, **more: Any) -> HfCostModel:
+def make_costs(
+    folder: Path, architecture: str, depth: int, writing: Writing | None, device_kind: Any = "cpu"
+) -> HfCostModel:
     transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture](depth)).save_pretrained(folder)
     # Losses of single tokens, so that whatever is held is held to write.
     return HfCostModel(
-        str(folder), num_labels=None, device_kind="cpu", longest_tokens=128, scoring_tokens=2, writing=writing, **more
+        str(folder), num_labels=None, device_kind=device_kind, longest_tokens=128, scoring_tokens=2, writing=writing
     )
 
 
@@ -75,16 +77,17 @@ def test_what_writing_needs_is_estimated_within_1_percent(tmp_path, architecture
     assert estimate.scoring_bytes - optimizer_bytes == pytest.approx(real, rel=0.01)
 
 
-def test_keys_and_values_of_every_position_are_counted(tmp_path):
+@pytest.mark.parametrize(("device_kind", "num_bytes"), [("cpu", 4), ("cuda", 2)])
+def test_keys_and_values_of_every_position_are_counted(tmp_path, device_kind, num_bytes):
     by_tokens = {}
     for new_tokens in (100, 200):
-        costs = make_costs(tmp_path, "llama", 6, Writing(PROMPT, new_tokens))
-        by_tokens[new_tokens] = costs.estimate(spec_of("lora"))
+        costs = make_costs(tmp_path, "llama", 6, Writing(PROMPT, new_tokens), device_kind=device_kind)
+        by_tokens[new_tokens] = costs.estimate(spec_of("lora", 16 if device_kind == "cuda" else 32))
     sizes = {estimate.scoring_batch_size for estimate in by_tokens.values()}
     assert len(sizes) == 1
-    # Keys and values x 6 layers x 2 heads of 16 numbers of 4 bytes, and one of both again where a token is added.
+    # Keys and values x 6 layers x 2 heads of 16 numbers, and one of both again where a token is added.
     grown = by_tokens[200].scoring_bytes - by_tokens[100].scoring_bytes
-    assert grown == pytest.approx(sizes.pop() * 100 * (2 * 6 + 1) * 2 * 16 * 4, rel=0.01)
+    assert grown == pytest.approx(sizes.pop() * 100 * (2 * 6 + 1) * 2 * 16 * num_bytes, rel=0.02)
 
 
 def test_windows_keep_their_last_positions_alone(tmp_path):
