@@ -151,6 +151,7 @@ class Rehearsal:
             with self._rules():
                 kept = _make_prompt(writer, rows, tokens + new_tokens - 1)
                 cache = self._put_on_device(writer)(**kept, use_cache=True).past_key_values
+                _let_go_of_what_windows_left(cache)
             last = _make_prompt(writer, rows, tokens + new_tokens)
             last |= {name: last[name][:, -1:].clone() for name in last.keys() - {"attention_mask"}}
             writing = self._count_writing(writer, last, cache)
@@ -201,6 +202,14 @@ def _make_prompt(writer: Any, rows: int, tokens: int) -> Batch:
     if "position_ids" in inspect.signature(writer.forward).parameters:
         names.append("position_ids")
     return {name: torch.ones(rows, tokens, dtype=torch.int64) for name in names}
+
+
+def _let_go_of_what_windows_left(cache: Any) -> None:
+    """A sliding window is a view into all that was read at once. Where tokens came one by one, that is long gone."""
+    for layer in cache.layers:
+        for name, value in list(vars(layer).items()):
+            if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() > value.nbytes:
+                setattr(layer, name, value.clone())
 
 
 def _list_cached(cache: Any) -> Iterator[torch.Tensor]:
