@@ -1,4 +1,4 @@
-"""A trial's life inside a worker, top to bottom: build, probe, train, score, checkpoint.
+"""A trial's life inside a worker, top to bottom: build, start from rows, probe, train, score, checkpoint.
 
 The driver decides between stretches; here one stretch is run. The model of the last stretch is kept, so that a trial
 which is promoted at once on the same worker goes on without being rebuilt; the result is the same to the bit.
