@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    check_distribution_compatibility,
+)
 
 from autopeft.methods.base import Dimension
 from autopeft.records import Scalar
@@ -27,6 +33,26 @@ def distributions(space: SearchSpace, params: dict[str, Scalar]) -> dict[str, Ba
         if name in params:
             found[name] = _distribution(dimension)
     return found
+
+
+def keep_known(
+    asked: Mapping[str, BaseDistribution], known: Mapping[str, BaseDistribution], params: Mapping[str, Scalar]
+) -> dict[str, BaseDistribution]:
+    """What can be asked in a study that knows distributions of these names already.
+
+    Optuna takes no other choices for a name than those that it saw first, but autopeft learns new ones: a study that
+    was begun before keeps the old ones, and a value that they lack stands in the trial's record alone.
+    """
+    kept = {}
+    for name, distribution in asked.items():
+        old = known.get(name, distribution)
+        try:
+            check_distribution_compatibility(old, distribution)
+            kept[name] = distribution
+        except ValueError:
+            if isinstance(old, CategoricalDistribution) and params[name] in old.choices:
+                kept[name] = old
+    return kept
 
 
 def _distribution(dimension: Dimension) -> BaseDistribution:

@@ -38,7 +38,7 @@ from autopeft.records import (
     from_record,
     to_record,
 )
-from autopeft.search.distributions import distributions, optuna_directions
+from autopeft.search.distributions import distributions, keep_known, optuna_directions
 from autopeft.search.front import cost_vector
 from autopeft.spaces.space import SearchSpace
 
@@ -153,8 +153,11 @@ class StudyStore:
         self.baseline: Trial | None = None
         self._written: dict[int, dict[str, Any]] = {}
         self._told: set[int] = set()
+        self._known: dict[str, optuna.distributions.BaseDistribution] = {}
+        """By name, as Optuna saw them first."""
         for frozen in study.get_trials(deepcopy=False):
             self.trials.append(self._read_trial(frozen))
+            self._known = frozen.distributions | self._known
             if frozen.state.is_finished():
                 self._told.add(frozen.number)
         if "baseline" in attributes:
@@ -246,9 +249,11 @@ class StudyStore:
     def _ask(self, spec: TrialSpec, space: SearchSpace) -> None:
         """Makes the trial that waits in Optuna's queue a running one."""
         params = space.params(spec) or {}
+        asked = keep_known(distributions(space, params), self._known, params) if params else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self._study.ask(distributions(space, params) if params else {})
+            self._study.ask(asked)
+        self._known = asked | self._known
 
     def repair(self, space: SearchSpace) -> None:
         """Brings Optuna's trials up to ours, where a driver was killed between writing the one and the other."""

@@ -382,3 +382,22 @@ def test_a_budget_of_another_kind_is_refused_on_resume(studies: FakeStudies) -> 
 def test_the_configuration_holds_no_path(studies: FakeStudies) -> None:
     store = studies.create()
     assert str(studies.root) not in json.dumps(to_record(dataclasses.asdict(store.config)))
+
+
+def test_a_study_goes_on_after_a_setting_has_learned_new_choices(studies: FakeStudies) -> None:
+    def write_space(choices: str) -> str:
+        return f"methods:\n  lora: {{init: [{choices}], bits: [unquantized]}}\n"
+
+    store = studies.create(space=write_space("default, pissa"))
+    older = restore_space(store.config)
+    newer = restore_space(studies.config(space=write_space("default, pissa, olora, eva")))
+    spec = older.recipes[0]
+    store.add(spec, "recipe", older)
+    for reopened in (False, True):
+        if reopened:
+            store = studies.open()
+        for init in ("pissa", "eva"):
+            store.add(dataclasses.replace(spec, settings={**spec.settings, "init": init}), "sampler", newer)
+    asked = [trial.params.get("lora.init") for trial in store._study.get_trials()]
+    assert asked == ["default", "pissa", None, "pissa", None]
+    assert [trial.spec.settings["init"] for trial in studies.open().trials] == ["default", *["pissa", "eva"] * 2]
