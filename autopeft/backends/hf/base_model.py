@@ -120,8 +120,10 @@ def _find_padding(name: str, config: Any) -> int | None:
     The tokenizer says it. Configurations often do not, or name another token: that of Qwen2.5-Instruct has none, and
     its end of sequence is not what its tokenizer pads with.
     """
+    # A config.json may have a tokenizer beside it; of its own path transformers would ask the hub.
+    place = str(Path(name).parent) if Path(name).is_file() else name
     try:
-        padding: int | None = load_tokenizer(name).pad_token_id
+        padding: int | None = load_tokenizer(place).pad_token_id
     except ModelError:
         # A folder of a configuration or of weights alone: nothing can be padded for it.
         padding = config.pad_token_id

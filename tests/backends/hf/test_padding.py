@@ -109,6 +109,19 @@ def test_without_a_tokenizer_an_end_of_sequence_stands_for_padding(tmp_path: Pat
     assert load_base(folder, num_labels=NUM_LABELS, bits=32, device="cpu").model.config.pad_token_id == 5
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_for_a_configuration_file_no_hub_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: bool) -> None:
+    folder = Path(copy_llama(tmp_path, pad_token_id=None, eos_token_id=5))
+    if alone:
+        for path in folder.glob("tokenizer*"):
+            path.unlink()
+    asked = []
+    load = transformers.AutoTokenizer.from_pretrained
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: asked.append(name) or load(name))
+    assert load_config(str(folder / "config.json"), NUM_LABELS).pad_token_id == (5 if alone else 0)
+    assert asked == [str(folder)]
+
+
 def test_rows_are_padded_behind_though_the_tokenizer_pads_in_front(tmp_path: Path) -> None:
     folder = copy_llama(tmp_path)
     path = Path(folder) / "tokenizer_config.json"
