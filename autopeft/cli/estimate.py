@@ -373,7 +373,7 @@ def _print_one(row: _Row, settings: StepSettings, costs: HfCostModel, most: int 
     print(f"{'peak while training':<32}{format_bytes(estimate.peak_bytes):>10}")
     print(
         f"{'peak of the evaluation pass':<32}{format_bytes(estimate.scoring_bytes):>10}"
-        f"  {estimate.scoring_batch_size} examples at a time{_tell_writing(costs)}"
+        f"  {estimate.scoring_batch_size} examples at a time"
     )
     if most is not None:
         print(f"{_fit(estimate, most) + ' --max-vram':<32}{format_bytes(most):>10}")
@@ -388,15 +388,16 @@ def _print_one(row: _Row, settings: StepSettings, costs: HfCostModel, most: int 
     if estimate.layers_measured:
         shallow, deeper = estimate.layers_measured
         print(f"\nExtrapolated from models of {shallow} and {deeper} of its layers, which repeat.")
+    if not is_classifier:
+        print(_tell_writing(costs))
 
 
 def _tell_writing(costs: HfCostModel) -> str:
     """Whether the evaluation counted is one in which a language model writes."""
-    if costs.num_labels is not None:
-        return ""
     if costs.writing is None:
-        return ", by their loss; exact_match writes, which a --study's estimate counts"
-    return f", each written {costs.writing.new_tokens} tokens after up to {costs.writing.prompt_tokens}"
+        return "The evaluation is by loss. A task scored by exact_match has texts written too: --study counts that."
+    new, prompt = costs.writing.new_tokens, costs.writing.prompt_tokens
+    return f"In the evaluation up to {new} tokens are written after up to {prompt}."
 
 
 def _print_table(rows: Sequence[_Row], most: int | None) -> None:
