@@ -197,7 +197,7 @@ RANDLORA = Method(
     recipe=Recipe(
         settings={"rank": 32, "alpha_over_rank": 20.0, "bases": "dense", "dropout": 0.0},
         target_modules="all-linear",
-        learning_rate=1e-3,
+        learning_rate=3e-4,
         source=f"peft's defaults; {MEASURED}",
     ),
     peft=_randlora,

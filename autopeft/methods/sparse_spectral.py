@@ -196,7 +196,7 @@ SUPERTUNING = Method(
         choice("magnitude", ("largest", "smallest"), "largest", "which weights are trained"),
         integers("rank", 0, 64, 0, "rank of a LoRA beside them (the paper's Supra); 0 for none", log=False),
     ),
-    learning_rate=(1e-4, 1e-2),
+    learning_rate=(3e-4, 3e-2),
     target_modules=GROUPS,
     layer_choice=True,
     needs="linear layers, not GPT-2's Conv1D; unquantized weights, which it ranks by magnitude",
@@ -205,7 +205,7 @@ SUPERTUNING = Method(
     recipe=Recipe(
         settings={"density": 0.01, "magnitude": "largest", "rank": 0},
         target_modules="all-linear",
-        learning_rate=1e-3,
+        learning_rate=1e-2,
         source=f"the best single mechanism of arXiv:2607.09287; {MEASURED}",
     ),
     peft=_supertuning,
