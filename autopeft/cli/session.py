@@ -119,9 +119,10 @@ def write_outputs(record: StudyRecord) -> None:
 
     page = REPORTS / f"{record.config.name}.html"
     write_page(record, page, find_way=lambda trial: find_way(record, trial))
-    board = update_leaderboard(record, LEADERBOARDS)
     print_summary(record)
-    print(f"\nreport       {page}\nleaderboard  {board}")
+    print(f"\nreport       {page}")
+    # Last: a leaderboard that cannot be read or is held is no reason to say nothing of the study.
+    print(f"leaderboard  {update_leaderboard(record, LEADERBOARDS)}")
 
 
 def print_summary(record: StudyRecord) -> None:

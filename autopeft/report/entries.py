@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from autopeft.methods import fill_settings
 from autopeft.records import Cost, StudyRecord, TrialRecord, TrialSpec, digest_json
+from autopeft.report.scores import serving_seconds
 
 EntryKind = Literal["trial", "head", "majority", "base"]
 
@@ -26,6 +27,7 @@ class Run:
     test_quality: float | None
     num_examples: int
     cost: Cost | None
+    """With the latency of serving it on `device`, wherever that was measured, an objective or not."""
     device_seconds: float
     device: str
     autopeft: str
@@ -89,7 +91,7 @@ def _trial_entry(study: StudyRecord, trial: TrialRecord, kind: EntryKind) -> Ent
         seed=trial.spec.seed,
         quality=last.quality,
         num_examples=last.num_examples,
-        cost=trial.cost,
+        cost=trial.cost and replace(trial.cost, latency_seconds=serving_seconds(trial)),
         device_seconds=trial.device_seconds,
     )
     confirmed = [

@@ -8,10 +8,12 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-from autopeft.errors import ExportError
+from autopeft.errors import ExportError, RecordError
 
 
 def safe_file_name(name: str) -> str:
@@ -35,6 +37,54 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path, *, patience_seconds: float = 60.0) -> Iterator[None]:
+    """Holds the lock file `path` against every other process, waiting until it is free, and removes it afterwards.
+
+    A process that ends, however it does, lets go of it. Raises RecordError where it is not free in time, and where the
+    file system has no locks.
+    """
+    end = time.monotonic() + patience_seconds
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while (file := _try_lock(path)) is None:
+        if time.monotonic() >= end:
+            raise RecordError(
+                f"One process at a time may write to '{path.parent}', and another one has held {path.name} there for "
+                f"{patience_seconds:g} seconds. Nothing was changed. Wait for it or stop it, then run this again."
+            )
+        time.sleep(0.05)
+    with file:
+        try:
+            yield
+        finally:
+            # While it is still held: whoever opened it meanwhile sees that it is gone, and makes a new one.
+            path.unlink(missing_ok=True)
+
+
+def _try_lock(path: Path) -> BinaryIO | None:
+    """The open file, which holds the lock until it is closed; None where another process holds it."""
+    if os.name != "posix":
+        return path.open("ab")
+    import fcntl
+
+    file = path.open("ab")
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError as exc:
+        file.close()
+        raise RecordError(
+            f"'{path.parent}' must lie on a file system with file locks, so that two processes cannot lose each "
+            f"other's results, but {path.name} cannot be locked: {exc.strerror}. Nothing was changed. Run this in a "
+            "folder on a local disk."
+        ) from exc
+    file.close()
+    return None
 
 
 def check_new_folder(out: Path) -> None:

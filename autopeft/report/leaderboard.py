@@ -14,7 +14,7 @@ from typing import NamedTuple
 from autopeft.errors import RecordError
 from autopeft.records import StudyRecord, from_record, to_record
 from autopeft.report.entries import Entry, list_entries, merge_entries
-from autopeft.report.files import safe_file_name, write_atomically
+from autopeft.report.files import hold_lock, safe_file_name, write_atomically
 from autopeft.report.standings import rank_entries
 from autopeft.report.tables import render_csv, render_markdown
 
@@ -33,17 +33,20 @@ class Leaderboard(NamedTuple):
 def update_leaderboard(study: StudyRecord, root: Path) -> Path:
     """Merges a study into its leaderboard and returns the Markdown file's path.
 
-    Raises RecordError where the JSON there is not a leaderboard of this task and model, or is of a newer schema; then
-    nothing is written.
+    Several processes may do so at once: they wait for each other. Raises RecordError where the JSON there is not a
+    leaderboard of this task and model, is of a newer schema, or is held by another process for a minute; then nothing
+    is written.
     """
     config = study.config
     path = root / safe_file_name(config.task_name) / f"{safe_file_name(config.model)}.json"
-    entries = merge_entries([*_read_entries(path, config.task_name, config.model), *list_entries(study)])
-    write_atomically(path, _encode(config.task_name, config.model, entries))
-    ranked = rank_entries(entries)
-    write_atomically(path.with_suffix(".csv"), render_csv(ranked))
     markdown = path.with_suffix(".md")
-    write_atomically(markdown, render_markdown(config.task_name, config.model, ranked))
+    # From reading to writing, or of two studies that end together one would be lost.
+    with hold_lock(path.with_name(f".{path.stem}.lock")):
+        entries = merge_entries([*_read_entries(path, config.task_name, config.model), *list_entries(study)])
+        ranked = rank_entries(entries)
+        write_atomically(path, _encode(config.task_name, config.model, entries))
+        write_atomically(path.with_suffix(".csv"), render_csv(ranked))
+        write_atomically(markdown, render_markdown(config.task_name, config.model, ranked))
     return markdown
 
 

@@ -8,7 +8,15 @@ from typing import Literal, NamedTuple
 from autopeft.records import Failed, Refused, Stopped, StudyRecord, TrialRecord
 from autopeft.report.certainty import tie_letter
 from autopeft.report.palette import Mark
-from autopeft.report.scores import Score, all_trials, held_out_score, serving_seconds, validation_score, vram_title
+from autopeft.report.scores import (
+    Score,
+    all_trials,
+    held_out_score,
+    serving_seconds,
+    unmerged_seconds,
+    validation_score,
+    vram_title,
+)
 from autopeft.report.words import (
     NOTHING,
     describe_settings,
@@ -87,7 +95,7 @@ def _serving_columns(study: StudyRecord) -> list[Column]:
         hint = f"Tensors of the saved adapter{', task head included' if has_head(study) else ''}"
         columns.append(Column("Saved", "number", hint))
     if _knows_latency(study):
-        hint = "Of one example alone on the study's device, merged where the method merges"
+        hint = "Of one example alone on the study's device, merged where the method merges; unmerged once confirmed"
         columns.append(Column("Latency", "number", hint))
     return columns
 
@@ -187,8 +195,9 @@ def _serving(study: StudyRecord, trial: TrialRecord) -> list[Cell]:
         size = None if trial.cost is None else trial.cost.adapter_bytes
         cells.append(EMPTY if size is None else Cell(format_bytes(size), size))
     if _knows_latency(study):
-        seconds = serving_seconds(trial)
-        cells.append(EMPTY if seconds is None else Cell(format_latency(seconds), seconds))
+        seconds, unmerged = serving_seconds(trial), unmerged_seconds(trial)
+        note = "" if unmerged is None else f"{format_latency(unmerged)} unmerged"
+        cells.append(EMPTY if seconds is None else Cell(format_latency(seconds), seconds, note))
     return cells
 
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from autopeft.records import StudyRecord, TrialRecord
+from autopeft.records import Inference, StudyRecord, TrialRecord
 from autopeft.report.words import format_margin, format_quality, is_fraction
 
 
@@ -51,8 +51,19 @@ def serving_seconds(trial: TrialRecord) -> float | None:
     """Latency of one example alone, merged where the method merges: the objective's, else the first confirmation's."""
     if trial.cost is not None and trial.cost.latency_seconds is not None:
         return trial.cost.latency_seconds
-    measured = [c.inference for c in trial.confirmations if c.inference is not None]
-    return (measured[0].merged or measured[0].unmerged).single_seconds if measured else None
+    inference = find_inference(trial)
+    return None if inference is None else (inference.merged or inference.unmerged).single_seconds
+
+
+def unmerged_seconds(trial: TrialRecord) -> float | None:
+    """The same with the adapter beside its base, where that is not how it is served; None where it was not measured."""
+    inference = find_inference(trial)
+    return None if inference is None or inference.merged is None else inference.unmerged.single_seconds
+
+
+def find_inference(trial: TrialRecord) -> Inference | None:
+    """The first confirmation's."""
+    return next((c.inference for c in trial.confirmations if c.inference is not None), None)
 
 
 def summarize(values: Sequence[float], num_examples: int, scorer: str, example_sd: float | None = None) -> Score:

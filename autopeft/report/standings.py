@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from autopeft.records import Cost
-from autopeft.report.entries import Entry
+from autopeft.report.entries import Entry, Run
 from autopeft.report.scores import standard_error, undominated
 from autopeft.report.words import title_method
 
@@ -42,6 +42,12 @@ class Standing(NamedTuple):
     test_quality_sd: float | None
     num_test_seeds: int
     cost: Cost | None
+    adapter_bytes: int | None
+    """As saved; None where no run's study knew it."""
+    latency_seconds: float | None
+    """Of one example alone, by the newest run of which it was measured."""
+    latency_device: str | None
+    """What that was measured on: latencies on other devices are no rivals."""
     device_seconds: float
     """Mean of a full-length run."""
     studies: list[str]
@@ -77,6 +83,7 @@ def group_rivals(standings: Iterable[Standing]) -> dict[tuple[str, str], list[St
 def _stand(entry: Entry) -> Standing:
     qualities = _average_by_seed((run.seed, run.quality) for run in entry.runs)
     tests = _average_by_seed((run.seed, run.test_quality) for run in entry.runs if run.test_quality is not None)
+    timed = _find_timed(entry)
     return Standing(
         entry=entry,
         rank=None,
@@ -89,6 +96,9 @@ def _stand(entry: Entry) -> Standing:
         test_quality_sd=_deviation(tests),
         num_test_seeds=len(tests),
         cost=_choose_cost(entry),
+        adapter_bytes=_find_size(entry),
+        latency_seconds=timed.cost.latency_seconds if timed is not None and timed.cost is not None else None,
+        latency_device=None if timed is None else timed.device,
         device_seconds=statistics.fmean(run.device_seconds for run in entry.runs),
         studies=sorted({run.study for run in entry.runs}),
         date=max(run.created_at for run in entry.runs)[:10],
@@ -111,6 +121,18 @@ def _choose_cost(entry: Entry) -> Cost | None:
     """The largest measurement, else the largest estimate: what a card must have to train it."""
     costs = [run.cost for run in entry.runs if run.cost is not None]
     return max(costs, key=lambda cost: (cost.vram_source == "measured", cost.peak_vram_bytes), default=None)
+
+
+def _find_size(entry: Entry) -> int | None:
+    """The newest: it is exact, and changes only with what autopeft saves."""
+    known = [(run.created_at, run.cost.adapter_bytes) for run in entry.runs if run.cost and run.cost.adapter_bytes]
+    return max(known)[1] if known else None
+
+
+def _find_timed(entry: Entry) -> Run | None:
+    """The newest run with a latency."""
+    timed = [run for run in entry.runs if run.cost is not None and run.cost.latency_seconds is not None]
+    return max(timed, key=lambda run: (run.created_at, run.identity()), default=None)
 
 
 def _rank_group(group: Sequence[Standing]) -> list[Standing]:

@@ -6,6 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from autopeft.report.standings import Standing, group_rivals
 from autopeft.report.words import (
@@ -13,6 +14,7 @@ from autopeft.report.words import (
     describe_settings,
     format_bytes,
     format_count,
+    format_latency,
     format_learning_rate,
     format_margin,
     format_quality,
@@ -39,6 +41,9 @@ _COLUMNS = (
     "head_parameters",
     "peak_vram_bytes",
     "vram_source",
+    "adapter_bytes",
+    "latency_seconds",
+    "latency_device",
     "device_seconds",
     "on_front",
     "studies",
@@ -97,6 +102,9 @@ def _csv_row(standing: Standing) -> list[object]:
         None if cost is None else cost.head_parameters,
         None if cost is None else cost.peak_vram_bytes,
         None if cost is None else cost.vram_source,
+        standing.adapter_bytes,
+        standing.latency_seconds,
+        standing.latency_device,
         None if entry.kind == "majority" else standing.device_seconds,
         standing.on_front,
         "; ".join(standing.studies),
@@ -115,24 +123,48 @@ def _explain(standings: Sequence[Standing]) -> list[str]:
         "stand beside it and rank nothing. In brackets after a rank, where the data leave it open: the ranks that it "
         "may have, for differences below two standard errors, over examples and seeds. Only full-length runs are here. "
         "Front: no other row is at least as good in quality, peak VRAM and trainable parameters, and better in one; "
-        "baselines are not ranked. Device time is that of one run.",
+        "baselines are not ranked. Device time is that of one run. Saved size and latency, where a study knew them, "
+        "stand beside it and decide nothing: latency is that of one example alone, merged where the method merges.",
     ]
 
 
+class _Shown(NamedTuple):
+    """What one table has columns for, and where its cells must say more, because its rows are not alike in it."""
+
+    vram_sources: set[str]
+    size: bool
+    latency_devices: set[str]
+
+    @classmethod
+    def of(cls, group: Sequence[Standing]) -> _Shown:
+        return cls(
+            vram_sources={standing.cost.vram_source for standing in group if standing.cost is not None},
+            size=any(standing.adapter_bytes is not None for standing in group),
+            latency_devices={standing.latency_device for standing in group if standing.latency_device is not None},
+        )
+
+    def titles(self) -> list[str]:
+        titles = ["Rank", "Method", "Configuration", "Bits", "Learning rate", "Steps", "Quality", "Test"]
+        titles += ["Params", "Head", _title("Peak VRAM", self.vram_sources)]
+        titles += ["Saved"] if self.size else []
+        titles += [_title("Latency", self.latency_devices)] if self.latency_devices else []
+        return [*titles, "Device time", "Front", "Studies", "Date"]
+
+
+def _title(title: str, sources: set[str]) -> str:
+    return f"{title}, {min(sources)}" if len(sources) == 1 else title
+
+
 def _markdown_table(group: Sequence[Standing]) -> list[str]:
-    sources = {standing.cost.vram_source for standing in group if standing.cost is not None}
-    vram = f"Peak VRAM, {min(sources)}" if len(sources) == 1 else "Peak VRAM"
-    titles = (
-        "Rank|Method|Configuration|Bits|Learning rate|Steps|Quality|Test|Params|Head|{}|Device time|Front|Studies|Date"
-    )
-    header = titles.format(vram).split("|")
+    shown = _Shown.of(group)
+    header = shown.titles()
     left = {"Method", "Configuration", "Front", "Studies"}
     rule = [":--" if title in left else "--:" for title in header]
-    rows = [_markdown_row(standing, mixed=len(sources) > 1) for standing in group]
-    return [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]
+    rows = [_markdown_row(standing, shown) for standing in group]
+    return [f"| {' | '.join(cells)} |" for cells in ([escape_markdown(title) for title in header], rule, *rows)]
 
 
-def _markdown_row(standing: Standing, *, mixed: bool) -> list[str]:
+def _markdown_row(standing: Standing, shown: _Shown) -> list[str]:
     entry, spec, cost = standing.entry, standing.entry.spec, standing.cost
     cells = [
         _place(standing),
@@ -150,13 +182,30 @@ def _markdown_row(standing: Standing, *, mixed: bool) -> list[str]:
         ),
         format_count(cost.trainable_parameters) if cost else NOTHING,
         format_count(cost.head_parameters) if cost else NOTHING,
-        f"{format_bytes(cost.peak_vram_bytes)}{f' ({cost.vram_source})' if mixed else ''}" if cost else NOTHING,
+        _sourced(format_bytes(cost.peak_vram_bytes), cost.vram_source, shown.vram_sources) if cost else NOTHING,
+        *_serving(standing, shown),
         NOTHING if entry.kind == "majority" else format_seconds(standing.device_seconds),
         "yes" if standing.on_front else "",
         ", ".join(standing.studies),
         standing.date,
     ]
     return [escape_markdown(cell) for cell in cells]
+
+
+def _serving(standing: Standing, shown: _Shown) -> list[str]:
+    cells = []
+    if shown.size:
+        cells.append(NOTHING if standing.adapter_bytes is None else format_bytes(standing.adapter_bytes))
+    if shown.latency_devices:
+        seconds, device = standing.latency_seconds, standing.latency_device
+        known = seconds is not None and device is not None
+        cells.append(_sourced(format_latency(seconds), device, shown.latency_devices) if known else NOTHING)
+    return cells
+
+
+def _sourced(text: str, source: str, sources: set[str]) -> str:
+    """With its source, unless the column's title says it for all."""
+    return f"{text} ({source})" if len(sources) > 1 else text
 
 
 def _place(standing: Standing) -> str:

@@ -3,7 +3,10 @@
 import csv
 import dataclasses
 import json
+import multiprocessing
 import re
+import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,8 +14,10 @@ from hypothesis import strategies as st
 
 from autopeft.errors import RecordError
 from autopeft.methods import fill_settings
+from autopeft.records import Inference, Latency
 from autopeft.report.entries import list_entries, merge_entries
-from autopeft.report.leaderboard import update_leaderboard
+from autopeft.report.files import hold_lock
+from autopeft.report.leaderboard import read_leaderboard, update_leaderboard
 from autopeft.report.standings import rank_entries
 from autopeft.report.tables import escape_markdown, render_csv, render_markdown
 
@@ -156,6 +161,129 @@ def test_csv_holds_every_row_with_full_precision(study, tmp_path):
     for row in rows:
         if (spec := entries[row["key"]].spec) is not None:
             assert float(row["learning_rate"]) == spec.learning_rate
+
+
+# --- what serving costs
+
+
+def serving(trial, *, size=None, latency=None):
+    return dataclasses.replace(trial, cost=dataclasses.replace(trial.cost, adapter_bytes=size, latency_seconds=latency))
+
+
+def confirmed_at(trial, *, unmerged, merged):
+    def timed(seconds):
+        return Latency(single_seconds=seconds, batch_seconds=seconds / 5, batch_size=32, num_batches=31)
+
+    inference = Inference(
+        unmerged=timed(unmerged), merged=timed(merged), base=timed(merged), adapter_bytes=1, device="a CPU"
+    )
+    confirmations = tuple(dataclasses.replace(c, inference=inference) for c in trial.confirmations)
+    return dataclasses.replace(trial, confirmations=confirmations)
+
+
+def read_cells(path, title):
+    """One column of the Markdown, without the header."""
+    table = [line.strip("| ").split(" | ") for line in path.read_text().splitlines() if line[:1] == "|"]
+    return [cells[table[0].index(title)] for cells in table[2:]]
+
+
+def test_a_study_that_knew_no_size_and_no_latency_has_no_columns_for_them(study_of, trial_of, tmp_path):
+    path = update_leaderboard(study_of(trials=[trial_of(0)]), tmp_path)
+    assert not re.search(r"\| (Saved|Latency)", path.read_text())
+    (row, *_) = csv.DictReader(path.with_suffix(".csv").read_text().splitlines())
+    assert (row["adapter_bytes"], row["latency_seconds"], row["latency_device"]) == ("", "", "")
+
+
+def test_size_and_latency_have_columns_where_a_study_knew_them(study_of, trial_of, tmp_path):
+    trials = [serving(trial_of(0, final=0.9), size=3 * 2**20, latency=0.0123), trial_of(1, final=0.8)]
+    study = study_of(trials=trials, with_picks=False, with_baseline=False)
+    path = update_leaderboard(study, tmp_path)
+    device = study.provenance.device
+    assert read_cells(path, "Saved") == ["3 MiB", "\u2013", "\u2013"]
+    assert read_cells(path, f"Latency, {device}") == ["12.3 ms", "\u2013", "\u2013"]
+    (row, *_) = csv.DictReader(path.with_suffix(".csv").read_text().splitlines())
+    assert (row["adapter_bytes"], row["latency_seconds"], row["latency_device"]) == (str(3 * 2**20), "0.0123", device)
+
+
+def test_the_latency_of_a_confirmation_counts_where_it_was_no_objective(study_of, trial_of):
+    trial = confirmed_at(trial_of(0, confirmed=2), unmerged=0.02, merged=0.01)
+    (row,) = [s for s in rank_entries(list_entries(study_of(trials=[trial]))) if s.rank is not None]
+    assert row.latency_seconds == 0.01
+
+
+def test_latencies_of_several_machines_say_which_each_is_of(study_of, trial_of, tmp_path):
+    for i, device in enumerate(["a CPU", "a GPU"]):
+        study = study_of(trials=[serving(trial_of(i, final=0.9 - i / 10), latency=0.01 * (i + 1))], uid=f"uid{i}")
+        provenance = dataclasses.replace(study.provenance, device=device)
+        path = update_leaderboard(dataclasses.replace(study, provenance=provenance), tmp_path)
+    assert [text for text in read_cells(path, "Latency") if text != "\u2013"] == ["10 ms (a CPU)", "20 ms (a GPU)"]
+
+
+def test_a_leaderboard_from_before_sizes_were_known_takes_them_on(study_of, trial_of, tmp_path):
+    # The shipped one is such, and stands for those that users have.
+    before = Path(__file__).parents[2] / "leaderboards" / "sst2" / "minilm.json"
+    assert "latency_seconds" not in before.read_text()
+    known = read_leaderboard(before).entries
+    new = list_entries(study_of(trials=[serving(trial_of(0), size=1000, latency=0.01)], with_baseline=False))
+    merged = rank_entries(merge_entries([*known, *new]))
+    assert len(merged) == len(known) + len(new)
+    assert [standing.latency_seconds for standing in merged if standing.latency_seconds is not None] == [0.01]
+
+
+# --- two writers
+
+
+def write_slowly(root, study):
+    """In a process of its own; the sleep falls between reading and writing, where a second writer does the harm."""
+    from autopeft.report import leaderboard
+
+    merge = leaderboard.merge_entries
+
+    def merge_slowly(entries):
+        merged = merge(entries)
+        time.sleep(0.3)
+        return merged
+
+    leaderboard.merge_entries = merge_slowly
+    update_leaderboard(study, root)
+
+
+def test_studies_that_end_together_are_all_kept(study_of, trial_of, tmp_path):
+    studies = [study_of(trials=[trial_of(i)], uid=f"uid{i}", name=f"study-{i}", with_picks=False) for i in range(3)]
+    writers = [
+        multiprocessing.get_context("spawn").Process(target=write_slowly, args=(tmp_path, study)) for study in studies
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    board = read_leaderboard(tmp_path / "sst2" / "minilm.json")
+    assert {run.study for entry in board.entries for run in entry.runs} == {"study-0", "study-1", "study-2"}
+    assert set(read_all(tmp_path)) == {"sst2/minilm.md", "sst2/minilm.csv", "sst2/minilm.json"}
+
+
+def test_a_lock_that_another_holds_too_long_is_told_and_nothing_is_changed(tmp_path):
+    path = tmp_path / ".board.lock"
+    with (
+        hold_lock(path),
+        pytest.raises(RecordError, match=r"held \.board\.lock there for 0\.1 seconds. Nothing was changed"),
+        hold_lock(path, patience_seconds=0.1),
+    ):
+        raise AssertionError("two hold it")
+    with hold_lock(path, patience_seconds=0.0):
+        assert path.exists()
+    assert not path.exists()
+
+
+def test_a_lock_file_that_a_killed_process_left_is_free(tmp_path):
+    path = tmp_path / ".board.lock"
+    path.touch()
+    with hold_lock(path, patience_seconds=0.0):
+        pass
+
+
+# --- what a table is made of
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))

@@ -9,7 +9,7 @@ from autopeft.records import Inference, Latency, StudyRecord, TrialRecord
 from autopeft.report.front_figure import list_points
 from autopeft.report.page import build_page
 from autopeft.report.palette import mark_methods
-from autopeft.report.rows import list_columns, list_rows
+from autopeft.report.rows import Cell, list_columns, list_rows
 from autopeft.report.scores import all_trials, serving_seconds
 from autopeft.report.words import format_latency, title_objective
 
@@ -40,11 +40,19 @@ def titles(study: StudyRecord) -> list[str]:
 
 
 def cell(study: StudyRecord, number: int, title: str) -> str:
+    return find_cell(study, number, title).text
+
+
+def note(study: StudyRecord, number: int, title: str) -> str:
+    return find_cell(study, number, title).note
+
+
+def find_cell(study: StudyRecord, number: int, title: str) -> Cell:
     marks = mark_methods(trial.spec.method for trial in all_trials(study))
     rows = list_rows(study, marks)
     assert all(len(row.cells) == len(list_columns(study)) for row in rows)
     row = next(row for row in rows if row.cells[0].value == number)
-    return row.cells[titles(study).index(title)].text
+    return row.cells[titles(study).index(title)]
 
 
 def test_a_study_from_before_it_was_measured_has_no_empty_columns(study_of: StudyOf) -> None:
@@ -63,6 +71,13 @@ def test_latency_is_that_of_serving_merged_where_the_method_merges(study_of: Stu
     assert serving_seconds(confirmed) is None
     assert serving_seconds(with_inference(confirmed, merged=0.01)) == 0.01
     assert serving_seconds(with_inference(confirmed, merged=None)) == 0.02
+
+
+def test_the_latency_of_a_confirmed_trial_says_what_it_is_unmerged(study_of: StudyOf) -> None:
+    confirmed = next(trial for trial in study_of().trials if trial.confirmations)
+    merged, alone = (study_of(trials=[with_inference(confirmed, merged=merged)]) for merged in (0.01, None))
+    assert note(merged, confirmed.number, "Latency") == "20 ms unmerged"
+    assert note(alone, confirmed.number, "Latency") == ""
 
 
 def test_the_front_can_be_seen_over_each_objective(study_of: StudyOf) -> None:
