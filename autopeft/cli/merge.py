@@ -79,3 +79,4 @@ def print_merged(finished: Finished, merged: Merged) -> None:
         f"as written   in {merged.dtype}, loaded by a fresh process: at most {merged.written_difference:.1e}, "
         f"{merged.same_answers:.0%} same answers"
     )
+    print(f"mean loss    {merged.loss:.4f} nats as trained, {merged.written_loss:.4f} as written")

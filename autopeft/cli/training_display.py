@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from autopeft.report.words import (
+    describe_latency,
     describe_spec,
     format_bytes,
     format_count,
@@ -188,8 +189,11 @@ class Display:
         head = f" and {format_count(result.head_parameters)} in the head" if result.head_parameters else ""
         self._print(
             f"adapter      {self._out / 'adapter'}, {format_bytes(result.adapter_bytes)}, "
-            f"{format_count(result.trainable_parameters)} parameters{head}\nresult       {self._out / 'result.json'}"
+            f"{format_count(result.trainable_parameters)} parameters{head}"
         )
+        if result.inference is not None:
+            self._print(f"latency      {describe_latency(result.inference)}, on {result.inference.device}")
+        self._print(f"result       {self._out / 'result.json'}")
 
     def finish_pretraining(self, source: str, pick: str | None, result: PretrainingResult) -> None:
         """What the text was worth, and how to go on."""

@@ -17,11 +17,12 @@ from autopeft.methods import find_method
 from autopeft.production.files import TrainingResult, read_local
 from autopeft.production.recipe import Recipe
 from autopeft.production.snippet import find_base_id, make_code
-from autopeft.records import Inference, StudyRecord
+from autopeft.records import StudyRecord
 from autopeft.report.scores import held_out_score, serving_seconds, validation_score
 from autopeft.report.tables import escape_markdown
 from autopeft.report.words import (
     NOTHING,
+    describe_latency,
     describe_settings,
     format_bytes,
     format_count,
@@ -216,7 +217,8 @@ def _say_merge(merged: Merged) -> list[str]:
         f"The scores are those of the model before merging. On {merged.num_rows} rows of the test split the merged "
         f"logits differ from the unmerged by at most {merged.difference:.1g} in float32 (the largest logit is "
         f"{merged.largest_logit:.3g}), and as written in {merged.dtype} by {merged.written_difference:.1g}; "
-        f"{merged.same_answers:.0%} of the rows have the same answer."
+        f"{merged.same_answers:.0%} of the rows have the same answer, and their mean loss goes from "
+        f"{merged.loss:.4f} to {merged.written_loss:.4f} nats."
     ]
     if merged.quantization_difference is not None:
         lines.append(
@@ -338,19 +340,6 @@ def _say_costs(result: TrainingResult, study: StudyRecord | None) -> str:
             f"{escape_markdown(study.provenance.device)}, {format_seconds(ledger.wall_seconds)} by the clock."
         )
     return "\n".join(lines)
-
-
-def describe_latency(inference: Inference) -> str:
-    """`12 ms an example alone, 3.1 ms in batches of 32; merged 9.8 ms and 2.7 ms`."""
-    alone = inference.unmerged
-    text = (
-        f"{format_latency(alone.single_seconds)} an example alone, {format_latency(alone.batch_seconds)} in batches of "
-        f"{alone.batch_size}"
-    )
-    if inference.merged is not None:
-        merged = inference.merged
-        text += f"; merged {format_latency(merged.single_seconds)} and {format_latency(merged.batch_seconds)}"
-    return text
 
 
 def _say_limits(recipe: Recipe, result: TrainingResult, task: TaskSpec, license_name: str | None) -> str:

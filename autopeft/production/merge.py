@@ -56,6 +56,10 @@ class Merged(NamedTuple):
     """As written and loaded by a fresh process, in `dtype`, against the unmerged model as it was trained."""
     same_answers: float
     """Share of the rows whose likeliest class or next token is the same, as written."""
+    loss: float
+    """Mean cross-entropy of the rows in nats, of the model as it was trained."""
+    written_loss: float
+    """The same of the model as written: what merging, dequantizing and `dtype` cost together."""
 
 
 def merge(finished: Finished, out: Path, *, dtype: Dtype | None = None) -> Merged:
@@ -74,8 +78,8 @@ def merge(finished: Finished, out: Path, *, dtype: Dtype | None = None) -> Merge
         warnings.simplefilter("ignore")
         model, before, plain_before = _load_unmerged(finished, job)
         merged = merge_adapter(model)
-        after = _logits(merged, job)
-    scale = max(1.0, float(np.abs(before).max()))
+        after = _ask(merged, job)
+    scale = max(1.0, before.largest)
     difference = _largest(after, plain_before)
     if not difference <= MOST_DIFFERENCE * scale:
         raise ExportError(
@@ -88,8 +92,7 @@ def merge(finished: Finished, out: Path, *, dtype: Dtype | None = None) -> Merge
         _write(merged, finished, part, dtype)
         written_job = {**job, "saved_as": "transformers", "saved": str(part.resolve()), "bits": 32}
         written_job |= {"dtype": dtype, "as_written": True}
-        written = ask_fresh_process("logits", written_job)["logits"]
-        written_difference = _largest(written, before)
+        written = _Answers(**ask_fresh_process("logits", written_job))
         if dtype == "float32" and not _largest(written, after) <= MOST_DIFFERENCE * scale:
             raise ExportError(
                 f"What is written must answer as what was merged, but loaded from disk its logits differ by "
@@ -98,12 +101,14 @@ def merge(finished: Finished, out: Path, *, dtype: Dtype | None = None) -> Merge
     return Merged(
         folder=out,
         num_rows=len(rows),
-        largest_logit=float(np.abs(before).max()),
+        largest_logit=before.largest,
         difference=difference,
         quantization_difference=None if job["bits"] >= 16 else _largest(after, before),
         dtype=dtype,
-        written_difference=written_difference,
-        same_answers=float(np.mean(written.argmax(-1) == before.argmax(-1))),
+        written_difference=_largest(written, before),
+        same_answers=float(np.mean(written.logits.argmax(-1) == before.logits.argmax(-1))),
+        loss=float(before.losses.mean()),
+        written_loss=float(written.losses.mean()),
     )
 
 
@@ -150,13 +155,11 @@ def parse_dtype(text: str) -> Dtype:
 # --- merge
 
 
-def _load_unmerged(
-    finished: Finished, job: dict[str, Any]
-) -> tuple[Any, npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """The model to merge, on an unquantized base in float32; the logits of the model as it was trained; and the logits
-    of the model to merge, which are the same unless the base was quantized."""
+def _load_unmerged(finished: Finished, job: dict[str, Any]) -> tuple[Any, _Answers, _Answers]:
+    """The model to merge, on an unquantized base in float32; what the model as it was trained answers; and what the
+    model to merge does, which is the same unless the base was quantized."""
     model = plain.load_trained(job)
-    before = _logits(model, job)
+    before = _ask(model, job)
     if job["bits"] >= 16:
         return model, before, before
     if job["saved_as"] == "peft":
@@ -167,7 +170,7 @@ def _load_unmerged(
         model = peft.PeftModel.from_pretrained(base, job["saved"]).eval()
     else:
         model = _dequantize(model)
-    return model, before, _logits(model, job)
+    return model, before, _ask(model, job)
 
 
 def _dequantize(model: Any) -> Any:
@@ -178,13 +181,24 @@ def _dequantize(model: Any) -> Any:
     return model.eval()
 
 
-def _logits(model: Any, job: dict[str, Any]) -> npt.NDArray[np.float64]:
-    logits: npt.NDArray[np.float64] = plain.last_logits(model, job).numpy().astype(np.float64)
-    return logits
+class _Answers(NamedTuple):
+    """As `plain.read_logits` gives them."""
+
+    logits: npt.NDArray[Any]
+    losses: npt.NDArray[np.float64]
+
+    @property
+    def largest(self) -> float:
+        return float(np.abs(self.logits).max())
 
 
-def _largest(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
-    return float(np.abs(one - other).max())
+def _ask(model: Any, job: dict[str, Any]) -> _Answers:
+    return _Answers(**plain.read_logits(model, job))
+
+
+def _largest(one: _Answers, other: _Answers) -> float:
+    """Of all differences between logits."""
+    return float(np.abs(one.logits.astype(np.float64) - other.logits).max())
 
 
 # --- write

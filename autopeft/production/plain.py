@@ -154,18 +154,21 @@ def score_completions(logits_BTV: Any, labels_BT: Any) -> tuple[Any, Any]:
     return losses_BT.sum(-1) / num_B, hits_BT.sum(-1) / num_B
 
 
-def score(job: dict[str, Any]) -> dict[str, Any]:
+def score_rows(job: dict[str, Any], indices: Sequence[int], logits: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
+    """Loss in nats and prediction of each of these rows."""
+    if job["num_labels"] is None:
+        return score_completions(logits, batch["labels"])
+    return score_classes(logits, [job["classes"][i] for i in indices])
+
+
+def score(model: Any, job: dict[str, Any]) -> dict[str, Any]:
     """Losses and predictions of all rows, in their order."""
     import numpy as np
 
-    model = load_trained(job)
     losses = np.zeros(len(job["features"]), dtype=np.float64)
     predictions = np.zeros(len(job["features"]), dtype=np.float64)
     for indices, logits, batch in compute_logits(model, job):
-        if job["num_labels"] is None:
-            row_losses, row_predictions = score_completions(logits, batch["labels"])
-        else:
-            row_losses, row_predictions = score_classes(logits, [job["classes"][i] for i in indices])
+        row_losses, row_predictions = score_rows(job, indices, logits, batch)
         losses[indices] = row_losses.cpu().numpy()
         predictions[indices] = row_predictions.cpu().numpy()
     answers = {"losses": losses, "predictions": predictions}
@@ -200,18 +203,22 @@ def write(model: Any, job: dict[str, Any]) -> Any:
     return written
 
 
-def last_logits(model: Any, job: dict[str, Any]) -> Any:
-    """(N, C) of a classifier; (N, V) of a language model at each row's last token. In the rows' order, on the CPU."""
+def read_logits(model: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """`logits` (N, C) of a classifier; (N, V) of a language model at each row's last token; and `losses` (N,) in nats.
+    In the rows' order."""
+    import numpy as np
     import torch
 
     found: dict[int, Any] = {}
+    losses = np.zeros(len(job["features"]), dtype=np.float64)
     for indices, logits, batch in compute_logits(model, job):
+        losses[indices] = score_rows(job, indices, logits, batch)[0].cpu().numpy()
         if logits.dim() == 3:
             logits = logits[:, -batch["input_ids"].shape[1] :]
             last_B = batch["attention_mask"].sum(-1) - 1
             logits = logits[torch.arange(len(indices), device=logits.device), last_B]
         found.update(zip(indices, logits.cpu(), strict=True))
-    return torch.stack([found[index] for index in range(len(found))])
+    return {"logits": torch.stack([found[index] for index in range(len(found))]).numpy(), "losses": losses}
 
 
 def answer(what: str, folder: Path) -> bool:
@@ -223,7 +230,8 @@ def answer(what: str, folder: Path) -> bool:
     if job["threads"]:
         torch.set_num_threads(job["threads"])
     try:
-        answers = score(job) if what == "score" else {"logits": last_logits(load_trained(job), job).numpy()}
+        model = load_trained(job)
+        answers = score(model, job) if what == "score" else read_logits(model, job)
         assert job["saved_as"] == "autopeft" or "autopeft" not in sys.modules
     except Exception:
         (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")

@@ -198,8 +198,11 @@ def _serving(standing: Standing, shown: _Shown) -> list[str]:
         cells.append(NOTHING if standing.adapter_bytes is None else format_bytes(standing.adapter_bytes))
     if shown.latency_devices:
         seconds, device = standing.latency_seconds, standing.latency_device
-        known = seconds is not None and device is not None
-        cells.append(_sourced(format_latency(seconds), device, shown.latency_devices) if known else NOTHING)
+        cells.append(
+            NOTHING
+            if seconds is None or device is None
+            else _sourced(format_latency(seconds), device, shown.latency_devices)
+        )
     return cells
 
 

@@ -13,12 +13,12 @@ from finished_folders import make_finished
 from fresh_process import one_process  # noqa: F401 (a fixture)
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from autopeft.production.card import carry_card, describe_latency, make_card, write_card
+from autopeft.production.card import carry_card, make_card, write_card
 from autopeft.production.files import Agreement, TrainingResult, read_recipe, read_result
 from autopeft.production.finished import open_finished
 from autopeft.production.merge import merge
 from autopeft.production.recipe import Recipe
-from autopeft.records import Inference, Latency, StudyRecord
+from autopeft.records import StudyRecord
 from autopeft.testing.tiny_models import tiny_folder
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_process")]
@@ -158,16 +158,6 @@ def test_the_front_is_a_table_with_this_one_in_it(
 
 def test_without_the_study_it_says_so(folder: Path, recipe: Recipe, result: TrainingResult) -> None:
     assert "its front, was not at hand" in make_card(folder, recipe, result, None)
-
-
-def test_serving_costs_are_said_where_they_were_measured() -> None:
-    def latency(seconds: float) -> Latency:
-        return Latency(single_seconds=seconds, batch_seconds=seconds / 4, batch_size=32, num_batches=31)
-
-    inference = Inference(
-        unmerged=latency(0.012), merged=latency(0.0098), base=latency(0.0098), adapter_bytes=10, device="a CPU"
-    )
-    assert describe_latency(inference) == "12 ms an example alone, 3 ms in batches of 32; merged 9.8 ms and 2.45 ms"
 
 
 # --- the code

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import transformers
 from finished_folders import make_finished
@@ -100,6 +101,13 @@ def quantized() -> list[Any]:
     ]
 
 
+def recorded_loss(folder: Path, num_rows: int) -> float:
+    """What the training wrote down of the rows that merging asks about."""
+    with np.load(folder / "scores.npz") as scores:
+        losses = scores["test_losses"].astype(np.float64)
+    return float(losses[np.linspace(0, len(losses) - 1, num_rows).astype(int)].mean())
+
+
 @pytest.mark.parametrize(("name", "bits"), quantized())
 def test_a_quantized_base_is_dequantized_and_the_loss_measured(name: str, bits: int, tmp_path: Path) -> None:
     folder = make_finished(tmp_path / "done", name, "bert", bits=bits)  # type: ignore[arg-type]
@@ -108,6 +116,8 @@ def test_a_quantized_base_is_dequantized_and_the_loss_measured(name: str, bits: 
     assert merged.quantization_difference is not None
     # NF4 weights are multiplied in float32 as they are; int8 multiplies rounded activations too (LLM.int8).
     assert merged.quantization_difference <= (1e-4 if bits == 4 else 0.1) * max(1.0, merged.largest_logit)
+    assert merged.loss == pytest.approx(recorded_loss(folder, merged.num_rows), abs=5e-4 if bits == 4 else 1e-2)
+    assert merged.written_loss == pytest.approx(merged.loss, abs=1e-4 if bits == 4 else 0.1)
     check_plain(tmp_path / "model", Path(tiny_folder("bert")))
 
 
@@ -120,6 +130,8 @@ def test_a_base_in_half_precision_stays_so_and_the_rounding_is_measured(lora: Pa
     merged = merge(open_finished(lora), tmp_path / "model", dtype="bfloat16")
     assert merged.difference <= 1e-4
     assert 1e-4 < merged.written_difference < 0.2
+    assert merged.loss == pytest.approx(recorded_loss(lora, merged.num_rows), abs=5e-4)
+    assert 0 < abs(merged.written_loss - merged.loss) < 0.05
     assert {dtype for _, dtype in keys_of(tmp_path / "model").values()} == {"BF16"}
     assert json.loads((tmp_path / "model/config.json").read_text())["dtype"] == "bfloat16"
 

@@ -11,7 +11,7 @@ from autopeft.report.page import build_page
 from autopeft.report.palette import mark_methods
 from autopeft.report.rows import Cell, list_columns, list_rows
 from autopeft.report.scores import all_trials, serving_seconds
-from autopeft.report.words import format_latency, title_objective
+from autopeft.report.words import describe_latency, format_latency, title_objective
 
 StudyOf = Callable[..., StudyRecord]
 TrialOf = Callable[..., TrialRecord]
@@ -75,7 +75,9 @@ def test_latency_is_that_of_serving_merged_where_the_method_merges(study_of: Stu
 
 def test_the_latency_of_a_confirmed_trial_says_what_it_is_unmerged(study_of: StudyOf) -> None:
     confirmed = next(trial for trial in study_of().trials if trial.confirmations)
-    merged, alone = (study_of(trials=[with_inference(confirmed, merged=merged)]) for merged in (0.01, None))
+    merged, alone = (
+        study_of(trials=[with_inference(confirmed, merged=merged)], with_picks=False) for merged in (0.01, None)
+    )
     assert note(merged, confirmed.number, "Latency") == "20 ms unmerged"
     assert note(alone, confirmed.number, "Latency") == ""
 
@@ -95,6 +97,15 @@ def test_points_lie_at_milliseconds_and_mebibytes(study_of: StudyOf, trial_of: T
     assert [point.x for point in list_points(study, "size")] == [2.0]
     unknown = study_of(trials=[trial_of(0)])
     assert list_points(unknown, "latency") == list_points(unknown, "size") == []
+
+
+def test_latency_in_words_is_alone_and_in_batches_unmerged_and_merged() -> None:
+    inference = Inference(
+        unmerged=make_latency(0.012), merged=make_latency(0.0098), base=None, adapter_bytes=10, device="a CPU"
+    )
+    alone = "12 ms an example alone, 2.4 ms in batches of 32"
+    assert describe_latency(inference) == f"{alone}; merged 9.8 ms and 1.96 ms"
+    assert describe_latency(dataclasses.replace(inference, merged=None)) == alone
 
 
 def test_words() -> None:
