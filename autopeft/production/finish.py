@@ -17,12 +17,13 @@ from autopeft.backends.hf.build import build_trial_model, count_trainable, train
 from autopeft.backends.hf.data import TaskData
 from autopeft.backends.hf.saved import save_adapter, save_trained
 from autopeft.backends.hf.steps import SplitScores
-from autopeft.backends.hf.trial import describe_device, digest_weights, write_whole
+from autopeft.backends.hf.trial import digest_weights, write_whole
 from autopeft.methods import find_method
 from autopeft.production import checkpoints
 from autopeft.production.agreement import compare, estimate_standard_error
 from autopeft.production.checkpoints import Evaluation
 from autopeft.production.files import SavedAs, TrainingResult, name_base
+from autopeft.production.latency import describe_machine
 from autopeft.production.recipe import Recipe
 from autopeft.production.session import is_sharded
 from autopeft.tasks.scorers import score_predictions
@@ -133,7 +134,7 @@ def make_result(
         saved_as=saved_as,
         adapter_bytes=sum(path.stat().st_size for path in files),
         processes=processes,
-        device=describe_device(device),
+        device=describe_machine(device),
         scores_file=_SCORES,
         scores_digest=write_whole(out / _SCORES, lambda file: np.savez_compressed(file, **arrays)),
         data_digest=data.splits.digest,

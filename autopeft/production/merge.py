@@ -8,6 +8,7 @@ sum again would change small weights by more than was learned, so that is not of
 
 from __future__ import annotations
 
+import logging
 import shutil
 import warnings
 from pathlib import Path
@@ -32,6 +33,7 @@ MOST_DIFFERENCE = 1e-4
 """Between merged and unmerged logits in float32, for logits of about one; larger ones may differ in proportion."""
 NUM_ROWS = 32
 _BATCH_SIZE = 8
+_DEQUANTIZING = logging.getLogger("transformers.integrations.bitsandbytes")
 
 _TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "added_tokens.json",
@@ -175,7 +177,13 @@ def _load_unmerged(finished: Finished, job: dict[str, Any]) -> tuple[Any, _Answe
 
 def _dequantize(model: Any) -> Any:
     """The model with plain linear layers that hold the rounded weights, in float32."""
-    model = model.dequantize()
+    # That it dequantizes is what it was asked for, and no news.
+    level = _DEQUANTIZING.level
+    _DEQUANTIZING.setLevel(logging.ERROR)
+    try:
+        model = model.dequantize()
+    finally:
+        _DEQUANTIZING.setLevel(level)
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
     return model.eval()

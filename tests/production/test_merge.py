@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -242,11 +244,32 @@ def test_the_command_says_what_merging_changed(lora: Path, tmp_path: Path, capsy
     assert "LoRA, trained on a base of 32 bits" in printed
     assert "32 rows of the test split" in printed
     assert "100% same answers" in printed
+    assert re.search(r"mean loss +\d\.\d{4} nats as trained, \d\.\d{4} as written", printed)
     card = (tmp_path / "model/README.md").read_text()
     assert "library_name: transformers" in card
     assert "merged into one plain model" in card
     assert "Trial 7 of the study `tiny-study`, picked as `knee`" in card
     assert "peft" not in card.split("## Load it")[1].split("## How")[0]
+
+
+def test_the_command_states_what_a_rounded_base_costs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_finished(tmp_path / "done", "lora", "bert", bits=4)
+    said: list[str] = []
+    logger = logging.getLogger("transformers.integrations.bitsandbytes")
+    monkeypatch.setattr(logger, "handle", lambda record: said.append(record.getMessage()))
+    # Else what an earlier test has heard would not be said again.
+    transformers.utils.logging.warning_once.cache_clear()
+    assert main(["merge", str(folder), "--out", str(tmp_path / "model")]) == 0
+    printed = capsys.readouterr().out
+    assert "LoRA, trained on a base of 4 bits" in printed
+    assert "dequantizing moves logits by at most" in printed
+    assert re.search(r"mean loss +\d\.\d{4} nats as trained, \d\.\d{4} as written", printed)
+    assert said == []
+    transformers.utils.logging.warning_once.cache_clear()
+    logger.warning_once("heard again")  # type: ignore[attr-defined]
+    assert said == ["heard again"]
 
 
 def test_an_unknown_width_is_refused(lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
