@@ -4,6 +4,7 @@
 
 Exports each trial for `trainer`, runs `train.py` where autopeft cannot be imported, and compares its per-example scores
 with those that the study kept: of the search on the search-validation split, of confirmations on the test split.
+Trials of an earlier run on the same machine stay in the table, so that a long list can be done one by one.
 Predictions are compared by McNemar's exact test (Biometrika 12, 1947), losses by their paired differences.
 """
 
@@ -127,10 +128,22 @@ def reproduce(record: StudyRecord, store: StudyStore, numbers: list[int]) -> Ite
                 yield compare(run, describe_spec(trial.spec), scores, store, rows)
 
 
-def write(found: list[Comparison], out: Path) -> None:
+def read_others(out: Path, study: str, numbers: list[int]) -> list[Comparison]:
+    """Comparisons of the study's trials that are not run now, where machine and libraries are the same."""
+    path = out.with_suffix(".json")
+    if not path.is_file():
+        return []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if (content["machine"], content.get("study")) != (describe_machine(), study):
+        return []
+    return [Comparison(**row) for row in content["comparisons"] if row["trial"] not in numbers]
+
+
+def write(found: list[Comparison], study: str, out: Path) -> None:
     machine = describe_machine()
+    found = sorted(found, key=lambda row: (row.trial, row.seed))
     out.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": machine, "comparisons": [row._asdict() for row in found]}
+    content = {"machine": machine, "study": study, "comparisons": [row._asdict() for row in found]}
     out.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     lines = [
         "# The exported stand-alone script against the trials of a study",
@@ -161,11 +174,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="written as .md and .json")
     args = parser.parse_args()
     store = StudyStore.open(args.studies, args.study)
-    found: list[Comparison] = []
-    for comparison in reproduce(build_record(store), store, [int(number) for number in args.trials.split(",")]):
+    record = build_record(store)
+    numbers = [int(number) for number in args.trials.split(",")]
+    found = read_others(args.out, record.uid, numbers)
+    for comparison in reproduce(record, store, numbers):
         found.append(comparison)
         print(comparison)
-        write(found, args.out)
+        write(found, record.uid, args.out)
 
 
 if __name__ == "__main__":
