@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from autopeft.cli.main import main
+from autopeft.executors.devices import describe_cpu
 from autopeft.production.files import LocalPlaces, read_recipe, write_local, write_recipe
 from autopeft.production.recipe import Recipe
 
@@ -37,6 +39,12 @@ def test_it_prints_what_is_trained_and_the_score_beside_the_prediction(
     assert "100% step      8  loss " in output
     result = json.loads((folder / "trained" / "result.json").read_text(encoding="utf-8"))
     assert f"test         {100 * result['test_quality']:.1f}%" in output
+    # What serving costs: IA3 merges.
+    assert re.search(r"\nadapter +\S+, [\d.]+ KiB, ", output)
+    assert re.search(r"\nlatency +\S+ ms an example alone, .*; merged \S+ ms and \S+ ms, on ", output)
+    assert result["inference"]["merged"]["single_seconds"] > 0
+    assert result["device"] == result["inference"]["device"]
+    assert result["device"].startswith(describe_cpu())
     # And once more: it is finished.
     assert main(["train", "recipe"]) == 0
     assert "This training was finished on" in capsys.readouterr().out
