@@ -125,7 +125,7 @@ def test_a_learned_noise_scale_is_learned_again_after_an_interrupt(
 
     whole, halved = make_studies(), make_studies()
     for studies in (whole, halved):
-        studies.create_default(budget="9trials")
+        studies.create_default(budget="16trials")
     changes: list[Status] = []
     uninterrupted = run(whole, on_change=changes.append)
     assert any(trial.state == "stopped" for trial in uninterrupted.trials)

@@ -192,7 +192,7 @@ def test_a_stopped_trial_names_a_rival_that_costs_no_more(record: StudyRecord) -
 
 
 def test_every_verdict_can_be_recomputed_from_the_stored_losses(studies: FakeStudies) -> None:
-    store = studies.create_default(budget="10trials")
+    store = studies.create_default(budget="20trials")
     record = studies.run(store)
 
     def contender(number: int, rung: int) -> Contender:
@@ -398,13 +398,14 @@ def test_a_trial_that_kills_two_workers_is_given_up(studies: FakeStudies) -> Non
 # --- recipes, included configurations, the baseline
 
 
-def test_the_first_trial_and_every_third_after_it_is_a_recipe(record: StudyRecord) -> None:
+def test_the_first_trial_and_at_least_every_third_is_a_recipe(record: StudyRecord) -> None:
     wanted = [spec.key() for spec in restore_space(record.config).recipes]
-    recipes = [trial.number for trial in record.trials if trial.source == "recipe"]
     assert all(trial.spec.key() in wanted for trial in record.trials if trial.source == "recipe")
-    assert recipes[0] == 0
-    # More of them where they promise most.
-    assert all(later - earlier <= 3 for earlier, later in itertools.pairwise(recipes))
+    sources = [trial.source for trial in record.trials]
+    assert sources[0] == "recipe"
+    # Of those so far; more of them where they promise most, and none once all have been.
+    last = len(sources) - sources[::-1].index("recipe")
+    assert all(3 * sources[:count].count("recipe") >= count for count in range(1, last + 1))
 
 
 def test_every_recipe_is_tried_in_time(studies: FakeStudies) -> None:
