@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from machine import describe_machine
 from searchers import OurSearch, Source
-from tables import Table, read_metamathqa, read_table
+from tables import Table, draw_part, read_metamathqa, read_table
 
 from autopeft.search.front import scale_point
 from autopeft.search.outlook import GainModel, count_lost_members
@@ -99,18 +99,18 @@ def measure(table: Table, num_seeds: int) -> tuple[list[Asked], list[Fate]]:
     source: Source = "one by one" if table.recording.curves.config.space_name == "listed" else "chosen"
     search = OurSearch(source=source)
     asked, fates = [], []
+    reference = table.recording.curves.reference
     for seed in range(num_seeds):
+        part = table if source == "one by one" else draw_part(table, seed)
         for share in SHARES:
-            trials = search.search(table, seed, share)
-            model = GainModel(trials, table.rungs, table.recording.curves.reference)
-            fates.append(_find_fate(table, trials))
+            trials = search.search(part, seed, share)
+            model = GainModel(trials, reference)
+            fates.append(_find_fate(part, trials))
             if not model.can_tell:
                 continue
             for more in MORE:
-                gain = model.estimate(more * share * table.total_seconds)
-                later = GainModel(
-                    search.search(table, seed, share * (1 + more)), table.rungs, table.recording.curves.reference
-                )
+                gain = model.estimate(more * share * part.total_seconds)
+                later = GainModel(search.search(part, seed, share * (1 + more)), reference)
                 asked.append(Asked(share, more, *gain, later.volume / model.volume - 1))
     return asked, fates
 

@@ -186,6 +186,10 @@ def _dequantize(model: Any) -> Any:
         _DEQUANTIZING.setLevel(level)
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        # transformers leaves them as they were, and peft's IA3 refuses to merge by them.
+        if getattr(model, flag, False):
+            setattr(model, flag, False)
     return model.eval()
 
 

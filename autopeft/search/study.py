@@ -336,7 +336,7 @@ class Search:
 
     def _estimate_rest(self) -> float | None:
         """Expected growth of the front with the rest of the search's budget; None where too little was tried to say."""
-        model = GainModel(self.store.trials, self.config.rungs, self.store.reference)
+        model = GainModel(self.store.trials, self.store.reference)
         if not model.can_tell:
             return None
         seconds, trials = self.account.search_seconds_left(), self.account.ledger.trials_left()

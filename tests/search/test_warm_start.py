@@ -225,7 +225,7 @@ def test_sources_of_which_nothing_fits_are_refused_with_what_they_hold() -> None
 def test_the_shipped_priors_fit_the_shipped_spaces() -> None:
     first = choose(*read_priors())
     assert first
-    assert len({spec.method for spec in first}) >= min(3, len(first))
+    assert len({spec.method for spec in first}) > 1
 
 
 def test_shipped_priors_are_of_trained_configurations_with_finite_scores() -> None:
