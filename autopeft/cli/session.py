@@ -127,6 +127,8 @@ def write_outputs(record: StudyRecord) -> None:
 
 def print_summary(record: StudyRecord) -> None:
     """The picks, and what they are worth, in a few lines."""
+    from autopeft.export import find_way
+    from autopeft.report.cards import take_home_command
     from autopeft.report.certainty import say_more, say_stopped, say_ties
     from autopeft.report.words import describe_spec, format_bytes, format_count, format_quality
 
@@ -158,6 +160,6 @@ def print_summary(record: StudyRecord) -> None:
     if record.picks:
         for sentence in filter(None, [*say_ties(record), say_stopped(record), say_more(record)]):
             print(sentence)
-        print(
-            f"\nexport with: autopeft export {record.config.name} --pick knee --to peft --out {record.config.name}-knee"
-        )
+        knee = next(pick for pick in record.picks if pick.name == "knee")
+        way = find_way(record, next(trial for trial in record.trials if trial.number == knee.number))
+        print(f"\ntake it home with: {take_home_command(record.config.name, knee.name, way.target)}")
