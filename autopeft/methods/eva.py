@@ -82,6 +82,7 @@ class _Directions:
         """None until a batch had tokens enough for the layer, which of an expert few may reach."""
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        import torch
         from peft.utils.incremental_pca import IncrementalPCA
         from torch.nn.functional import cosine_similarity
 
@@ -103,6 +104,8 @@ class _Directions:
             self.pca = IncrementalPCA(
                 n_components=self.rank, lowrank=True, lowrank_q=self.rank + 16, lowrank_niter=2, lowrank_seed=42
             )
-        self.pca.partial_fit(states_RD.float())
+        # Autocast would hand bfloat16 to decompositions that CUDA has in float32 alone.
+        with torch.autocast(states.device.type, enabled=False):
+            self.pca.partial_fit(states_RD.float())
         if before is not None:
             self.settled = bool((cosine_similarity(before, self.pca.components_) >= _SETTLED).all())

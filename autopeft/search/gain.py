@@ -123,8 +123,11 @@ class GrowthModel:
         self._quality = QualityModel(scores)
         self._losses = {step: _measure_losses([score for score in scores if score.step == step]) for step in rungs}
         pairs: dict[int, list[tuple[float, float]]] = {step: [] for step in rungs}
+        following = dict(itertools.pairwise(rungs))
         for trial in trials:
             for score, later in itertools.pairwise(trial.rungs):
+                if following.get(score.step) != later.step:
+                    continue
                 growth = self._quality.estimate(later).mean - self._quality.estimate(score).mean
                 pairs[score.step].append((self._place(score), growth))
         self._growths = {step: _fit_growth(found) for step, found in pairs.items()}

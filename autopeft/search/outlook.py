@@ -6,8 +6,8 @@ of what the one before it did, since a search that begins with what promises mos
 what the next one may bring, and their mean is taken.
 
 Drawing subsets of the trials at random instead (rarefaction, as ecologists extrapolate counts of species,
-doi:10.1890/13-0133.1) would suit trials that come at random. Of a search that learns it expected ten times what more
-budget did bring. `benchmarks/outlook.py` sets the estimate beside that, on recorded runs.
+doi:10.1890/13-0133.1) would suit trials that come at random; of a search that learns it expects many times too much.
+`benchmarks/outlook.py` sets the estimate beside what more budget did bring, on recorded runs.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ _SHARES = (0.25, 0.5, 1.0)
 """Of what the search has spent: the larger budgets that an outlook tells of."""
 _RATIO = 0.5
 """Of what a doubling of the work brings to what the one before it did."""
+_LEAST = 0.005
+"""Share of the hypervolume that a doubling is expected to bring at least: what has not grown for long may yet."""
 _BETWEEN = (0.0, 4.0)
 """Realised over expected: four in five of those that `benchmarks/outlook.py` measured lie between."""
 
@@ -53,13 +55,13 @@ class GainModel:
         begun = _sort(trial for trial in trials if trial.state not in ("waiting", "refused", "running"))
         self.num_trials = len(begun)
         self.spent_seconds = sum(trial.device_seconds for trial in begun)
-        completed = _list_completed(begun, reference)
+        completed, self._work = _list_completed(begun, reference)
         self._num_completed = len(completed)
-        work = float(sum(trial.step for trial in begun))
-        volumes = [_volume_by(completed, share * work) for share in (0.25, 0.5, 1.0)]
+        self._left = sum(trial.spec.max_steps - trial.step for trial in begun if trial.state == "paused")
+        volumes = [_volume_by(completed, share * self._work) for share in (0.25, 0.5, 1.0)]
         self.volume = volumes[-1]
         first, last = (b - a for a, b in itertools.pairwise(volumes))
-        self._next = (_RATIO**2 * first + _RATIO * last) / 2
+        self._next = max((_RATIO**2 * first + _RATIO * last) / 2, _LEAST * self.volume)
 
     @property
     def can_tell(self) -> bool:
@@ -70,8 +72,9 @@ class GainModel:
         return self._extrapolate(more_seconds / self.spent_seconds if self.spent_seconds else 0.0)
 
     def estimate_trials(self, more_trials: float) -> Gain:
-        """With so many more trials, where the budget knows no time."""
-        return self._extrapolate(more_trials / self.num_trials)
+        """With so many more trials and all the paused ones going on beside: a budget in trials knows no time."""
+        more_work = self._left + more_trials * self._work / self.num_trials if self.num_trials else 0.0
+        return self._extrapolate(more_work / self._work if self._work else 0.0)
 
     def _extrapolate(self, share: float) -> Gain:
         """By that share more of the work: doublings and parts of them."""
@@ -88,9 +91,9 @@ class _Done(NamedTuple):
     point: list[float]
 
 
-def _list_completed(trials: Sequence[Trial], reference: dict[str, float]) -> list[_Done]:
-    """In the order in which they ended. Steps, not seconds: with a budget in trials nothing that is decided may depend
-    on the clock."""
+def _list_completed(trials: Sequence[Trial], reference: dict[str, float]) -> tuple[list[_Done], int]:
+    """In the order in which they ended, and the steps of all trials. Steps, not seconds: with a budget in trials
+    nothing that is decided may depend on the clock."""
     ended = sorted(
         ((segment.end_seconds, segment.step, place) for place, trial in enumerate(trials) for segment in trial.segments
          if segment.purpose == "search")
@@ -98,11 +101,12 @@ def _list_completed(trials: Sequence[Trial], reference: dict[str, float]) -> lis
     steps = [0] * len(trials)
     found = []
     for _, step, place in ended:
+        # That of a stretch which failed is where it was to end.
         steps[place] = step
         trial = trials[place]
         if trial.state == "complete" and trial.cost is not None and step == trial.rungs[-1].step:
             found.append(_Done(float(sum(steps)), _point(trial, reference)))
-    return found
+    return found, sum(steps)
 
 
 def _volume_by(completed: Sequence[_Done], work: float) -> float:

@@ -41,8 +41,7 @@ PRIORS = Path(__file__).parent / "priors.json"
 """Made from the leaderboards of the repository: `python -m autopeft.report.priors`."""
 
 MOST_FIRST = 3
-"""Configurations of a portfolio. What the new task shows of the first ones chooses more better than other tasks do:
-with eight, searches of recorded tables were behind those that began with recipes."""
+"""Configurations of a portfolio. More of them would wait longer for what the new task itself shows."""
 _LEAST_GAIN = 1e-4
 """Of the hypervolume: below, a configuration repeats what the portfolio has."""
 _BANDWIDTH = 0.15

@@ -20,6 +20,7 @@ from autopeft.backends.hf.cuda_rules import GpuRules, OnGpu, cuda_workspaces
 from autopeft.backends.hf.data import Batch
 from autopeft.backends.hf.live_bytes import Held, LiveBytes, Part, cpu_workspaces, list_loose_tensors, list_tensors
 from autopeft.backends.hf.steps import bind_after_step, build_optimizer, score_batch, train_step
+from autopeft.errors import SpecError
 from autopeft.methods import find_method
 from autopeft.records import TrialSpec
 
@@ -145,6 +146,11 @@ class Rehearsal:
         the prompts, and of the last token, before which the keys and values of all others are kept."""
         # Without peft's wrapper, which puts soft prompts in front: `tokens` has them.
         writer = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        if "past_key_values" not in inspect.signature(writer.forward).parameters:
+            raise SpecError(
+                "The memory of writing texts is known for models that keep keys and values, but "
+                f"{type(writer).__name__} keeps something else. Score the task by token_accuracy instead."
+            )
         self.model.eval()
         with torch.no_grad():
             reading = self._count_writing(writer, _make_prompt(writer, rows, tokens), None)
