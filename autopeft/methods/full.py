@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from autopeft.errors import SpecError
 from autopeft.methods.base import UNQUANTIZED, BuildContext, Method, Recipe
 from autopeft.records import TrialSpec
 
@@ -19,11 +18,6 @@ def _unfreeze(model: nn.Module, spec: TrialSpec, context: BuildContext) -> nn.Mo
 
 
 def _leave_frozen(model: nn.Module, spec: TrialSpec, context: BuildContext) -> nn.Module:
-    if not context.head:
-        raise SpecError(
-            "Head only trains what a classifier has on top of its base, and a language model has none: "
-            "nothing would be trained. Choose a method that adapts the base, such as lora."
-        )
     return model
 
 

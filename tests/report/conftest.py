@@ -32,6 +32,7 @@ from autopeft.records import (
     TrialState,
     VramSource,
 )
+from autopeft.tasks.spec import find_task_text
 
 RUNGS = (50, 150, 450)
 MIB = 2**20
@@ -298,7 +299,7 @@ def _make_segments(trials: list[TrialRecord]) -> list[Segment]:
 def make_config(name: str = "sst2-evening", **changes: Any) -> StudyConfig:
     config = StudyConfig(
         name=name,
-        task="sst2",
+        task=find_task_text("sst2"),
         task_name="sst2",
         model="minilm",
         budget="30cpu-min",
