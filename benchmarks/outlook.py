@@ -96,12 +96,12 @@ def _read(name: str, data_dir: Path | None) -> Table:
 
 def measure(table: Table, num_seeds: int) -> tuple[list[Asked], list[Fate]]:
     # Configurations set by hand have no space to suggest from: they come in an order drawn by the seed.
-    source: Source = "one by one" if table.recording.curves.config.space_name == "listed" else "chosen"
+    source: Source = "one by one" if table.is_listed else "chosen"
     search = OurSearch(source=source)
     asked, fates = [], []
     reference = table.recording.curves.reference
     for seed in range(num_seeds):
-        part = table if source == "one by one" else draw_part(table, seed)
+        part = draw_part(table, seed)
         for share in SHARES:
             trials = search.search(part, seed, share)
             model = GainModel(trials, reference)

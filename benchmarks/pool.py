@@ -81,7 +81,7 @@ def make_pool(table: Table) -> Pool:
     """By the space that the configurations were drawn from; where they were set by hand, by method, learning rate and
     number of parameters."""
     config = table.recording.curves.config
-    if config.space_name != "listed":
+    if not table.is_listed:
         space = restore_space(config)
         params = [space.params(curve.spec) for curve in table.curves]
         known = []

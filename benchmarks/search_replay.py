@@ -150,8 +150,7 @@ class Played(NamedTuple):
 
 
 def compare(table: Table, num_seeds: int, peers: Sequence[str]) -> list[Row]:
-    is_listed = table.recording.curves.config.space_name == "listed"
-    if is_listed:
+    if table.is_listed:
         ours: list[tuple[str, Source, bool]] = [
             ("autopeft", "given", True), ("autopeft, to its end", "given", False),
             ("autopeft, one by one", "one by one", False),
@@ -160,7 +159,7 @@ def compare(table: Table, num_seeds: int, peers: Sequence[str]) -> list[Row]:
         # Of a space drawn at random nobody would train everything.
         ours = [("autopeft", "chosen", True), ("autopeft, random arrival", "one by one", True),
                 ("Optuna TPE, raced by autopeft", "tpe", True)]  # fmt: skip
-    tables = [table if is_listed else draw_part(table, seed) for seed in range(num_seeds)]
+    tables = [draw_part(table, seed) for seed in range(num_seeds)]
     rows = []
     for name, source, clocked in ours:
         search = OurSearch(source=source)
@@ -321,7 +320,7 @@ def describe_table(table: Table, rows: Sequence[Row], num_seeds: int) -> str:
 
 
 def _say_part(table: Table) -> str:
-    if table.recording.curves.config.space_name == "listed":
+    if table.is_listed:
         return ""
     return f", each on another random {round(PART * len(table.curves))} of them"
 

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from listed_search import ListedSearch
 from memory_study import MemoryStore
 from pool import Pool, make_pool
-from tables import Table
+from tables import LISTED, Table
 from tpe import observe, suggest_spec
 
 from autopeft.backends.replay import ReplayBackend, ReplayCostModel
@@ -138,7 +138,7 @@ def _find_space(table: Table, source: Source) -> SearchSpace:
         space = restore_space(config)
         # A recipe that was not recorded cannot be played.
         return replace(space, recipes=tuple(spec for spec in space.recipes if spec.key() in table.index_of))
-    return SearchSpace(name="listed", device_kind=config.device_kind, methods={}, recipes=())
+    return SearchSpace(name=LISTED, device_kind=config.device_kind, methods={}, recipes=())
 
 
 def read_trace(trials: Sequence[Trial], table: Table) -> Trace:

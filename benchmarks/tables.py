@@ -23,6 +23,8 @@ METAMATHQA = "peft_metamathqa"
 """Folder below the data directory: the 63 runs of peft's method_comparison, MetaMathQA to GSM8K on Llama-3.2-3B."""
 PART = 0.75
 """Of a recording's configurations that a seed plays."""
+LISTED = "listed"
+"""The space's name where there is none."""
 _STEPS_APART = 250
 _NUM_VALIDATION = 50
 _PLAIN_PYTHON = "3"
@@ -46,6 +48,11 @@ class Table:
     @property
     def objectives(self) -> tuple[str, ...]:
         return self.recording.curves.config.objectives
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether its configurations were set by hand, and not drawn from a space of ours."""
+        return self.recording.curves.config.space_name == LISTED
 
     @cached_property
     def index_of(self) -> dict[str, int]:
@@ -122,7 +129,9 @@ class Table:
 
 def draw_part(table: Table, seed: int) -> Table:
     """A random part of a recording, another for every seed: a search that chooses by what it expects hardly depends on
-    a seed, and on one table it would be measured once."""
+    a seed, and on one table it would be measured once. Where configurations were set by hand, all of them."""
+    if table.is_listed:
+        return table
     count = len(table.curves)
     return table.choose(sorted(random.Random(seed).sample(range(count), round(PART * count))), table.name)
 
@@ -157,7 +166,7 @@ def read_metamathqa(data_dir: Path, *, objectives: Sequence[str], rungs: Sequenc
     config = StudyConfig(
         name="replay", task="name: metamathqa", task_name="metamathqa", model="meta-llama/Llama-3.2-3B",
         budget=f"{len(curves)}trials", objectives=tuple(objectives), rungs=tuple(rungs), seed=0, workers=1,
-        device_kind="cuda", space="methods: {lora: {}}", space_name="listed", methods=None, fixed={}, included=(),
+        device_kind="cuda", space="methods: {lora: {}}", space_name=LISTED, methods=None, fixed={}, included=(),
         max_vram_bytes=None, confirm_share=0.0, confirm_seeds=0, until=None, price_per_device_hour=None,
         # An answer is a number, so no constant answer is ever right.
         majority_quality=0.0, majority_test_quality=0.0, scorer="accuracy", backend="replay",

@@ -86,7 +86,7 @@ class GainModel:
 class _Done(NamedTuple):
     """A trial at its full length."""
 
-    work: float
+    work: int
     """Steps that all trials had trained by then."""
     point: list[float]
 
@@ -99,14 +99,16 @@ def _list_completed(trials: Sequence[Trial], reference: dict[str, float]) -> tup
          if segment.purpose == "search")
     )  # fmt: skip
     steps = [0] * len(trials)
+    work = 0
     found = []
     for _, step, place in ended:
-        # That of a stretch which failed is where it was to end.
+        # The step of a stretch which failed is where it was to end.
+        work += step - steps[place]
         steps[place] = step
         trial = trials[place]
         if trial.state == "complete" and trial.cost is not None and step == trial.rungs[-1].step:
-            found.append(_Done(float(sum(steps)), _point(trial, reference)))
-    return found, sum(steps)
+            found.append(_Done(work, _point(trial, reference)))
+    return found, work
 
 
 def _volume_by(completed: Sequence[_Done], work: float) -> float:
