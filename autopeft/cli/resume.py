@@ -16,11 +16,25 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     from autopeft.cli.session import STUDIES, check_outputs, read_local, run_study
     from autopeft.executors.local import LocalExecutor
-    from autopeft.search.plan import make_setup, restore_devices, restore_space, seconds_until, with_budget
+    from autopeft.hub import fetch_model, is_cached, is_hub_id
+    from autopeft.search.plan import (
+        check_rows,
+        make_setup,
+        restore_devices,
+        restore_space,
+        seconds_until,
+        with_budget,
+    )
     from autopeft.search.store import StudyStore
 
     check_outputs()
     store = StudyStore.open(STUDIES, args.study)
+    local = read_local(store)
+    assert local["model"] is not None
+    check_rows(store.config, store.provenance, local["data_dir"])
+    # What the cache has is what the study began with; the hub may have something newer by now.
+    if is_hub_id(local["model"]) and not is_cached(local["model"]):
+        fetch_model(local["model"], print)
     if args.budget:
         store.save_config(with_budget(store.config, args.budget))
     elif store.finished and store.config.least_gain is not None:
@@ -28,8 +42,6 @@ def run(args: argparse.Namespace) -> int:
         store.save_config(replace(store.config, least_gain=None))
     config = store.config
     devices, threads = restore_devices(config)
-    local = read_local(store)
-    assert local["model"] is not None
     setup = make_setup(config, local["model"], local["data_dir"], STUDIES, threads, devices[0])
     executor = LocalExecutor(setup, devices)
     return run_study(store, executor, restore_space(config), seconds_until(config))

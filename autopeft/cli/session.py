@@ -27,10 +27,13 @@ _LOCAL = "local.json"
 
 def run_new_study(plan: Plan) -> int:
     from autopeft.executors.local import LocalExecutor
+    from autopeft.hub import fetch_model, is_hub_id
     from autopeft.search.plan import make_provenance
     from autopeft.search.store import StudyStore, delete_study
 
     check_outputs()
+    if is_hub_id(plan.model_argument):
+        fetch_model(plan.model_argument, print)
     store = StudyStore.create(STUDIES, plan.config, make_provenance(plan), plan.validation_labels())
     local = {"model": plan.model_argument, "data_dir": str(Path(plan.data_dir).resolve()) if plan.data_dir else None}
     (store.folder / _LOCAL).write_text(json.dumps(local), encoding="utf-8")

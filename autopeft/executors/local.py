@@ -166,6 +166,8 @@ class LocalExecutor:
         environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
         # Threads that spin at barriers take the cores from whatever else runs, the other workers included.
         environment |= {"OMP_WAIT_POLICY": "PASSIVE"}
+        # All that a study needs of the hub has been fetched; no worker waits for a network, or meets newer weights.
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
         setup = self._setup
         if worker == _COST:
             # Costs are computed without a device, but modelled for the one that will train.

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from autopeft.hub import find_cached
 from autopeft.methods.base import ModelKind
 
 
@@ -86,12 +87,5 @@ def _find_config(model: str) -> Path | None:
         return path / "config.json"
     if path.is_file():
         return path
-    # Slow to import, and only of use for hub ids.
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        cached = try_to_load_from_cache(model, "config.json")
-    except HFValidationError:
-        return None
-    return Path(cached) if isinstance(cached, str) else None
+    cached = find_cached(model)
+    return None if cached is None else cached / "config.json"

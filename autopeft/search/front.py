@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from autopeft.errors import SpecError, suggest_nearest
 from autopeft.records import Cost, FrontMember, Pick, TrialRecord
-from autopeft.tasks.scorers import score_predictions
+from autopeft.tasks.scorers import resample_scores, score_predictions
 
 Points = npt.NDArray[np.float64]
 
@@ -191,7 +191,7 @@ def _resample_qualities(
     rows = rng.integers(0, len(labels), (_RESAMPLES, len(labels)))
     qualities = np.column_stack(
         [
-            np.mean([_resample_run(scorer, labels, predictions, rows) for predictions in predicted], axis=0)
+            np.mean([resample_scores(scorer, labels, predictions, rows) for predictions in predicted], axis=0)
             for predicted in by_trial
         ]
     )
@@ -200,13 +200,6 @@ def _resample_qualities(
         for t, predicted in enumerate(by_trial):
             qualities[:, t] += rng.choice(residuals, (_RESAMPLES, len(predicted))).mean(axis=1)
     return qualities
-
-
-def _resample_run(scorer: str, labels: npt.NDArray[np.int64], predictions: npt.NDArray[Any], rows: Any) -> Points:
-    """(resamples,) qualities of one run, on the examples of each of `rows`."""
-    if scorer == "accuracy":
-        return np.asarray((labels == predictions)[rows].mean(axis=1))
-    return np.array([score_predictions(scorer, labels[chosen], predictions[chosen]) for chosen in rows])
 
 
 def _seed_residuals(qualities: Sequence[Sequence[float]]) -> Points:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from autopeft.executors.devices import KnownGpu
+from autopeft.hub import find_cached, find_weights, is_hub_id
 from autopeft.tasks.data import Splits
 
 AUTO_GPU_MODEL = "answerdotai/ModernBERT-base"
@@ -44,28 +45,29 @@ def plan_rungs(max_steps: int) -> tuple[int, ...]:
     return tuple(rungs)
 
 
-def guess_seconds_per_step(model: str, splits: Splits | None, threads: int, gpu: KnownGpu | None) -> float:
+def guess_seconds_per_step(num_parameters: int, splits: Splits | None, threads: int, gpu: KnownGpu | None) -> float:
     tokens = 30.0
     if splits is not None:
         sample = splits.train[:1000]
         texts = [text for example in sample for text in (example.text, example.text_pair, example.completion)]
         words = sum(len(text.split()) for text in texts if text) / len(sample)
         tokens = 1.3 * words + 2
-    operations = 6 * guess_parameters(model) * 16 * tokens
+    operations = 6 * num_parameters * 16 * tokens
     rate = _GPU_UTILIZATION * gpu.bf16_flops if gpu is not None else _CPU_CORE_FLOPS * threads
     return max(_STEP_FLOOR_SECONDS, operations / rate)
 
 
-def guess_parameters(model: str) -> int:
-    """By the size of its weight files where it is a folder; of a hub model that is not known, a common size."""
+def guess_parameters(model: str, weight_bytes: int = 0) -> int:
+    """By the size of its weight files, which of a hub model the hub tells (`weight_bytes`); else a common size."""
     if model in _PARAMETERS:
         return _PARAMETERS[model]
-    folder = Path(model)
-    files = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
+    folder = find_cached(model) if is_hub_id(model) else Path(model)
+    if folder is None:
+        return _UNKNOWN_PARAMETERS
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kept = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-        num_bytes = sum(path.stat().st_size for path in files)
+        num_bytes = weight_bytes or sum(path.stat().st_size for path in find_weights(folder))
     except (OSError, ValueError, AttributeError):
         return _UNKNOWN_PARAMETERS
     return num_bytes // (2 if kept.endswith("16") else 4) or _UNKNOWN_PARAMETERS

@@ -30,6 +30,7 @@ from autopeft.executors.devices import (
     plan_cpu_workers,
     plan_gpu_workers,
 )
+from autopeft.hub import fetch_description, is_hub_id
 from autopeft.methods.kinds import read_model_kind
 from autopeft.records import Provenance, StudyConfig, TrialSource, TrialSpec, WarmStart
 from autopeft.search.front import parse_objectives
@@ -40,6 +41,7 @@ from autopeft.search.lengths import (
     MOST_STEPS,
     SCORING_SHARE,
     choose_max_steps,
+    guess_parameters,
     guess_seconds_per_step,
     plan_rungs,
 )
@@ -136,7 +138,8 @@ def make_plan(
     data_dir = request.data_dir or os.environ.get("AUTOPEFT_DATA_DIR")
     splits = _load_splits(task, data_dir, request.seed, notes, dry_run=dry_run)
     notes += splits.notes if splits is not None else ()
-    per_step = guess_seconds_per_step(model, splits, threads, gpu)
+    weight_bytes = _describe_on_hub(model, notes, dry_run=dry_run)
+    per_step = guess_seconds_per_step(guess_parameters(model, weight_bytes), splits, threads, gpu)
     rate = (threads if device_kind == "cpu" else 1) * len(devices)
     wall = min(budget.wall_bound_seconds(rate), limit)
     max_steps = request.max_steps
@@ -300,6 +303,19 @@ def _choose_model(model: str, device_kind: str, task: TaskSpec) -> str:
     return str(path.resolve()) if path.is_dir() else model
 
 
+def _describe_on_hub(model: str, notes: list[str], *, dry_run: bool) -> int:
+    """Bytes of a hub model's weights, 0 where they are not known; its configuration is in the local cache then."""
+    if not is_hub_id(model):
+        return 0
+    try:
+        return fetch_description(model)
+    except ModelError as exc:
+        if not dry_run:
+            raise
+        notes.append(str(exc))
+        return 0
+
+
 def _model_label(model: str) -> str:
     """Short and without a path: records are published."""
     return Path(model).name if Path(model).exists() else model.split("/")[-1].lower()
@@ -372,6 +388,18 @@ def restore_devices(config: StudyConfig) -> tuple[list[str], int]:
         return plan_gpu_workers(min(config.workers, len(gpus)), gpus), 1
     workers, threads = plan_cpu_workers(min(config.workers, count_cores()))
     return ["cpu"] * workers, threads
+
+
+def check_rows(config: StudyConfig, provenance: Provenance, data_dir: str | None) -> None:
+    """Raises DataError where the task's rows are no longer those that a stored study began with."""
+    task = parse_task(config.task, config.task_name)
+    digest = load_splits(task, data_dir, seed=config.seed).digest
+    if digest != provenance.task_digest:
+        raise DataError(
+            f"A study goes on with the rows that it began with, but those of task '{task.name}' have changed since "
+            f"'{config.name}' began: its scores would not compare. Bring the old rows back, or begin another study, "
+            f"with --warm-start {config.name} to keep what was learned."
+        )
 
 
 def with_budget(config: StudyConfig, budget: str) -> StudyConfig:

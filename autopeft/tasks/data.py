@@ -8,6 +8,7 @@ import json
 import logging
 import random
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -180,6 +181,8 @@ def _load_hub(task: TaskSpec, folder: Path | None) -> _Rows:
     try:
         import datasets
 
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
         # The hub's client prints a line for each of its retries; what came of them is said once, below.
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         train = datasets.load_dataset(task.hub.path, task.hub.config, split=task.hub.train)

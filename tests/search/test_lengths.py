@@ -17,9 +17,11 @@ def test_a_folders_parameters_are_guessed_from_its_weight_files(
     config: dict[str, str], count: int, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model-1.safetensors").write_bytes(bytes(3000))
-    (tmp_path / "model-2.safetensors").write_bytes(bytes(1000))
-    (tmp_path / "training.bin").write_bytes(bytes(5000))
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(bytes(3000))
+    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(bytes(1000))
+    # The same weights in another form, and what transformers does not load.
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "training.bin"):
+        (tmp_path / name).write_bytes(bytes(5000))
     assert guess_parameters(str(tmp_path)) == count
 
 
@@ -30,7 +32,5 @@ def test_what_cannot_be_guessed_is_taken_for_a_common_size(text: str | None, tmp
     assert guess_parameters(str(tmp_path)) == guess_parameters("some/model") == 100_000_000
 
 
-def test_no_step_is_free(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(bytes(400))
-    assert guess_seconds_per_step(str(tmp_path), None, 1, None) == 0.02
+def test_no_step_is_free() -> None:
+    assert guess_seconds_per_step(100, None, 1, None) == 0.02

