@@ -163,12 +163,14 @@ def _print_costs(plan: Plan) -> None:
     from autopeft.errors import AutopeftError
     from autopeft.executors.devices import find_free_bytes
     from autopeft.executors.local import LocalExecutor
+    from autopeft.hub import find_cached, is_hub_id
     from autopeft.report.words import describe_spec, format_bytes, format_count
     from autopeft.search.limits import Limits
     from autopeft.search.plan import first_specs
     from autopeft.search.store import Trial
 
-    if plan.splits is None:
+    if plan.splits is None or (is_hub_id(plan.model_argument) and find_cached(plan.model_argument) is None):
+        # A note of the plan has said what is lacking.
         return
     executor = LocalExecutor(plan.setup(STUDIES), list(plan.devices))
     free = plan.planned_gpu_bytes

@@ -188,9 +188,10 @@ def _load_hub(task: TaskSpec, folder: Path | None) -> _Rows:
         train = datasets.load_dataset(task.hub.path, task.hub.config, split=task.hub.train)
         test = datasets.load_dataset(task.hub.path, task.hub.config, split=task.hub.test) if task.hub.test else None
     except Exception as exc:  # the hub's client raises a dozen unrelated types when there is no network
+        said = next(iter(str(exc).splitlines()), "").rstrip(".")
         raise DataError(
-            f"The rows of task '{task.name}' are not on this machine. {looked}, and the hub, where they are "
-            f"'{task.hub.path}', cannot be reached ({type(exc).__name__}). Connect once; or {remedy}"
+            f"The rows of task '{task.name}' are not on this machine. {looked}, and from the hub, where they are "
+            f"'{task.hub.path}', they cannot be loaded ({type(exc).__name__}: {said}). Connect once; or {remedy}"
         ) from exc
     test_rows = None if test is None else _check_rows(task, test, f"{task.hub.path} test")
     return _Rows(_check_rows(task, train, f"{task.hub.path} train"), test_rows)
