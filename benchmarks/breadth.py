@@ -28,7 +28,8 @@ from autopeft.records import StudyRecord, TrialRecord, TrialSpec
 from autopeft.report.files import write_atomically
 from autopeft.search.plan import make_provenance
 from autopeft.search.racing import beats_majority
-from autopeft.search.study import Search, Status
+from autopeft.search.status import Status
+from autopeft.search.study import Search
 
 OUT = Path(__file__).parent.parent / "leaderboards" / "sst2" / "minilm-recipes.md"
 LONG = 200

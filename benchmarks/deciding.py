@@ -77,18 +77,18 @@ def main() -> None:
 def measure(count: int, repeat: int) -> dict[str, float]:
     """Milliseconds, medians."""
     search = make_search(count)
-    search._race_all()
+    search._carry_out(search.race.judge_all())
     paused = [trial for trial in search.store.trials if trial.state == "paused"]
     newcomer = paused[0]
 
     def decide() -> None:
         appraiser = search._make_appraiser()
-        newcomers = functools.partial(search._find_newcomers, appraiser)
+        newcomers = functools.partial(search.sampler.find_newcomers, appraiser)
         choice = choose_next(search._situation(), search.speed, appraiser, newcomers)
         assert isinstance(choice, StartNew | Promote)
 
     def tell() -> None:
-        search._race(newcomer)
+        search._carry_out(search.race.judge_newcomer(newcomer))
         for trial in paused:
             trial.state = "paused"
 

@@ -10,13 +10,16 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from autopeft.executors.base import Executor
 from autopeft.records import Provenance, StudyConfig, StudyRecord, TrialSpec
 from autopeft.search.plan import Plan, make_plan
-from autopeft.search.racing import Contender, LossCurve, Verdict
+from autopeft.search.racing import Contender, LossCurve, RacingRule, Verdict
 from autopeft.search.request import Request
+from autopeft.search.sampler import Sampler
 from autopeft.search.store import StudyStore, Trial
 from autopeft.search.study import Search
 from autopeft.search.worth import Appraiser, Newcomer
+from autopeft.spaces.space import SearchSpace
 
 Arrival = Literal["included", "sampled"]
 """Whether all configurations wait from the start, or come one by one as from a sampler.
@@ -37,17 +40,32 @@ class NeverStop:
         return None
 
 
-class ListedSearch(Search):
-    """A search whose sampler answers from a list."""
+class ListedSampler(Sampler):
+    """Answers from a list, one configuration after another."""
 
     arriving: Sequence[TrialSpec] = ()
 
-    def _draw_newcomers(self, appraiser: Appraiser) -> list[Newcomer]:
-        known = self._known()
+    def draw(self, appraiser: Appraiser) -> list[Newcomer]:
+        known = self.known_keys()
         spec = next((spec for spec in self.arriving if spec.key() not in known), None)
-        if spec is None:
-            return []
-        return [self._make_newcomer(spec, "sampler")]
+        return [] if spec is None else [self.make_newcomer(spec, "sampler")]
+
+
+class ListedSearch(Search):
+    """A search that tries what is listed."""
+
+    def __init__(
+        self,
+        store: StudyStore,
+        executor: Executor,
+        space: SearchSpace,
+        arriving: Sequence[TrialSpec],
+        *,
+        racing: RacingRule | None = None,
+    ) -> None:
+        super().__init__(store, executor, space, racing=racing)
+        self.sampler = ListedSampler(store, space, self.costs)
+        self.sampler.arriving = arriving
 
 
 class Asked(NamedTuple):

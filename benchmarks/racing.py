@@ -46,8 +46,9 @@ from autopeft.search.front import find_nondominated, hypervolume, scaled_points
 from autopeft.search.lengths import plan_rungs
 from autopeft.search.plan import Plan, make_provenance, restore_space
 from autopeft.search.racing import PairedRacing, RacingRule
+from autopeft.search.status import Status
 from autopeft.search.store import StudyStore, Trial, delete_study
-from autopeft.search.study import Search, Status
+from autopeft.search.study import Search
 
 RESULTS = Path(__file__).parent / "results"
 RECORD = RESULTS / "curves-sst2-minilm.npz"
@@ -252,9 +253,7 @@ class Player:
             None, config.workers, backend=backend, costs=ReplayCostModel(self._recording),
             device_rate=curves.device_rate,
         )  # fmt: skip
-        search = ListedSearch(store, executor, self._space, racing=racing)
-        search.arriving = specs
-        return summarize(search.run())
+        return summarize(ListedSearch(store, executor, self._space, specs, racing=racing).run())
 
 
 def summarize(record: StudyRecord) -> Outcome:

@@ -18,6 +18,7 @@ from autopeft.executors.inline import InlineExecutor
 from autopeft.records import Scalar, WarmStart
 from autopeft.search.plan import restore_space
 from autopeft.search.racing import LearnedRacing, PairedRacing, RacingRule
+from autopeft.search.sampler import Sampler
 from autopeft.search.store import Trial
 from autopeft.search.worth import Appraiser, Newcomer
 from autopeft.spaces.space import SearchSpace
@@ -44,33 +45,38 @@ class Trace(NamedTuple):
     """When it had nothing left to do, or its budget was spent."""
 
 
-class ReplaySearch(ListedSearch):
-    """A search over recorded configurations alone, whose methods need not be ours."""
+class PoolSampler(Sampler):
+    """Answers with recorded configurations alone, each time with all that were not tried yet."""
 
     table: Table
-    pool: Pool | None = None
-    """What is chosen from; None where configurations arrive in an order of their own."""
-    asks_tpe = False
+    pool: Pool
 
-    def _draw_newcomers(self, appraiser: Appraiser) -> list[Newcomer]:
-        if self.pool is None:
-            return super()._draw_newcomers(appraiser)
-        known = self._known() | {spec.key() for spec in self._recipes}
-        unused = sorted(index for key, index in self.table.index_of.items() if key not in known)
-        if self.asks_tpe and unused:
-            unused = [self.pool.find_nearest(self._ask_tpe(), set(unused))]
-        rows = [self._encoder.encode(self.pool.params[index]) for index in unused]
+    def draw(self, appraiser: Appraiser) -> list[Newcomer]:
+        known = self.known_keys() | {spec.key() for spec in self.recipes}
+        unused = self.choose(sorted(index for key, index in self.table.index_of.items() if key not in known))
+        rows = [self.encoder.encode(self.pool.params[index]) for index in unused]
         specs = [self.table.curves[index].spec for index in unused]
         return [Newcomer(spec.method, row, spec=spec) for spec, row in zip(specs, rows, strict=True)]
 
+    def choose(self, unused: list[int]) -> list[int]:
+        return unused
+
+
+class TpeSampler(PoolSampler):
+    """Answers as Optuna's TPE wants it, with what was recorded nearest to that."""
+
+    def choose(self, unused: list[int]) -> list[int]:
+        return [self.pool.find_nearest(self._ask_tpe(), set(unused))] if unused else []
+
     def _ask_tpe(self) -> Mapping[str, Scalar]:
+        config = self.store.config
         spec = suggest_spec(
             self.space,
-            observe(self.space, self.store.trials, self.config.objectives),
-            objectives=self.config.objectives,
-            known=self._known(),
-            max_steps=self.config.rungs[-1],
-            seed=self.config.seed,
+            observe(self.space, self.store.trials, config.objectives),
+            objectives=config.objectives,
+            known=self.known_keys(),
+            max_steps=config.rungs[-1],
+            seed=config.seed,
             number=len(self.store.trials),
         )
         assert spec is not None
@@ -78,13 +84,14 @@ class ReplaySearch(ListedSearch):
         assert answers is not None
         return answers
 
+
+class ReplaySearch(ListedSearch):
+    """A search over recorded configurations alone, whose methods need not be ours."""
+
     def _is_feasible(self, trial: Trial) -> bool:
-        trial.cost = self._cost(trial.spec).cost
+        trial.cost = self.costs.find(trial.spec).cost
         assert trial.cost is not None
         return True
-
-    def _plan_confirmations(self) -> list[tuple[Trial, int]]:
-        return []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,11 +125,12 @@ class OurSearch:
         executor = InlineExecutor(
             None, 1, backend=backend, costs=ReplayCostModel(table.recording), device_rate=recorded.device_rate
         )
-        search = ReplaySearch(store, executor, _find_space(table, self.source), racing=self.racing or find_rule(table))
-        search.arriving = specs
-        search.table = table
-        search.pool = make_pool(table) if self.source in ("chosen", "tpe") else None
-        search.asks_tpe = self.source == "tpe"
+        space = _find_space(table, self.source)
+        search = ReplaySearch(store, executor, space, specs, racing=self.racing or find_rule(table))
+        if self.source in ("chosen", "tpe"):
+            sampler = (TpeSampler if self.source == "tpe" else PoolSampler)(store, space, search.costs)
+            sampler.table, sampler.pool = table, make_pool(table)
+            search.sampler = sampler
         search.drive()
         return store.trials
 

@@ -8,7 +8,6 @@ search decides as an uninterrupted one would.
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,7 +19,7 @@ import optuna
 from autopeft.methods import refuse_spec
 from autopeft.records import Scalar, TrialSpec
 from autopeft.search.distributions import distributions, optuna_directions
-from autopeft.search.front import cost_vector, peel_layers
+from autopeft.search.front import cost_vector, find_first_layers
 from autopeft.search.store import Trial
 from autopeft.spaces.space import SearchSpace
 
@@ -108,8 +107,7 @@ def _find_layers(numbers: Sequence[int], history: Sequence[Observation], most: i
     left = np.array([i for i in numbers if history[i].values is not None], dtype=int)
     # Quality comes first and is to be made large.
     points = np.array([history[i].values for i in left], dtype=float).reshape(len(left), -1) * _signs(history)
-    first = itertools.islice(itertools.chain.from_iterable(peel_layers(points)), most)
-    return [int(left[place]) for place in first]
+    return [int(left[place]) for place in find_first_layers(points, most)]
 
 
 def _signs(history: Sequence[Observation]) -> npt.NDArray[np.float64]:

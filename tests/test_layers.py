@@ -16,7 +16,8 @@ import autopeft
 
 PACKAGE = Path(autopeft.__file__).parent
 LAYERS = (
-    "errors", "records", "budget", "hub", "methods", "tasks", "spaces", "backends", "executors", "search", "report",
+    "errors", "wording", "records", "budget", "hub", "methods", "tasks", "spaces", "backends", "executors", "search",
+    "report",
     "production", "export", "cli",
 )  # fmt: skip
 """Lowest first, as design.md lists them."""

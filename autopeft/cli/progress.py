@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 from autopeft.records import StudyConfig, TrialState
 from autopeft.report.words import describe_spec, format_quality, format_seconds
+from autopeft.search.status import Status
 from autopeft.search.store import Trial
-from autopeft.search.study import Status
 
 _STATES: tuple[TrialState, ...] = ("running", "paused", "complete", "stopped", "failed", "refused")
 

@@ -166,7 +166,7 @@ def _print_costs(plan: Plan) -> None:
     from autopeft.hub import find_cached, is_hub_id
     from autopeft.report.words import describe_spec, format_bytes, format_count
     from autopeft.search.limits import Limits
-    from autopeft.search.plan import first_specs
+    from autopeft.search.sampler import first_specs
     from autopeft.search.store import Trial
 
     if plan.splits is None or (is_hub_id(plan.model_argument) and find_cached(plan.model_argument) is None):

@@ -108,7 +108,6 @@ class LocalExecutor:
         self._events: queue.Queue[WorkerEvent] = queue.Queue()
         self._cost_events: queue.Queue[WorkerEvent] = queue.Queue()
         self._processes: dict[int, _Process] = {}
-        self._closed = False
 
     def start(self) -> list[Ready]:
         for worker in range(self.num_workers):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from autopeft.budget import Ledger, Purpose, parse_budget
 from autopeft.executors.base import Executor
-from autopeft.records import to_record
+from autopeft.records import Segment, to_record
 from autopeft.search.store import StudyStore
 
 _HEARTBEAT_SECONDS = 5.0
@@ -17,9 +17,7 @@ class Bill(NamedTuple):
     """One settled stretch of one worker."""
 
     device_seconds: float
-    start_seconds: float
-    """Wall seconds since the study began, times between its drivers left out."""
-    end_seconds: float
+    segment: Segment
 
 
 class _Open(NamedTuple):
@@ -58,13 +56,21 @@ class Account:
         self._open[worker] = _Open(trial, self._executor.now())
         self.heartbeat(force=True)
 
-    def settle(self, worker: int, purpose: Purpose, at: float | None = None) -> Bill:
-        """Ends a worker's stretch, at the executor's time `at` or now."""
+    def settle(self, worker: int, purpose: Purpose, step: int, at: float | None = None) -> Bill:
+        """Ends a worker's stretch which reached `step`, at the executor's time `at` or now."""
         opened = self._open.pop(worker)
         at = self._executor.now() if at is None else at
         seconds = max(0.0, at - opened.assigned_at) * self._executor.device_rate
         self.ledger.charge(purpose, seconds)
-        return Bill(seconds, self._study_seconds(opened.assigned_at), self._study_seconds(at))
+        segment = Segment(
+            worker=worker,
+            trial=opened.trial,
+            purpose=purpose,
+            start_seconds=self._study_seconds(opened.assigned_at),
+            end_seconds=self._study_seconds(at),
+            step=step,
+        )
+        return Bill(seconds, segment)
 
     # --- what is left
 
@@ -86,6 +92,9 @@ class Account:
         if math.isinf(total):
             return math.inf
         return self.seconds_left() - self._store.config.confirm_share * total
+
+    def search_device_seconds_left(self) -> float:
+        return self.search_seconds_left() * self._rate
 
     @property
     def total_seconds(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from autopeft.methods.base import Dimension
 from autopeft.records import Scalar
@@ -28,13 +28,8 @@ def draw_candidates(space: SearchSpace, parents: Sequence[Answers], rng: random.
     return drawn
 
 
-def settings_of(method: MethodSpace, answers: Answers) -> dict[str, Scalar]:
-    """All settings by their short names, as `make_spec` takes them."""
-    return method.settle(lambda dimension: answers[f"{method.method}.{dimension.name}"])
-
-
 def _draw(method: MethodSpace, rng: random.Random) -> dict[str, Scalar]:
-    return _answer(method, {d.name: _at(d, rng.random()) for d in method.dimensions})
+    return method.answer({d.name: _at(d, rng.random()) for d in method.dimensions})
 
 
 def _perturb(method: MethodSpace, parent: Answers, rng: random.Random) -> dict[str, Scalar]:
@@ -52,19 +47,7 @@ def _perturb(method: MethodSpace, parent: Answers, rng: random.Random) -> dict[s
         else:
             place = place_in_range(dimension, old) + rng.gauss(0, _STEP)
             wanted[dimension.name] = _at(dimension, min(1.0, max(0.0, place)))
-    return _answer(method, wanted)
-
-
-def _answer(method: MethodSpace, wanted: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """What is wanted, of the questions that are open."""
-    answers: dict[str, Scalar] = {"method": method.method}
-
-    def answer(dimension: Dimension) -> Scalar:
-        answers[f"{method.method}.{dimension.name}"] = wanted[dimension.name]
-        return wanted[dimension.name]
-
-    method.settle(answer)
-    return answers
+    return method.answer(wanted)
 
 
 def _at(dimension: Dimension, place: float) -> Scalar:

@@ -5,6 +5,7 @@ Points are rows of a float array in which every column is to be made small: qual
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -93,6 +94,11 @@ def peel_layers(points: Points) -> Iterator[npt.NDArray[np.int64]]:
         first = find_nondominated(points[left])
         yield left[first]
         left = left[~first]
+
+
+def find_first_layers(points: Points, most: int) -> list[int]:
+    """(N, D) -> at most so many rows, those of the first layers."""
+    return [int(row) for row in itertools.islice(itertools.chain.from_iterable(peel_layers(points)), most)]
 
 
 def hypervolume(points: Points, reference: Sequence[float]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from autopeft.executors.devices import KnownGpu
@@ -43,6 +44,11 @@ def plan_rungs(max_steps: int) -> tuple[int, ...]:
     while len(rungs) < _MOST_RUNGS and rungs[0] // 2 >= _FIRST_RUNG:
         rungs.insert(0, rungs[0] // 2)
     return tuple(rungs)
+
+
+def next_rung(step: int, rungs: Sequence[int]) -> int:
+    """Steps of the first rung that lies beyond `step`."""
+    return next(rung for rung in rungs if rung > step)
 
 
 def guess_seconds_per_step(num_parameters: int, splits: Splits | None, threads: int, gpu: KnownGpu | None) -> float:

@@ -83,6 +83,23 @@ class GainModel:
         return Gain(expected, _BETWEEN[0] * expected, _BETWEEN[1] * expected)
 
 
+def expect_rest(
+    trials: Sequence[Trial], reference: dict[str, float], *, device_seconds: float, num_trials: float
+) -> float | None:
+    """Expected growth, as a share of the hypervolume, with what is left of a search's budget: device-seconds and trials
+    to start, either of them inf where it bounds nothing. None where too little was tried to say, or nothing bounds it.
+    """
+    model = GainModel(trials, reference)
+    if not model.can_tell:
+        return None
+    gains = []
+    if math.isfinite(device_seconds):
+        gains.append(model.estimate(max(0.0, device_seconds)))
+    if math.isfinite(num_trials):
+        gains.append(model.estimate_trials(max(0.0, num_trials)))
+    return min((gain.expected for gain in gains), default=None)
+
+
 class _Done(NamedTuple):
     """A trial at its full length."""
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 import autopeft
-from autopeft.backends.base import WorkerSetup
+from autopeft.backends.base import Ready, WorkerSetup
 from autopeft.budget import Budget, parse_budget, parse_price, parse_until
 from autopeft.errors import BudgetError, DataError, DeviceError, ModelError, SpecError, suggest_nearest
 from autopeft.executors.devices import (
@@ -32,7 +32,7 @@ from autopeft.executors.devices import (
 )
 from autopeft.hub import fetch_description, is_hub_id
 from autopeft.methods.kinds import read_model_kind
-from autopeft.records import Provenance, StudyConfig, TrialSource, TrialSpec, WarmStart
+from autopeft.records import Provenance, StudyConfig
 from autopeft.search.front import parse_objectives
 from autopeft.search.lengths import (
     AUTO_GPU_DECODER,
@@ -236,6 +236,16 @@ def make_provenance(plan: Plan) -> Provenance:
     )
 
 
+def complete_provenance(provenance: Provenance, ready: Ready, device_kind: str) -> Provenance:
+    """With what only a worker knows."""
+    return replace(
+        provenance,
+        device=ready.device_name if device_kind == "cuda" else provenance.device,
+        model_digest=ready.model_digest,
+        packages=ready.packages or provenance.packages,
+    )
+
+
 # --- parts of a plan
 
 
@@ -353,18 +363,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
-
-
-def first_specs(config: StudyConfig, space: SearchSpace) -> list[tuple[TrialSource, TrialSpec]]:
-    """The user's own and what did well elsewhere, which are tried first and in that order; then recipes of the methods
-    of which nothing is known, which are candidates beside what the space holds."""
-    warm = config.warm_start or WarmStart(sources=(), first=(), weighed=())
-    recipes = [spec for spec in space.recipes if spec.method not in warm.weighed]
-    return [
-        *(("included", spec) for spec in config.included),
-        *(("prior", spec) for spec in warm.first),
-        *(("recipe", spec) for spec in recipes),
-    ]
 
 
 def restore_space(config: StudyConfig) -> SearchSpace:

@@ -49,11 +49,6 @@ class Situation(NamedTuple):
     """Stopped trials whose verdict may still fall."""
 
 
-def next_rung(trial: Trial, rungs: Sequence[int]) -> int:
-    """Steps of the next rung that the trial has not reached."""
-    return next(rung for rung in rungs if rung > trial.step)
-
-
 def choose_next(
     situation: Situation, speed: Speed, appraiser: Appraiser, find_newcomers: Callable[[], Sequence[Newcomer]]
 ) -> StartNew | Promote | Wait:

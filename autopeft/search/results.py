@@ -8,7 +8,7 @@ from autopeft.budget import Ledger, parse_budget
 from autopeft.records import StudyRecord
 from autopeft.search.front import Front, Run, analyze_front
 from autopeft.search.outlook import find_outlook
-from autopeft.search.store import StudyStore, is_ended, scored_runs
+from autopeft.search.store import StudyStore, Trial, is_ended, scored_runs
 
 MAX_FINALISTS = 5
 
@@ -42,6 +42,17 @@ def plan_confirmations(front: Front, *, first_seed: int, num_seeds: int) -> list
     by_confidence = sorted(front.members, key=lambda member: -member.confidence)
     rest = [member.number for member in by_confidence if member.number not in picks][: MAX_FINALISTS - len(picks)]
     return [(number, first_seed + i) for group in (picks, rest) for i in range(num_seeds) for number in group]
+
+
+def find_confirmations(store: StudyStore) -> list[tuple[Trial, int]]:
+    """(trial, seed) still to be trained, in order of worth: a resumed study has some already."""
+    config = store.config
+    if not config.confirm_seeds:
+        return []
+    front = analyze(store, confirmed=False)
+    wanted = plan_confirmations(front, first_seed=config.seed + 1, num_seeds=config.confirm_seeds)
+    queue = [(store.trials[number], seed) for number, seed in wanted]
+    return [(trial, seed) for trial, seed in queue if all(done.seed != seed for done in trial.confirmations)]
 
 
 def build_record(store: StudyStore) -> StudyRecord:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from autopeft.records import RungScore, TrialSpec
+from autopeft.search.store import Trial
 
 
 class Speed:
@@ -24,6 +25,13 @@ class Speed:
         self._per_step.setdefault(spec.method, []).append(score.train_seconds / num_steps)
         self._medians[spec.method] = statistics.median(self._per_step[spec.method])
         self._scoring.append(max(0.0, score.device_seconds / threads - score.train_seconds))
+
+    def learn_all(self, trial: Trial, threads: float) -> None:
+        """Of all its stretches so far."""
+        before = 0
+        for score in trial.rungs:
+            self.learn(trial.spec, score, score.step - before, threads)
+            before = score.step
 
     def predict(self, method: str | None, num_steps: int, *, unseen: Callable[[Iterable[float]], float] = max) -> float:
         """Wall seconds for so many steps and a scoring pass; 0 as long as nothing is known.

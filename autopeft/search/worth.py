@@ -16,7 +16,6 @@ prices, so that breadth and depth need no rule of their own.
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -27,8 +26,16 @@ import numpy as np
 import numpy.typing as npt
 
 from autopeft.records import Cost, Failed, TrialSource, TrialSpec
-from autopeft.search.front import OBJECTIVES, cost_value, find_nondominated, peel_layers, scale_cost, scale_quality
+from autopeft.search.front import (
+    OBJECTIVES,
+    cost_value,
+    find_first_layers,
+    find_nondominated,
+    scale_cost,
+    scale_quality,
+)
 from autopeft.search.gain import QUANTILES, Forecast, GrowthModel, expected_improvement
+from autopeft.search.lengths import next_rung
 from autopeft.search.speed import Speed
 from autopeft.search.store import Trial
 from autopeft.search.surrogate import (
@@ -147,8 +154,7 @@ class Appraiser:
         points = np.array([self._points[trial.number] for trial in known]).reshape(
             len(known), 1 + len(self._objectives)
         )
-        first = itertools.islice(itertools.chain.from_iterable(peel_layers(points)), _NUM_PARENTS)
-        parents = [self._rows.get(known[place].number) for place in first]
+        parents = [self._rows.get(known[place].number) for place in find_first_layers(points, _NUM_PARENTS)]
         return [row.answers for row in parents if row is not None]
 
     # --- beliefs
@@ -331,7 +337,7 @@ class Appraiser:
     def _time(self, methods: Sequence[str], steps: Sequence[int]) -> _Times:
         first, rest = [], []
         for method, step in zip(methods, steps, strict=True):
-            rung = next(rung for rung in self._rungs if rung > step)
+            rung = next_rung(step, self._rungs)
             seconds = self._speed.predict(method, rung - step, unseen=statistics.median) if self._is_clocked else 0.0
             if seconds > 0:
                 first.append(seconds)

@@ -46,6 +46,21 @@ class MethodSpace:
             values[dimension.name] = answer(dimension) if is_open(dimension, values) else dimension.default
         return values
 
+    def answer(self, wanted: Mapping[str, Scalar]) -> dict[str, Scalar]:
+        """The answers, by full name, to those questions that the settings wanted leave open."""
+        answers: dict[str, Scalar] = {"method": self.method}
+
+        def note(dimension: Dimension) -> Scalar:
+            answers[f"{self.method}.{dimension.name}"] = wanted[dimension.name]
+            return wanted[dimension.name]
+
+        self.settle(note)
+        return answers
+
+    def read_answers(self, answers: Mapping[str, Scalar]) -> dict[str, Scalar]:
+        """All settings by name, as `make_spec` takes them, from such answers."""
+        return self.settle(lambda dimension: answers[f"{self.method}.{dimension.name}"])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSpace:

@@ -88,6 +88,8 @@ def test_a_killed_worker_is_reported_once_and_its_successor_works(executor: Loca
 
 
 def test_a_worker_that_cannot_have_its_model_says_so_in_a_paragraph(tmp_path: Path) -> None:
+    # Without it a worker breaks before it looks for the model.
+    pytest.importorskip("torch")
     executor = LocalExecutor(make_setup(tmp_path, "hf", str(tmp_path / "nowhere")), ["cpu"])
     with pytest.raises(ModelError, match=r"neither a folder .* nor a model of the hub"):
         executor.start()

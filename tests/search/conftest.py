@@ -13,8 +13,9 @@ from autopeft.backends.base import WorkerSetup
 from autopeft.executors.inline import InlineExecutor
 from autopeft.records import Provenance, StudyConfig, StudyRecord
 from autopeft.search.plan import restore_space
+from autopeft.search.status import Status
 from autopeft.search.store import StudyStore
-from autopeft.search.study import Search, Status
+from autopeft.search.study import Search
 from autopeft.spaces.load import find_space
 
 SMALL_SPACE = """

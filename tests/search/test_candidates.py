@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autopeft.errors import SpecError
-from autopeft.search.candidates import draw_candidates, settings_of
+from autopeft.search.candidates import draw_candidates
 from autopeft.search.surrogate import Answers
 from autopeft.spaces.load import find_space, parse_space
 from autopeft.spaces.space import SearchSpace, make_spec
@@ -35,7 +35,7 @@ def test_a_candidate_is_what_the_space_says_of_the_configuration_it_stands_for(
     for answers in draw_candidates(space, parents_of(space) if with_parents else [], random.Random(seed)):
         method = str(answers["method"])
         try:
-            spec = make_spec(method, settings_of(space.methods[method], answers), max_steps=160, seed=0)
+            spec = make_spec(method, space.methods[method].read_answers(answers), max_steps=160, seed=0)
         except SpecError:
             # Settings that no method takes together; the search passes over them.
             continue

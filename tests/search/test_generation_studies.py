@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from autopeft.records import StudyRecord
-from autopeft.search.racing import Contender
+from autopeft.search.race import Race
+from autopeft.search.racing import Contender, PairedRacing
 from autopeft.search.store import StudyStore
 
 if TYPE_CHECKING:
@@ -75,11 +76,10 @@ def test_only_a_rival_that_beats_the_untrained_base_stops_a_trial(
     gain: float, is_stopped: bool, studies: FakeStudies, finished: StudyRecord
 ) -> None:
     store = studies.open()
-    search = studies.search(store)
     base = base_losses(store)
     noise = np.random.default_rng(0).normal(0, 0.05, len(base))
     rival, trial = contender(0, base - gain + noise), contender(1, base - gain + 1.0)
-    verdict = search._verdict(trial, [rival])
+    verdict = Race(store, PairedRacing()).judge(trial, [rival])
     assert (verdict is not None) == is_stopped
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from autopeft.search.lengths import guess_parameters, guess_seconds_per_step
+from autopeft.search.lengths import guess_parameters, guess_seconds_per_step, next_rung
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,7 @@ def test_what_cannot_be_guessed_is_taken_for_a_common_size(text: str | None, tmp
 
 def test_no_step_is_free() -> None:
     assert guess_seconds_per_step(100, None, 1, None) == 0.02
+
+
+def test_the_next_rung_is_the_first_not_reached() -> None:
+    assert [next_rung(step, (40, 80, 160)) for step in (0, 40, 41, 80)] == [40, 80, 80, 160]

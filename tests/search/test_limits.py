@@ -14,10 +14,10 @@ from autopeft.backends.base import CONTEXT_BYTES, Ended, Finished, Stretch
 from autopeft.errors import SpecError
 from autopeft.executors.inline import InlineExecutor
 from autopeft.records import Completed, Cost, Failed, TrialSpec
+from autopeft.search.costs import measured_cost
 from autopeft.search.limits import Limits, fit_overhead, needed_bytes
 from autopeft.search.request import parse_count
 from autopeft.search.store import Trial
-from autopeft.search.study import measured_cost
 
 MIB = 2**20
 GIB = 2**30

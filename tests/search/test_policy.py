@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autopeft.records import Cost, RungScore, TrialSpec
-from autopeft.search.policy import Promote, Situation, StartNew, Wait, choose_next, next_rung, order_by_price
+from autopeft.search.policy import Promote, Situation, StartNew, Wait, choose_next, order_by_price
 from autopeft.search.speed import Speed
 from autopeft.search.store import Trial
 from autopeft.search.worth import QUALITY_EVERY, Appraiser, Newcomer
@@ -246,7 +246,3 @@ def test_new_ones_are_looked_for_only_where_one_may_be_begun(make_trial: MakeTri
     trials = [make_trial(0, [0.9])]
     for situation in (make_situation(trials, trials_left=0), make_situation(trials, can_suggest=False)):
         assert choose_next(situation, Speed(), appraise(trials), fail) == Promote(0)
-
-
-def test_the_next_rung_is_the_first_not_reached(make_trial: MakeTrial) -> None:
-    assert [next_rung(make_trial(0, qualities), RUNGS) for qualities in ([], [0.5], [0.5, 0.6])] == [40, 80, 160]

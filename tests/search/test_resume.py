@@ -14,14 +14,16 @@ import pytest
 import sqlalchemy
 from sqlalchemy.engine import Engine
 
-from autopeft.errors import RecordError, StudyError
+from autopeft.backends.base import Ready
+from autopeft.errors import ModelError, RecordError, StudyError
 from autopeft.executors.base import WorkerEvent
 from autopeft.executors.inline import InlineExecutor
 from autopeft.records import SCHEMA_VERSION, StudyRecord, from_record, to_record
 from autopeft.search.plan import restore_space, with_budget
 from autopeft.search.racing import LearnedRacing
 from autopeft.search.results import build_record
-from autopeft.search.study import Search, Status
+from autopeft.search.status import Status
+from autopeft.search.study import Search
 
 if TYPE_CHECKING:
     from conftest import FakeStudies
@@ -199,6 +201,26 @@ def test_an_interrupted_stretch_is_charged_as_lost(studies: FakeStudies) -> None
     with pytest.raises(KeyboardInterrupt):
         Search(store, executor, restore_space(store.config)).run()
     assert build_record(studies.open()).ledger.lost_seconds == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ModelError("no such model")])
+def test_a_start_that_fails_leaves_no_worker_running(studies: FakeStudies, error: BaseException) -> None:
+    store = studies.create(budget=BUDGET)
+
+    class Failing(InlineExecutor):
+        closed = 0
+
+        def start(self) -> list[Ready]:
+            raise error
+
+        def close(self) -> None:
+            self.closed += 1
+
+    executor = Failing(studies.executor(store)._setup, 1)
+    with pytest.raises((KeyboardInterrupt, ModelError)):
+        Search(store, executor, restore_space(store.config)).run()
+    assert executor.closed == 1
+    assert studies.run(studies.open()).finished
 
 
 def test_an_interrupted_study_can_be_reported(studies: FakeStudies, num_changes: int) -> None:

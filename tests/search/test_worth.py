@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from autopeft.backends.fake import FakeCostModel
 from autopeft.methods import METHODS, refuse_spec
 from autopeft.records import Cost, Failed, RungScore, TrialSpec
-from autopeft.search.candidates import draw_candidates, settings_of
+from autopeft.search.candidates import draw_candidates
 from autopeft.search.speed import Speed
 from autopeft.search.store import Trial
 from autopeft.search.surrogate import Encoder, encode_spec
@@ -36,7 +36,7 @@ def space() -> SearchSpace:
 def specs(space: SearchSpace) -> list[TrialSpec]:
     drawn = draw_candidates(space, [], random.Random(0))
     made = [
-        make_spec(m, settings_of(space.methods[m], answers), max_steps=160, seed=0)
+        make_spec(m, space.methods[m].read_answers(answers), max_steps=160, seed=0)
         for answers in drawn
         if (m := str(answers["method"])) not in ("full", "prompt_tuning")
     ]

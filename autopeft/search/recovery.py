@@ -1,0 +1,32 @@
+"""Going back: what was left unfinished, by whomever, starts anew from its last checkpoint."""
+
+from __future__ import annotations
+
+from autopeft.budget import Ledger
+from autopeft.search.store import StudyStore, Trial
+from autopeft.spaces.space import SearchSpace
+
+
+def recover(store: StudyStore, space: SearchSpace, ledger: Ledger) -> None:
+    """After a driver that died or was interrupted: what it had running is paused or waits."""
+    store.repair(space)
+    for trial in store.trials:
+        if trial.state in ("running", "paused"):
+            requeue(trial, store, ledger)
+    baseline = store.baseline
+    if baseline is not None and baseline.state == "running":
+        baseline.state = "waiting"
+    # What the earlier run had to say of its end is said anew at the end of this one.
+    store.save_study(finished=False, notes=[])
+
+
+def requeue(trial: Trial, store: StudyStore, ledger: Ledger) -> None:
+    """Back to its last checkpoint, or to the start where that is gone."""
+    if trial.rungs and not store.has_checkpoint(trial):
+        trial.rungs.clear()
+        trial.checkpoint = trial.checkpoint_digest = None
+    trial.state = "paused" if trial.rungs else "waiting"
+    if not trial.rungs:
+        # It will be started, and counted, again.
+        ledger.trials_started -= 1
+    store.save(trial)

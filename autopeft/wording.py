@@ -1,0 +1,8 @@
+"""Small words that every layer needs."""
+
+from __future__ import annotations
+
+
+def say_count(number: int, noun: str, many: str | None = None) -> str:
+    """`1 trial`, `3 trials`, `12,000 entries`; `many` is the plural where it is no `s` at the end."""
+    return f"{number:,} {noun if number == 1 else many or f'{noun}s'}"

@@ -1,0 +1,13 @@
+"""Numbers and their nouns."""
+
+from __future__ import annotations
+
+from autopeft.wording import say_count
+
+
+def test_one_is_singular_and_everything_else_is_not() -> None:
+    assert [say_count(number, "seed") for number in (0, 1, 2, 1200)] == ["0 seeds", "1 seed", "2 seeds", "1,200 seeds"]
+
+
+def test_a_plural_of_its_own_is_taken_whole() -> None:
+    assert [say_count(number, "entry", "entries") for number in (1, 2)] == ["1 entry", "2 entries"]
