@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from autopeft.methods import refuse_spec
 from autopeft.records import TrialSpec
-from autopeft.spaces.space import SearchSpace
+from autopeft.spaces.space import RandomSuggester, SearchSpace
 from autopeft.tasks.data import VALIDATION_SHARE
 from autopeft.tasks.spec import VALIDATION_MOST
 
 PLAIN_PEFT = ("lora", "prefix_tuning", "prompt_tuning", "ia3", "full")
 """Methods that a user of transformers and peft has without writing an adapter."""
-
-
-class _RandomSuggester:
-    """Answers a space's questions at random, but for the method, which is given."""
-
-    def __init__(self, method: str, rng: random.Random) -> None:
-        self._method = method
-        self._rng = rng
-
-    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
-        if not log:
-            return self._rng.randint(low, high)
-        return min(high, max(low, round(self.suggest_float(name, low, high, log=True))))
-
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        return low * (high / low) ** self._rng.random() if log else self._rng.uniform(low, high)
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        return self._method if name == "method" else self._rng.choice(list(choices))
 
 
 def draw_specs(space: SearchSpace, count: int, *, max_steps: int, seed: int) -> list[TrialSpec]:
@@ -44,7 +23,7 @@ def draw_specs(space: SearchSpace, count: int, *, max_steps: int, seed: int) -> 
     methods = list(space.methods)
     turn = 0
     while len(specs) < count:
-        suggester = _RandomSuggester(methods[turn % len(methods)], rng)
+        suggester = RandomSuggester(rng, method=methods[turn % len(methods)])
         spec = space.suggest(suggester, max_steps=max_steps, seed=seed)
         if refuse_spec(spec, space.device_kind) is None and spec.key() not in known:
             specs.append(spec)

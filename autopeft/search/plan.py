@@ -160,9 +160,12 @@ def make_plan(
     )  # fmt: skip
     notes += [f"{method} is left out of the space: {rule}" for method, rule in space.left_out.items()]
     included = tuple(
-        read_included(Path(path), device_kind=device_kind, max_steps=max_steps, seed=request.seed, task_kind=task.kind)
+        read_included(
+            Path(path), device_kind=device_kind, max_steps=max_steps, seed=request.seed, task_kind=task.kind,
+            fixed=fixed,
+        )
         for path in request.include
-    )
+    )  # fmt: skip
     warm_start = None
     if sources is not None:
         warm_start = choose_first(sources, space, objectives=objectives, max_steps=max_steps, seed=request.seed)

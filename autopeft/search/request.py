@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from autopeft.errors import SpecError, suggest_nearest
-from autopeft.methods import find_method
+from autopeft.errors import SpaceError, SpecError
+from autopeft.methods import Method, find_method
 from autopeft.records import Scalar, TaskKind, TrialSpec
-from autopeft.spaces.load import check_value, default_dimensions
-from autopeft.spaces.space import check_feasible, make_spec
+from autopeft.spaces.dimensions import default_dimensions, widest_bits
+from autopeft.spaces.recipes import vary_recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,9 +108,19 @@ def _parse_scalar(text: str) -> Scalar:
 
 
 def read_included(
-    path: Path, *, device_kind: str, max_steps: int, seed: int, task_kind: TaskKind = "classification"
+    path: Path,
+    *,
+    device_kind: str,
+    max_steps: int,
+    seed: int,
+    task_kind: TaskKind = "classification",
+    fixed: Mapping[str, Scalar] | None = None,
 ) -> TrialSpec:
-    """A configuration of the user's own: `method:` and any of its settings; the rest as in the method's recipe."""
+    """A configuration of the user's own: `method:` and any of its settings; the rest as in the method's recipe, but for
+    what `fixed` holds all trials to, by name as `--fix` has it.
+
+    Raises SpecError or SpaceError where it cannot be trained, or sets otherwise what is fixed.
+    """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
@@ -122,17 +132,29 @@ def read_included(
     method = find_method(str(data.pop("method")))
     if not method.searched:
         raise SpecError(f"{path}: '{method.name}' is the baseline, which every study trains. Name a method to race.")
-    dimensions = default_dimensions(method, device_kind, task_kind)
-    values: dict[str, Scalar] = {name: dimension.default for name, dimension in dimensions.items()}
-    values |= method.recipe.settings
-    for key, value in data.items():
-        if key not in dimensions:
-            raise SpecError(f"{path}: {method.title} has no setting '{key}'. {suggest_nearest(str(key), dimensions)}")
-        values[key] = _parse_scalar(str(value)) if isinstance(value, str) else value
-        if key != "bits":
-            check_value(dimensions[key], values[key], f"{path}: {key}")
-    if values["bits"] == "unquantized":
-        values["bits"] = dimensions["bits"].default
-    spec = make_spec(method.name, values, max_steps=max_steps, seed=seed)
-    check_feasible(spec, device_kind)
-    return spec
+    given = {str(key): _parse_scalar(value) if isinstance(value, str) else value for key, value in data.items()}
+    given = _apply_fixed(given, fixed or {}, method, device_kind, path)
+    try:
+        return vary_recipe(method, given, device_kind=device_kind, max_steps=max_steps, seed=seed, task_kind=task_kind)
+    except (SpecError, SpaceError) as exc:
+        raise type(exc)(f"{path}: {exc}") from exc
+
+
+def _apply_fixed(
+    given: Mapping[str, Scalar], fixed: Mapping[str, Scalar], method: Method, device_kind: str, path: Path
+) -> dict[str, Scalar]:
+    """The settings given and those fixed: `lora.rank` for one method, `bits` for every one that has it."""
+    joined = dict(given)
+    known = default_dimensions(method, device_kind)
+    for key, value in fixed.items():
+        owner, _, name = key.rpartition(".")
+        if owner not in ("", method.name) or name not in known:
+            continue
+        own, wanted = (widest_bits(device_kind) if v == "unquantized" else v for v in (given.get(name, value), value))
+        if own != wanted:
+            raise SpecError(
+                f"{path} sets {name} to {given[name]}, but --fix {key}={value} holds every trial to {value}. Leave one "
+                "of them away, or make them agree."
+            )
+        joined[name] = value
+    return joined

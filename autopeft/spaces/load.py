@@ -272,6 +272,3 @@ def _fit_recipe(space: MethodSpace, device_kind: str, max_steps: int, seed: int)
     except SpecError:
         return None
     return spec if refuse_spec(spec, device_kind) is None else None
-
-
-__all__ = ["check_value", "default_dimensions", "find_space", "list_spaces", "parse_space"]

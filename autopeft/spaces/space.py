@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -28,6 +29,27 @@ class Suggester(Protocol):
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
+
+
+class RandomSuggester:
+    """Answers a space's questions at random, but for the method where it is given."""
+
+    def __init__(self, rng: random.Random, *, method: str | None = None) -> None:
+        self._rng = rng
+        self._method = method
+
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+        if not log:
+            return self._rng.randint(low, high)
+        return min(high, max(low, round(self.suggest_float(name, low, high, log=True))))
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        return float(low * (high / low) ** self._rng.random()) if log else self._rng.uniform(low, high)
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        if name == "method" and self._method is not None:
+            return self._method
+        return self._rng.choice(list(choices))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -253,6 +253,27 @@ def test_a_bad_included_configuration_is_refused(refuse: Refusal, folder: Path, 
     assert [word for word in words if word not in said] == [], said
 
 
+@pytest.mark.parametrize(
+    ("text", "fixed", "words"),
+    [
+        (
+            "method: lora\nbits: 8",
+            "bits=4",
+            ["mine-lora.yaml sets bits to 8", "--fix bits=4", "Leave one"],
+        ),
+        ("method: lora\nbits: unquantized", "bits=4", ["sets bits to unquantized"]),
+        ("method: lora\nrank: 8", "lora.rank=4", ["sets rank to 8", "--fix lora.rank=4"]),
+        ("method: full", "bits=4", ["mine-lora.yaml: ", "trains on a base of 16, 32 bits, but bits is 4"]),
+    ],
+)
+def test_an_included_configuration_that_contradicts_what_is_fixed_is_refused(
+    refuse: Refusal, folder: Path, text: str, fixed: str, words: list[str]
+) -> None:
+    (folder / "mine-lora.yaml").write_text(text)
+    said = refuse(*search("--include", "mine-lora.yaml", "--fix", fixed))
+    assert [word for word in words if word not in said] == [], said
+
+
 # --- studies and outputs
 
 
