@@ -196,9 +196,11 @@ def _look_at_the_hub() -> list[Finding]:
     import urllib.error
     import urllib.request
 
+    from autopeft.tasks.hub import is_set_offline
+
     findings = []
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+    if is_set_offline():
         findings.append(Finding("hub", None, "not asked: HF_HUB_OFFLINE is set", "Unset it to download models."))
     else:
         try:

