@@ -17,8 +17,7 @@ import autopeft
 PACKAGE = Path(autopeft.__file__).parent
 LAYERS = (
     "errors", "wording", "records", "budget", "hub", "methods", "tasks", "spaces", "backends", "executors", "search",
-    "report",
-    "production", "export", "cli",
+    "report", "production", "export", "cli",
 )  # fmt: skip
 """Lowest first, as design.md lists them."""
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors"}

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from autopeft.wording import say_count
+
 if TYPE_CHECKING:
     from autopeft.backends.hf.health import TorchFacts
 
@@ -75,7 +77,7 @@ def _look_at_python() -> list[Finding]:
             f"{__version__}, Python {platform.python_version()}",
             "" if good else "autopeft needs Python 3.11 or newer.",
         ),
-        Finding("processor", True, f"{count_cores()} cores of {describe_cpu()}"),
+        Finding("processor", True, f"{say_count(count_cores(), 'core')} of {describe_cpu()}"),
         _memory(),
     ]
 
@@ -233,7 +235,7 @@ def _cache(folder: Path) -> Finding:
     num_models = len(list(folder.glob("models--*")))
     existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
-    detail = f"{num_models} models in {folder}, {free / 2**30:.0f} GiB free there"
+    detail = f"{say_count(num_models, 'model')} in {folder}, {free / 2**30:.0f} GiB free there"
     if not os.access(existing, os.W_OK):
         remedy = "Models cannot be downloaded into it: set HF_HOME to a folder of yours."
         return Finding("cache", False, f"{detail}, but it cannot be written to", remedy)

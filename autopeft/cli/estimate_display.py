@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from autopeft.wording import say_count
+
 if TYPE_CHECKING:
     from autopeft.backends.hf.cost import HfCostModel
     from autopeft.records import Estimate, StepSettings, TrialSpec
@@ -68,7 +70,7 @@ def print_one(row: EstimateRow, settings: StepSettings, costs: HfCostModel, most
     print(f"{'peak while training':<32}{format_bytes(estimate.peak_bytes):>10}")
     print(
         f"{'peak of the evaluation pass':<32}{format_bytes(estimate.scoring_bytes):>10}"
-        f"  {estimate.scoring_batch_size} examples at a time"
+        f"  {say_count(estimate.scoring_batch_size, 'example')} at a time"
     )
     if most is not None:
         print(f"{_fit(estimate, most) + ' --max-vram':<32}{format_bytes(most):>10}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from autopeft.wording import say_count
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -66,7 +68,7 @@ def print_merged(finished: Finished, merged: Merged) -> None:
     from autopeft.methods import find_method
 
     spec = finished.recipe.spec
-    rows = f"{merged.num_rows} rows of the test split, logits up to {merged.largest_logit:.3g}"
+    rows = f"{say_count(merged.num_rows, 'row')} of the test split, logits up to {merged.largest_logit:.3g}"
     print(f"method       {find_method(spec.method).title}, trained on a base of {spec.bits} bits")
     print(f"compared     on {rows}")
     print(f"merging      moves logits by at most {merged.difference:.1e} in float32")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from autopeft.wording import say_count
+
 if TYPE_CHECKING:
     from autopeft.production.push import Upload
 
@@ -66,7 +68,7 @@ def print_upload(upload: Upload) -> None:
     for name, size in upload.files.items():
         print(f"{format_bytes(size):>12}  {name}")
     kind = "private" if upload.private else "public"
-    what = f"{len(upload.files)} files, {format_bytes(sum(upload.files.values()))}"
+    what = f"{say_count(len(upload.files), 'file')}, {format_bytes(sum(upload.files.values()))}"
     if upload.url is None:
         print(f"{what} would go to {upload.repo}, {kind}. Nothing was uploaded.")
     else:

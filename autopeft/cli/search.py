@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from autopeft.wording import say_count
+
 if TYPE_CHECKING:
     from autopeft.records import WarmStart
     from autopeft.search.plan import Plan
@@ -118,7 +120,7 @@ def print_plan(plan: Plan) -> None:
 def _describe_warm_start(warm_start: WarmStart | None) -> str:
     if warm_start is None:
         return ""
-    return f"{len(warm_start.first)} configurations first, by {', '.join(warm_start.sources)}"
+    return f"{say_count(len(warm_start.first), 'configuration')} first, by {', '.join(warm_start.sources)}"
 
 
 def _describe_kind(plan: Plan) -> str:
@@ -143,7 +145,7 @@ def _describe_estimate(plan: Plan, format_seconds) -> str:  # type: ignore[no-un
     if math.isinf(lengths):
         trials = plan.budget.trials or 0
         total = trials * each / len(plan.devices)
-        return f"{trials} trials, at most {format_seconds(total)} if none were stopped (rough)"
+        return f"{say_count(trials, 'trial')}, at most {format_seconds(total)} if none were stopped (rough)"
     # With halving rungs a trial costs on average between its first rung and its full length.
     first = plan.config.rungs[0] / steps
     most = min(lengths / first, plan.budget.trials or math.inf)

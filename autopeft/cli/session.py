@@ -9,6 +9,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from autopeft.errors import NothingFeasibleError, UsageError
+from autopeft.wording import say_count
 
 if TYPE_CHECKING:
     from autopeft.executors.base import Executor
@@ -89,7 +90,8 @@ def _why_nothing(record: StudyRecord) -> str:
     why = f" One was refused because it {refused}." if refused else ""
     return (
         f"The budget '{record.config.budget}' ended before any configuration was feasible and trained to its full "
-        f"length: of {len(states)} trials {states.count('refused')} were refused, {states.count('failed')} failed.{why}"
+        f"length: of {say_count(len(states), 'trial')}, refused: {states.count('refused')}, failed: "
+        f"{states.count('failed')}.{why}"
         f" Nothing is lost: raise the limit or the budget, or lower --max-steps. To go on: autopeft resume "
         f"{record.config.name} --budget LARGER."
     )
@@ -153,10 +155,10 @@ def print_summary(record: StudyRecord) -> None:
         assert trial.cost is not None
         assert trial.quality is not None
         test = "" if trial.test_quality is None else f", test {format_quality(trial.test_quality, scorer)}"
-        seeds = 1 + len(trial.confirmations)
+        seeds = say_count(1 + len(trial.confirmations), "seed")
         print(
-            f"{pick.name:<9} trial {trial.number}: {format_quality(trial.quality, scorer)} ({seeds} seed"
-            f"{'s' if seeds > 1 else ''}){test}, {format_count(trial.cost.trainable_parameters)} parameters, "
+            f"{pick.name:<9} trial {trial.number}: {format_quality(trial.quality, scorer)} ({seeds})"
+            f"{test}, {format_count(trial.cost.trainable_parameters)} parameters, "
             f"{format_bytes(trial.cost.peak_vram_bytes)} {trial.cost.vram_source}\n"
             f"          {describe_spec(trial.spec)}"
         )

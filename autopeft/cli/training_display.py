@@ -21,6 +21,7 @@ from autopeft.report.words import (
     format_seconds,
     is_fraction,
 )
+from autopeft.wording import say_count
 
 if TYPE_CHECKING:
     from autopeft.production.files import TrainingResult
@@ -162,7 +163,8 @@ class Display:
             self._print(f"             the weights of step {result.best_step:,} were kept, the best on validation")
         error = format_margin(result.test_standard_error, scorer)
         self._print(
-            f"test         {format_quality(result.test_quality, scorer)} \u00b1 {error} ({result.num_test:,} rows)"
+            f"test         {format_quality(result.test_quality, scorer)} \u00b1 {error} "
+            f"({say_count(result.num_test, 'row')})"
         )
         self._print(f"predicted    {_describe_prediction(recipe)}")
         agreement = result.agreement
@@ -227,7 +229,7 @@ def _describe_prediction(recipe: Recipe) -> str:
     scorer = prediction.scorer
     if prediction.test_quality is not None:
         spread = f" \u00b1 {format_margin(prediction.test_sd, scorer)}" if prediction.test_sd is not None else ""
-        seeds = f"{prediction.num_confirmed} seed{'s' if prediction.num_confirmed > 1 else ''}"
+        seeds = say_count(prediction.num_confirmed, "seed")
         return f"{format_quality(prediction.test_quality, scorer)}{spread} on the test split ({seeds})"
     if prediction.validation_quality is not None:
         quality = format_quality(prediction.validation_quality, scorer)

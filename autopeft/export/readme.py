@@ -8,6 +8,7 @@ from autopeft.export.bundle import Bundle
 from autopeft.export.target import Export, Target
 from autopeft.production.recipe import Recipe
 from autopeft.report.words import describe_settings, format_margin, format_quality, title_method
+from autopeft.wording import say_count
 
 DESCRIPTIONS = {
     "training.yaml": "the recipe: every setting, what the study measured, and where it comes from",
@@ -56,7 +57,8 @@ def _expectation(recipe: Recipe) -> str:
     )
     seeds = (prediction.num_seeds, prediction.num_confirmed)
     parts = [
-        f"{format_quality(quality, scorer)}{_margin(sd, scorer)} on {count:,} {split} rows ({_seeds(num_seeds)})"
+        f"{format_quality(quality, scorer)}{_margin(sd, scorer)} on {count:,} {split} rows "
+        f"({say_count(num_seeds, 'seed')})"
         for (quality, sd, split, count), num_seeds in zip(splits, seeds, strict=True)
         if quality is not None
     ]
@@ -66,10 +68,6 @@ def _expectation(recipe: Recipe) -> str:
         f"After {recipe.spec.max_steps:,} steps the study measured {scorer}: {' and '.join(parts)}. "
         "Margins are standard deviations between seeds."
     )
-
-
-def _seeds(count: int) -> str:
-    return "1 seed" if count == 1 else f"{count} seeds"
 
 
 def _margin(sd: float | None, scorer: str) -> str:

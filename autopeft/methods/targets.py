@@ -22,6 +22,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from autopeft.errors import SpecError, suggest_nearest
+from autopeft.wording import say_count
 
 # Role -> endings of a linear module's dotted name. The longest fitting ending decides, so that BERT's
 # `attention.output.dense` is not taken for the feed-forward's `output.dense`. Beside the architectures that
@@ -275,8 +276,8 @@ def explain_targets(target_modules: str, linear_names: Sequence[str]) -> str | N
     if not without:
         return None
     return (
-        f"In {len(without)} blocks of this model the experts are one fused parameter and no linear layers, so "
-        f"target_modules '{group.name}' leaves them as they are."
+        f"In {say_count(len(without), 'block')} of this model the experts are one fused parameter and no linear "
+        f"layers, so target_modules '{group.name}' leaves them as they are."
     )
 
 

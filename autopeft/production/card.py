@@ -36,6 +36,7 @@ from autopeft.report.words import (
     title_scorer,
 )
 from autopeft.tasks.spec import TaskSpec, parse_task
+from autopeft.wording import say_count
 
 if TYPE_CHECKING:
     from autopeft.production.merge import Merged
@@ -196,7 +197,7 @@ def _say_results(result: TrainingResult, task: TaskSpec, merged: Merged | None) 
         rows.append(["search-validation", quality, f"{result.validation_loss:.4f}", f"{result.num_validation:,}"])
     lines = ["## Results", "", *_table(rows, numbers=3), "", "± is the standard error over the test examples."]
     if prediction.test_quality is not None:
-        seeds = f"{prediction.num_confirmed} seed{'s' if prediction.num_confirmed > 1 else ''}"
+        seeds = say_count(prediction.num_confirmed, "seed")
         lines[-1] += (
             f" The study had measured {_score(prediction.test_quality, prediction.test_sd, scorer)} on the test split "
             f"for this configuration at its shorter length ({seeds})."
@@ -249,8 +250,8 @@ def _say_how_chosen(recipe: Recipe, result: TrainingResult, study: StudyRecord |
     tried = sum(bool(trial.rungs) for trial in study.trials)
     objectives = ", ".join(study.config.objectives)
     lines.append(
-        f"{origin}{f' ({why})' if why else ''}. The study trained {tried} configurations of {len(methods)} "
-        f"method{'s' if len(methods) != 1 else ''} within the budget {study.config.budget}, compared them on "
+        f"{origin}{f' ({why})' if why else ''}. The study trained {say_count(tried, 'configuration')} of "
+        f"{say_count(len(methods), 'method')} within the budget {study.config.budget}, compared them on "
         f"{study.provenance.num_validation:,} search-validation examples, and retrained finalists with other seeds. "
         f"Test scores chose nothing. The trade-off front ({objectives}):"
     )

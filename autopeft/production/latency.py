@@ -14,6 +14,7 @@ from autopeft.backends.hf.latency import measure_latencies
 from autopeft.executors.devices import describe_cpu
 from autopeft.methods import find_method
 from autopeft.records import Bits, Inference, Latency, TrialSpec
+from autopeft.wording import say_count
 
 
 def measure_inference(
@@ -69,5 +70,4 @@ def describe_machine(device: str) -> str:
     """`NVIDIA H100 80GB HBM3`, or the processor with the threads in use."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{describe_cpu()}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{describe_cpu()}, {say_count(torch.get_num_threads(), 'thread')}"

@@ -26,6 +26,7 @@ from autopeft.methods import find_method
 from autopeft.production import plain
 from autopeft.production.finished import Finished, ask_fresh_process, load_data, make_job
 from autopeft.report.files import check_new_folder, new_folder
+from autopeft.wording import say_count
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -86,8 +87,8 @@ def merge(finished: Finished, out: Path, *, dtype: Dtype | None = None) -> Merge
     if not difference <= MOST_DIFFERENCE * scale:
         raise ExportError(
             f"A merged model must answer as it did unmerged, within {MOST_DIFFERENCE * scale:.1g} in float32, but on "
-            f"{len(rows)} rows of the test split the logits of '{finished.folder}' differ by {difference:.1g}. Nothing "
-            f"was written. {advise_unmerged(finished)}"
+            f"{say_count(len(rows), 'row')} of the test split the logits of '{finished.folder}' differ by "
+            f"{difference:.1g}. Nothing was written. {advise_unmerged(finished)}"
         )
     _name_labels(merged, finished)
     with new_folder(out) as part:

@@ -42,6 +42,7 @@ from autopeft.production.start import PRETRAINED, WEIGHTS, PretrainingResult, ad
 from autopeft.production.trainer import RecipeTrainer
 from autopeft.records import digest_json, to_record
 from autopeft.tasks.spec import TaskSpec
+from autopeft.wording import say_count
 
 _HELD_OUT_SHARE = 0.05
 _HELD_OUT_MOST = 200
@@ -174,7 +175,7 @@ def pretrain(
     )
     check_parts(job, session)
     if session.is_main:
-        note = f"{len(training):,} blocks of {task.max_length} tokens to learn from, {len(held)} held out"
+        note = f"{say_count(len(training), 'block')} of {task.max_length} tokens to learn from, {len(held)} held out"
         listener.begin(recipe, from_step=resume.step if resume else 0, notes=[note])
     trainer = RecipeTrainer(trained, session.arguments, job)
     run_trainer(trainer, resume)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from autopeft.records import GainForecast, StudyRecord, TrialRecord
 from autopeft.report.words import format_seconds, title_method, title_scorer
+from autopeft.wording import say_count
 
 _MOST_NAMED = 4
 """Of a tie; the others are counted."""
@@ -70,8 +71,9 @@ def say_more(study: StudyRecord) -> str:
         return ""
     largest = study.outlook.forecasts[-1]
     found = _extend(largest)
+    trials = say_count(int(found.trials), "trial")
     return (
-        f"Searching for {found.device_time} of device time more (about {found.trials} trials) is expected to enlarge "
+        f"Searching for {found.device_time} of device time more (about {trials}) is expected to enlarge "
         f"the front by {found.gain} (four times in five {found.between})."
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from autopeft.records import Failed, StudyRecord, TrialRecord
 from autopeft.report.scores import all_trials
+from autopeft.wording import say_count
 
 
 def describe_memory(study: StudyRecord) -> str:
@@ -17,12 +18,12 @@ def describe_memory(study: StudyRecord) -> str:
     ran_out = f"; {failed} ran out of memory" if failed else ""
     if not measured:
         return "peaks are estimated, by one training step on tensors without data; none was measured" + ran_out
-    text = f"{len(measured)} peaks measured; estimates were off by {_spread(estimate_errors(measured))}"
+    text = f"{say_count(len(measured), 'peak')} measured; estimates were off by {_spread(estimate_errors(measured))}"
     corrected = [trial for trial in measured if trial.cost is not None and trial.cost.corrected_vram_bytes is not None]
     if corrected:
         text += (
             f", and by {_spread(correction_errors(corrected))} once corrected by the trials before "
-            f"({len(corrected)} trials)"
+            f"({say_count(len(corrected), 'trial')})"
         )
     return text + ran_out
 

@@ -29,6 +29,7 @@ from autopeft.report.spending import list_spending
 from autopeft.report.verdict import count_states, write_verdict
 from autopeft.report.words import format_quality, title_method, title_objective, title_scorer
 from autopeft.tasks.scorers import GENERATION_SCORERS
+from autopeft.wording import say_count
 
 _FOLDER = Path(__file__).parent
 
@@ -194,7 +195,11 @@ def _list_origins(study: StudyRecord) -> list[tuple[str, str]]:
             f"{provenance.num_train:,} training, {provenance.num_validation:,} search-validation, "
             f"{provenance.num_test:,} test",
         ),
-        ("Search", f"space {config.space_name}, objectives {', '.join(config.objectives)}, {config.workers} workers"),
+        (
+            "Search",
+            f"space {config.space_name}, objectives {', '.join(config.objectives)}, "
+            f"{say_count(config.workers, 'worker')}",
+        ),
         ("Memory", describe_memory(study)),
         *([("Warm start", _describe_warm_start(config.warm_start))] if config.warm_start else []),
         ("Seed", f"{config.seed}; finalists confirmed with up to {config.confirm_seeds} more"),

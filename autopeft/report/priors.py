@@ -18,6 +18,7 @@ from autopeft.report.standings import rank_entries
 from autopeft.search.results import build_record
 from autopeft.search.store import StudyStore
 from autopeft.search.warm_start import PRIORS, Source, Trained, read_priors
+from autopeft.wording import say_count
 
 _MOST_TRAINED = 100
 """Of one source in the shipped priors, the best first."""
@@ -106,7 +107,8 @@ def main(arguments: Sequence[str]) -> None:
     paths = [Path(name) for name in arguments] or sorted(Path("leaderboards").glob("*/*.json"))
     sources = [source for path in paths for source in _read_leaderboard(path) if source.trained]
     PRIORS.write_text(encode_priors(sources), encoding="utf-8")
-    print(f"{PRIORS}: {sum(len(source.trained) for source in sources)} configurations of {len(sources)} sources")
+    trained = sum(len(source.trained) for source in sources)
+    print(f"{PRIORS}: {say_count(trained, 'configuration')} of {say_count(len(sources), 'source')}")
 
 
 if __name__ == "__main__":

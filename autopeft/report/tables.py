@@ -21,6 +21,7 @@ from autopeft.report.words import (
     format_seconds,
     title_scorer,
 )
+from autopeft.wording import say_count
 
 _COLUMNS = (
     "rank",
@@ -223,5 +224,5 @@ def _score(mean: float | None, deviation: float | None, num_seeds: int | None, s
     if mean is None:
         return NOTHING
     spread = "" if deviation is None else f" ± {format_margin(deviation, scorer)}"
-    seeds = "" if num_seeds is None else f" ({num_seeds} seed{'s' if num_seeds > 1 else ''})"
+    seeds = "" if num_seeds is None else f" ({say_count(num_seeds, 'seed')})"
     return f"{format_quality(mean, scorer)}{spread}{seeds}"

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from autopeft.errors import SpecError, suggest_nearest
 from autopeft.records import Cost, FrontMember, Pick, TrialRecord
 from autopeft.tasks.scorers import resample_scores, score_predictions
+from autopeft.wording import say_count
 
 Points = npt.NDArray[np.float64]
 
@@ -248,7 +249,7 @@ def _pick(
     ties = [int(i) for i in eligible if np.quantile(resampled[:, best] - resampled[:, i], 0.025) <= 0]
     smallest = min(ties, key=lambda i: (params[i], -quality[i]))
     among = "confirmed" if confirmed.any() else "complete"
-    tied = f"{len(ties)} of {len(eligible)} {among} trials cannot be told from the best on this split"
+    tied = f"{len(ties)} of {say_count(len(eligible), f'{among} trial')} cannot be told from the best on this split"
     picks = [Pick(name="best", number=trials[best].number, why="highest mean quality on the search-validation split")]
     axis, name = _knee_axis([trial.cost for trial in trials if trial.cost], objectives)
     knee = _find_knee(quality, axis, front)

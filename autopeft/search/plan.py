@@ -53,6 +53,7 @@ from autopeft.spaces.space import SearchSpace
 from autopeft.tasks.data import Splits, load_splits, majority_predictions
 from autopeft.tasks.scorers import score_predictions
 from autopeft.tasks.spec import TaskSpec, find_task_text, parse_task
+from autopeft.wording import say_count
 
 _LARGEST_SEED = 2**31 - 1
 """Seeds of confirmations lie above it, and NumPy's, which trainers draw with, must lie below 2**32."""
@@ -286,9 +287,7 @@ def _choose_devices(
             "To see what a GPU would do, add --dry-run --plan-for h100."
         )
     workers, threads = plan_cpu_workers(request.workers)
-    title = (
-        f"{workers} worker{'s' if workers > 1 else ''} x {threads} core{'s' if threads > 1 else ''} of {describe_cpu()}"
-    )
+    title = f"{say_count(workers, 'worker')} x {say_count(threads, 'core')} of {describe_cpu()}"
     return "cpu", ["cpu"] * workers, threads, None, title
 
 

@@ -36,7 +36,7 @@ def test_agreement_is_told_before_and_after_correction(study):
 
 def test_what_ran_out_of_memory_is_no_measurement(study):
     text = describe_memory(with_costs(study, [measured(20, 12), measured(9, 10)], ran_out=True))
-    assert "1 peaks measured" in text
+    assert "1 peak measured" in text
     assert "1 ran out of memory" in text
 
 
