@@ -7,11 +7,16 @@ ask nobody cannot be held up by a network, nor find other weights than their nei
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from autopeft.errors import ModelError
 
@@ -19,7 +24,8 @@ _DESCRIPTION = ("*.json", "*.txt", "*.model", "*.jinja")
 """Configuration and tokenizer, at the root of a repository."""
 _WEIGHTS = (("model.safetensors", "model-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*.bin"))
 """What transformers loads: in one file or in parts, and the first kind that there is."""
-_ANSWER_SECONDS = 10.0
+_CONNECT_SECONDS, _ANSWER_SECONDS = 5.0, 10.0
+"""A first packet that is lost is sent again after 1 and after 3 seconds, so that a slow network connects by then."""
 
 
 class _File(NamedTuple):
@@ -27,6 +33,36 @@ class _File(NamedTuple):
 
     name: str
     num_bytes: int
+
+
+@cache
+def look_for_hub() -> str:
+    """Why the hub is not asked, empty where it is; looked for once a process.
+
+    Where no connection can be made the hub's client is set to its offline mode. Left to itself it tries every file six
+    times, which takes 23 seconds, although all that it then finds is what its cache holds. Whoever goes through a proxy
+    is left to the client: only the proxy knows.
+    """
+    if is_set_offline():
+        return "HF_HUB_OFFLINE is set"
+    address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    if address.hostname is None or address.scheme in getproxies():
+        return ""
+    try:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname, port), timeout=_CONNECT_SECONDS).close()
+    except (OSError, ValueError) as exc:
+        # For processes started from here, and for clients loaded from here on or before.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        for module in ("huggingface_hub.constants", "datasets.config"):
+            if module in sys.modules:
+                sys.modules[module].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+        return f"{address.hostname} does not answer: {getattr(exc, 'strerror', None) or exc}"
+    return ""
+
+
+def is_set_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def is_hub_id(model: str) -> bool:
@@ -107,7 +143,8 @@ def explain(model: str, error: BaseException) -> ModelError:
     if isinstance(error, ValueError) or not is_hub_id(model):
         said = str(error).strip().splitlines() or [type(error).__name__]
         return ModelError(f"The base model '{model}' must be one that transformers can load, but it cannot: {said[0]}")
-    why = next((c.strerror for c in causes if isinstance(c, OSError) and c.strerror), type(error).__name__)
+    strings = (cause.strerror for cause in causes if isinstance(cause, OSError) and cause.strerror)
+    why = look_for_hub() or next(strings, type(error).__name__)
     return ModelError(
         f"The base model '{model}' is neither a folder on this machine nor in the local cache, and from the hub, if "
         f"it is there, it cannot be fetched ({why}). Check the name, connect, or train the "
@@ -119,6 +156,7 @@ def _list_files(model: str) -> list[_File]:
     """Empty where the hub does not answer but the cache has the model's configuration."""
     from huggingface_hub import HfApi
 
+    look_for_hub()
     try:
         info = HfApi().model_info(model, files_metadata=True, timeout=_ANSWER_SECONDS)
     except Exception as exc:  # the hub's client raises a dozen unrelated types when there is no network

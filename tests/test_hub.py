@@ -122,7 +122,7 @@ def test_what_cannot_be_fetched_says_why(hub: Hub, root: Path, tmp_path: Path) -
         ("acme/other", hub.url, "Check the name; for a private one"),
         ("acme/wrong name", hub.url, "Check the name"),
         ("acme/empty", hub.url, "there are none on the hub"),
-        ("acme/tiny", "http://127.0.0.1:9", r"cannot be fetched \(Connection refused\).* --model minilm"),
+        ("acme/tiny", "http://127.0.0.1:9", r"\(127.0.0.1 does not answer: Connection refused\).* --model minilm"),
     ):
         (line,) = (line for line in fetch(tmp_path, endpoint, model, "model") if line.startswith("refused"))
         assert re.search(why, line), line

@@ -16,8 +16,8 @@ import autopeft
 
 PACKAGE = Path(autopeft.__file__).parent
 LAYERS = (
-    "errors", "wording", "records", "budget", "hub", "methods", "tasks", "spaces", "backends", "executors", "search",
-    "report", "production", "export", "cli",
+    "errors", "wording", "locks", "records", "budget", "hub", "methods", "tasks", "spaces", "backends", "executors",
+    "search", "report", "production", "export", "cli",
 )  # fmt: skip
 """Lowest first, as design.md lists them."""
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors"}

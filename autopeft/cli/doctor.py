@@ -198,7 +198,7 @@ def _look_at_the_hub() -> list[Finding]:
     import urllib.error
     import urllib.request
 
-    from autopeft.tasks.hub import is_set_offline
+    from autopeft.hub import is_set_offline
 
     findings = []
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")

