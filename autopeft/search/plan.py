@@ -240,11 +240,20 @@ def make_provenance(plan: Plan) -> Provenance:
     )
 
 
-def complete_provenance(provenance: Provenance, ready: Ready, device_kind: str) -> Provenance:
-    """With what only a worker knows."""
+def complete_provenance(provenance: Provenance, ready: Ready, config: StudyConfig) -> Provenance:
+    """With what only a worker knows, where it is not there yet. Raises ModelError for other weights than a stored study
+    began with."""
+    if provenance.model_digest:
+        if ready.model_digest != provenance.model_digest:
+            raise ModelError(
+                f"A study goes on with the weights that it began with, digest {provenance.model_digest}, but those of "
+                f"'{config.model}' here have {ready.model_digest or 'none'}: its scores would not compare. Bring that "
+                f"revision back, or begin another study, with --warm-start {config.name} to keep what was learned."
+            )
+        return provenance
     return replace(
         provenance,
-        device=ready.device_name if device_kind == "cuda" else provenance.device,
+        device=ready.device_name if config.device_kind == "cuda" else provenance.device,
         model_digest=ready.model_digest,
         packages=ready.packages or provenance.packages,
     )

@@ -143,6 +143,7 @@ class Search:
 
     def _note_workers(self, ready: list[Ready]) -> None:
         first = ready[0]
+        self.store.save_provenance(complete_provenance(self.store.provenance, first, self.config))
         if "latency" in self.config.objectives:
             assert first.latency is not None
             # A resumed study goes on comparing with what it began with.
@@ -151,8 +152,6 @@ class Search:
             self.costs.begin_latency(base_seconds, self.store.trials)
         if first.notes:
             self.store.save_study(notes=[*self.store.notes, *first.notes])
-        if not self.store.provenance.model_digest:
-            self.store.save_provenance(complete_provenance(self.store.provenance, first, self.config.device_kind))
 
     def _fix_reference(self) -> None:
         cost = self.costs.find(make_dearest(self.config, self.space)).cost

@@ -1,4 +1,4 @@
-"""A study goes on with the rows that it began with, and with no others."""
+"""A study goes on with the rows and the weights that it began with, and with no others."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from autopeft.errors import DataError
-from autopeft.search.plan import check_rows, make_plan, make_provenance
+from autopeft.backends.base import Ready
+from autopeft.errors import DataError, ModelError
+from autopeft.search.plan import check_rows, complete_provenance, make_plan, make_provenance
 from autopeft.search.request import Request
 
 
@@ -17,7 +18,7 @@ def write_rows(path: Path, count: int) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_changed_rows_are_refused_and_the_old_ones_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_changed_is_refused_and_the_old_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     model = tmp_path / "model"
     model.mkdir()
@@ -33,3 +34,8 @@ def test_changed_rows_are_refused_and_the_old_ones_are_not(tmp_path: Path, monke
     write_rows(data / "train.jsonl", 101)
     with pytest.raises(DataError, match=r"those of task 'sst2' have changed .* --warm-start sst2-model"):
         check_rows(plan.config, provenance, plan.data_dir)
+    begun, changed = (Ready(device_name="x", packages={}, model_digest=digest, num_parameters=1) for digest in "ab")
+    complete = complete_provenance(provenance, begun, plan.config)
+    assert complete_provenance(complete, begun, plan.config) == complete
+    with pytest.raises(ModelError, match=r"digest a, but those of .* have b"):
+        complete_provenance(complete, changed, plan.config)
