@@ -80,11 +80,16 @@ def round_latency(seconds: float) -> float:
 
 def find_nondominated(points: Points) -> npt.NDArray[np.bool_]:
     """(N, D) -> (N,): rows that no other row equals or beats everywhere and beats somewhere."""
-    keep = np.ones(len(points), dtype=bool)
-    for i, point in enumerate(points):
-        no_worse = (points <= point).all(axis=1)
-        better = (points < point).any(axis=1)
-        keep[i] = not (no_worse & better).any()
+    left = np.arange(len(points))
+    place = 0
+    # What one row dominates is dropped at once, so that the work goes with the front's length rather than with N.
+    while place < len(left):
+        rest, point = points[left], points[left[place]]
+        stays = ~((point <= rest).all(axis=1) & (point < rest).any(axis=1))
+        place = int(np.count_nonzero(stays[:place])) + 1
+        left = left[stays]
+    keep = np.zeros(len(points), dtype=bool)
+    keep[left] = True
     return keep
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import combinations
 from typing import NamedTuple
+
+import numpy as np
 
 from autopeft.backends.base import CONTEXT_BYTES
 from autopeft.records import Bits, Cost, Failed, StudyConfig
@@ -61,12 +62,9 @@ def fit_overhead(pairs: Sequence[tuple[int, int]]) -> Overhead:
     estimates = [estimated for estimated, _ in pairs]
     share = 0.0
     if len(pairs) >= _FEWEST_FOR_A_SLOPE and max(estimates) >= _LEAST_SPREAD * min(estimates):
-        slopes = [
-            (surplus[j] - surplus[i]) / (estimates[j] - estimates[i])
-            for i, j in combinations(range(len(pairs)), 2)
-            if estimates[i] != estimates[j]
-        ]
-        share = statistics.median(slopes)
+        first, second = np.triu_indices(len(pairs), 1)
+        runs, rises = (np.array(values)[second] - np.array(values)[first] for values in (estimates, surplus))
+        share = float(np.median(rises[runs != 0] / runs[runs != 0]))
     fixed = statistics.median(s - share * e for s, e in zip(surplus, estimates, strict=True))
     return Overhead(fixed, share, len(pairs))
 
@@ -79,10 +77,15 @@ class Limits:
         self._config = config
         self._trials = trials
         self._free_bytes = free_bytes
+        self._fitted: dict[Bits, tuple[list[tuple[int, int]], Overhead]] = {}
+        """The pairs, and what was fitted to them: each decision asks, and each slope between any two is weighed."""
 
     def overhead(self, bits: Bits) -> Overhead:
         """By trials on a base of that width, or by all while there are none."""
-        return fit_overhead(measured_pairs(self._trials, bits) or measured_pairs(self._trials))
+        pairs = measured_pairs(self._trials, bits) or measured_pairs(self._trials)
+        if bits not in self._fitted or self._fitted[bits][0] != pairs:
+            self._fitted[bits] = pairs, fit_overhead(pairs)
+        return self._fitted[bits][1]
 
     def correct(self, cost: Cost, bits: Bits) -> Cost:
         """An estimated cost with what measurements taught; a measured one as it is."""

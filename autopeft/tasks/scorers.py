@@ -14,6 +14,9 @@ import numpy.typing as npt
 from autopeft.errors import TaskError, suggest_nearest
 from autopeft.records import TaskKind
 
+_MOST_COUNTS = 4_000_000
+"""At a time, so that a task with hundreds of classes takes megabytes."""
+
 Labels = npt.NDArray[np.integer[Any]]
 Numbers = npt.NDArray[Any]
 
@@ -130,12 +133,24 @@ def estimate_example_sd(scorer: str, labels: Labels, predictions: Numbers) -> fl
 
 
 def resample_scores(scorer: str, labels: Labels, predictions: Numbers, rows: npt.NDArray[np.int64]) -> Numbers:
-    """(R,) qualities on the examples of each of `rows` (R, N), to first order in how often each is drawn.
+    """(R,) qualities on the examples of each of `rows` (R, N).
 
-    Exact for means over examples. Other scorers would be asked R times, and some take milliseconds for an answer; the
-    jackknife asks once for each distinct pair of label and prediction (Efron 1982, The Jackknife, the Bootstrap and
-    Other Resampling Plans, chapter 6).
+    Exact for our own scorers: they are means over examples, or functions of how often each class was given for each,
+    which is counted for all resamples together. A metric of the hub would be asked R times, and takes milliseconds for
+    an answer, so it is told to first order in how often each example is drawn: the jackknife asks once for each
+    distinct pair of label and prediction (Efron 1982, The Jackknife, the Bootstrap and Other Resampling Plans,
+    chapter 6).
     """
+    if scorer == "accuracy":
+        return np.asarray((labels == predictions)[rows].mean(axis=1))
+    if scorer in GENERATION_SCORERS:
+        return np.asarray(predictions[rows].mean(axis=1), dtype=np.float64)
+    if scorer in _OF_COUNTS:
+        size = 1 + int(max(labels.max(), predictions.max(), 1))
+        cells = labels.astype(np.int64) * size + predictions.astype(np.int64)
+        together = max(1, _MOST_COUNTS // size**2)
+        parts = (_count_pairs(cells, rows[start : start + together], size) for start in range(0, len(rows), together))
+        return np.concatenate([*(_OF_COUNTS[scorer](counts) for counts in parts), []])
     quality = score_predictions(scorer, labels, predictions)
     influences = _measure_influences(scorer, labels, predictions)
     resampled: Numbers = quality + influences[rows].mean(axis=1)
@@ -154,3 +169,43 @@ def _measure_influences(scorer: str, labels: Labels, predictions: Numbers) -> Nu
     by_example = without[inverse.reshape(-1)]
     influences: Numbers = (len(labels) - 1) * (by_example.mean() - by_example)
     return influences
+
+
+def _count_pairs(cells: npt.NDArray[np.int64], rows: npt.NDArray[np.integer[Any]], size: int) -> Numbers:
+    """(R, C, C): how often each class (the second) was given for each (the first) in each resample."""
+    places = np.arange(len(rows))[:, None] * size**2 + cells[rows]
+    counts = np.bincount(places.ravel(), minlength=len(rows) * size**2)
+    return counts.reshape(len(rows), size, size).astype(np.float64)
+
+
+def _count_f1(counts: Numbers) -> tuple[Numbers, Numbers]:
+    """(R, C) of each class against the others, 0 for one that is not there, and whether it is there."""
+    right = np.einsum("rcc->rc", counts)
+    both = counts.sum(axis=1) + counts.sum(axis=2)
+    return np.divide(2 * right, both, out=np.zeros_like(both), where=both > 0), both > 0
+
+
+def _count_f1_macro(counts: Numbers) -> Numbers:
+    values, is_there = _count_f1(counts)
+    return np.asarray(values.sum(axis=1) / is_there.sum(axis=1))
+
+
+def _count_f1_binary(counts: Numbers) -> Numbers:
+    return _count_f1(counts)[0][:, 1]
+
+
+def _count_matthews(counts: Numbers) -> Numbers:
+    """The multiclass one (Gorodkin, doi:10.1016/j.compbiolchem.2004.09.006); 0 where all answers or labels are one."""
+    given, true = counts.sum(axis=1), counts.sum(axis=2)
+    total = counts.sum(axis=(1, 2))
+    together = np.einsum("rcc->r", counts) * total - (given * true).sum(axis=1)
+    spread = (total**2 - (given**2).sum(axis=1)) * (total**2 - (true**2).sum(axis=1))
+    return np.asarray(np.divide(together, np.sqrt(spread), out=np.zeros_like(spread), where=spread > 0))
+
+
+_OF_COUNTS: dict[str, Callable[[Numbers], Numbers]] = {
+    "matthews_correlation": _count_matthews,
+    "f1_macro": _count_f1_macro,
+    "f1_binary": _count_f1_binary,
+}
+"""(R, C, C) counts, as `_count_pairs` makes them -> (R,) scores."""

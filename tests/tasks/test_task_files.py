@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -354,13 +356,19 @@ def test_the_spread_of_any_score_is_what_resampled_examples_show(scorer: str) ->
 
 
 @pytest.mark.parametrize("scorer", ["accuracy", "matthews_correlation", "f1_binary", "f1_macro"])
-def test_resampled_scores_are_those_of_the_examples_drawn(scorer: str) -> None:
+def test_resampled_scores_of_a_hub_metric_are_nearly_those_of_the_examples_drawn(
+    scorer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compute(references: list[int], predictions: list[int]) -> dict[str, float]:
+        return {"it": score_predictions(scorer, references, predictions)}
+
+    monkeypatch.setattr("autopeft.tasks.scorers._load_hub_metric", lambda name: SimpleNamespace(compute=compute))
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 400)
     predictions = np.where(rng.random(400) < 0.8, labels, 1 - labels)
     rows = rng.integers(0, 400, (200, 400))
     exact = np.array([score_predictions(scorer, labels[chosen], predictions[chosen]) for chosen in rows])
-    quick = resample_scores(scorer, labels, predictions, rows)
+    quick = resample_scores("hub:it", labels, predictions, rows)
     # What is left of higher orders is a small part of what resampling shows.
     assert float(np.std(quick - exact)) < (1e-12 if scorer == "accuracy" else 0.1 * float(np.std(exact)))
     assert float(np.mean(quick)) == pytest.approx(float(np.mean(exact)), abs=0.1 * float(np.std(exact)))
@@ -381,3 +389,29 @@ def test_read_rows_names_the_task_of_a_missing_file(tmp_path: Path) -> None:
     task = TaskSpec(name="mine", title="Mine", text="text", labels=("a", "b"))
     with pytest.raises(DataError, match="Task 'mine' needs the file"):
         read_rows(task, tmp_path / "none.jsonl")
+
+
+@given(st.data())
+@pytest.mark.parametrize("scorer", [*SCORERS, "token_accuracy"])
+def test_resamples_scored_together_are_as_they_are_one_by_one(scorer: str, data: st.DataObject) -> None:
+    classes = st.integers(0, 1 if scorer == "f1_binary" else 4)
+    pairs = data.draw(st.lists(st.tuples(classes, classes), min_size=1, max_size=12))
+    places = st.integers(0, len(pairs) - 1)
+    resamples = st.lists(st.lists(places, min_size=7, max_size=7), min_size=1, max_size=4)
+    labels, predictions, rows = *np.array(pairs).T, np.array(data.draw(resamples))
+    if scorer == "token_accuracy":
+        predictions = predictions / 4
+    with warnings.catch_warnings():
+        # scikit-learn says that a single class is odd.
+        warnings.simplefilter("ignore")
+        alone = [score_predictions(scorer, labels[chosen], predictions[chosen]) for chosen in rows]
+    assert resample_scores(scorer, labels, predictions, rows) == pytest.approx(alone, abs=1e-12)
+
+
+def test_resamples_of_many_classes_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    labels, predictions = rng.integers(0, 5, (2, 40))
+    rows = rng.integers(0, 40, (9, 40))
+    whole = resample_scores("f1_macro", labels, predictions, rows)
+    monkeypatch.setattr("autopeft.tasks.scorers._MOST_COUNTS", 50)
+    assert (resample_scores("f1_macro", labels, predictions, rows) == whole).all()
