@@ -345,10 +345,10 @@ class StudyConfig:
 
     name: str
     task: str
-    """A shipped task's name, or the text of the user's own task file."""
+    """The task file's text, shipped or the user's own."""
     task_name: str
     model: str
-    """`minilm`, a hub id, or `local:` and a folder's last name."""
+    """`minilm`, a hub id, or a folder's last name: records are published, and hold no local path."""
     budget: str
     objectives: tuple[str, ...]
     rungs: tuple[int, ...]

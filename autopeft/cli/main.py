@@ -43,6 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as exc:
+        # A disk that is full, a folder that may not be read: nothing that a traceback would explain.
+        if args.debug:
+            raise
+        where = f": '{exc.filename}'" if exc.filename is not None else ""
+        print(f"autopeft: This machine could not do what was needed: {exc.strerror or exc}{where}.", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -29,17 +29,22 @@ def run(args: argparse.Namespace) -> int:
 
     check_outputs()
     store = StudyStore.open(STUDIES, args.study)
+    changed = store.config
+    if args.budget:
+        changed = with_budget(changed, args.budget)
+    elif store.finished and changed.least_gain is not None:
+        # It may have ended early; whoever resumes it all the same wants the rest.
+        changed = replace(changed, least_gain=None)
     local = read_local(store)
     assert local["model"] is not None
     check_rows(store.config, store.provenance, local["data_dir"])
     # What the cache has is what the study began with; the hub may have something newer by now.
     if is_hub_id(local["model"]) and not is_cached(local["model"]):
         fetch_model(local["model"], print)
-    if args.budget:
-        store.save_config(with_budget(store.config, args.budget))
-    elif store.finished and store.config.least_gain is not None:
-        # It may have ended early; whoever resumes it all the same wants the rest.
-        store.save_config(replace(store.config, least_gain=None))
+    if changed != store.config:
+        # Not while another process runs it by the settings that it read.
+        with store.lock():
+            store.save_config(changed)
     config = store.config
     devices, threads = restore_devices(config)
     setup = make_setup(config, local["model"], local["data_dir"], STUDIES, threads, devices[0])

@@ -93,8 +93,6 @@ def _request(args: argparse.Namespace) -> Request:
 
 def print_plan(plan: Plan) -> None:
     """What will be run, in a few lines."""
-    from autopeft.report.words import format_seconds
-
     config = plan.config
     lines = {
         "study": config.name,
@@ -108,7 +106,7 @@ def print_plan(plan: Plan) -> None:
         "warm start": _describe_warm_start(config.warm_start),
         "objectives": ", ".join(config.objectives),
         "full length": f"{config.rungs[-1]} steps, compared at {', '.join(map(str, config.rungs))}",
-        "estimate": _describe_estimate(plan, format_seconds),
+        "estimate": _describe_estimate(plan),
     }  # fmt: skip
     for note in plan.notes:
         print(f"note: {note}")
@@ -136,8 +134,10 @@ def _describe_splits(plan: Plan) -> str:
     return f", {len(train)} train / {len(validation)} search-validation / {len(test)} test rows"
 
 
-def _describe_estimate(plan: Plan, format_seconds) -> str:  # type: ignore[no-untyped-def]
+def _describe_estimate(plan: Plan) -> str:
     import math
+
+    from autopeft.report.words import format_seconds
 
     steps = plan.config.rungs[-1]
     each = plan.seconds_per_step * steps
@@ -150,10 +150,13 @@ def _describe_estimate(plan: Plan, format_seconds) -> str:  # type: ignore[no-un
     first = plan.config.rungs[0] / steps
     most = min(lengths / first, plan.budget.trials or math.inf)
     few = min(lengths, most)
-    text = (
-        f"{few:.0f} to {most:.0f} trials, the fewer the later they are stopped; "
-        f"{format_seconds(each)} a full length (rough)"
-    )
+    if round(few) == round(most):
+        text = f"{say_count(round(most), 'trial')}; {format_seconds(each)} a full length (rough)"
+    else:
+        text = (
+            f"{few:.0f} to {most:.0f} trials, the fewer the later they are stopped; "
+            f"{format_seconds(each)} a full length (rough)"
+        )
     if lengths < 3:
         text += ". The budget is too small for anything useful: it buys fewer than three full lengths"
     return text

@@ -121,7 +121,7 @@ def plan_cpu_workers(workers: int | None) -> tuple[int, int]:
     if workers is None:
         workers = min(cores, 4)
     if not 1 <= workers <= cores:
-        raise DeviceError(f"--workers takes 1 to {cores} on this machine's {cores} cores, but was given {workers}.")
+        raise DeviceError(f"--workers takes 1 to {cores}, one a core of this machine, but was given {workers}.")
     return workers, cores // workers
 
 

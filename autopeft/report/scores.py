@@ -105,7 +105,13 @@ def all_trials(study: StudyRecord) -> list[TrialRecord]:
 
 def undominated(points: Sequence[tuple[float, ...]]) -> list[bool]:
     """For each point, whether no other is at least as low everywhere and lower somewhere."""
-    return [not any(_dominates(other, point) for other in points) for point in points]
+    kept: list[int] = []
+    # Only what sorts before a point dominates it, and of that one on the front if any: few comparisons each.
+    for place in sorted(range(len(points)), key=lambda place: points[place]):
+        if not any(_dominates(points[other], points[place]) for other in kept):
+            kept.append(place)
+    on_front = set(kept)
+    return [place in on_front for place in range(len(points))]
 
 
 def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,7 @@ from autopeft.tasks.scorers import score_predictions
 from autopeft.tasks.spec import TaskSpec, find_task_text, parse_task
 from autopeft.wording import say_count
 
+_MOST_IMAGINED = 1024
 _LARGEST_SEED = 2**31 - 1
 """Seeds of confirmations lie above it, and NumPy's, which trainers draw with, must lie below 2**32."""
 
@@ -262,34 +263,36 @@ def complete_provenance(provenance: Provenance, ready: Ready, config: StudyConfi
 # --- parts of a plan
 
 
-def _choose_devices(
-    request: Request, budget: Budget, *, dry_run: bool
-) -> tuple[Literal["cpu", "cuda"], list[str], int, KnownGpu | None, str]:
+class _Devices(NamedTuple):
+    """What a study runs on, or would."""
+
+    kind: Literal["cpu", "cuda"]
+    names: list[str]
+    """One a worker."""
+    threads: int
+    """Of each worker."""
+    gpu: KnownGpu | None
+    title: str
+    """All of them, as the plan prints it."""
+
+
+def _choose_devices(request: Request, budget: Budget, *, dry_run: bool) -> _Devices:
     gpus = find_gpus()
     if request.plan_for is not None:
         if not dry_run:
             raise DeviceError("--plan-for plans for a GPU that is not here, so it goes with --dry-run only.")
         if request.plan_for.lower() not in KNOWN_GPUS:
             raise DeviceError(f"There is no GPU '{request.plan_for}'. {suggest_nearest(request.plan_for, KNOWN_GPUS)}")
-        gpu = KNOWN_GPUS[request.plan_for.lower()]
-        count = request.workers or 1
-        return "cuda", [f"cuda:{i}" for i in range(count)], 1, gpu, f"{count} x {gpu.title}"
+        return _imagine_gpus(KNOWN_GPUS[request.plan_for.lower()], request.workers)
     if gpus and budget.device_kind != "cpu":
         devices = plan_gpu_workers(request.workers, gpus)
         known = next((k for name, k in KNOWN_GPUS.items() if name in gpus[0].name.lower()), KNOWN_GPUS["a100"])
-        return "cuda", devices, 1, known, f"{len(devices)} x {gpus[0].name}"
+        return _Devices("cuda", devices, 1, known, f"{len(devices)} x {gpus[0].name}")
     if budget.device_kind == "cuda":
         if dry_run:
             # Somebody planning on a laptop for the machine at work; the plan says so in its first line.
-            gpu = KNOWN_GPUS["h100"]
-            count = request.workers or 1
-            return (
-                "cuda",
-                [f"cuda:{i}" for i in range(count)],
-                1,
-                gpu,
-                f"{count} x {gpu.title} (name yours: --plan-for)",
-            )
+            imagined = _imagine_gpus(KNOWN_GPUS["h100"], request.workers)
+            return imagined._replace(title=f"{imagined.title} (name yours: --plan-for)")
         raise BudgetError(
             f"The budget '{budget.text}' is in GPU time, but no GPU was found on this machine. On its "
             f"{count_cores()} CPU cores run: autopeft search --task {request.task} --budget 40cpu-min --model minilm. "
@@ -297,7 +300,15 @@ def _choose_devices(
         )
     workers, threads = plan_cpu_workers(request.workers)
     title = f"{say_count(workers, 'worker')} x {say_count(threads, 'core')} of {describe_cpu()}"
-    return "cpu", ["cpu"] * workers, threads, None, title
+    return _Devices("cpu", ["cpu"] * workers, threads, None, title)
+
+
+def _imagine_gpus(gpu: KnownGpu, workers: int | None) -> _Devices:
+    """GPUs that are not here, one for each worker."""
+    count = 1 if workers is None else workers
+    if not 1 <= count <= _MOST_IMAGINED:
+        raise DeviceError(f"--workers takes 1 to {_MOST_IMAGINED:,} for a plan, one a GPU, but was given {count}.")
+    return _Devices("cuda", [f"cuda:{i}" for i in range(count)], 1, gpu, f"{count} x {gpu.title}")
 
 
 def _choose_model(model: str, device_kind: str, task: TaskSpec) -> str:

@@ -150,8 +150,7 @@ class Search:
             known = self.store.reference.get("latency")
             base_seconds = first.latency.single_seconds if known is None else known / WORST_LATENCY
             self.costs.begin_latency(base_seconds, self.store.trials)
-        if first.notes:
-            self.store.save_study(notes=[*self.store.notes, *first.notes])
+        self._note(*first.notes)
 
     def _fix_reference(self) -> None:
         cost = self.costs.find(make_dearest(self.config, self.space)).cost
@@ -362,12 +361,7 @@ class Search:
     def _record_end(self, running: _Running, ended: Ended) -> None:
         trial = running.trial
         if running.stretch.purpose == "confirm":
-            self.store.save_study(
-                notes=[
-                    *self.store.notes,
-                    f"A confirmation of trial {trial.number} ended: {ended.reason}, {ended.detail}.",
-                ]
-            )
+            self._note(f"A confirmation of trial {trial.number} ended: {ended.reason}, {ended.detail}.")
             return
         if ended.peak_vram_bytes is not None and trial.cost is not None:
             trial.cost = measured_cost(trial.cost, ended.peak_vram_bytes, None)
@@ -375,8 +369,9 @@ class Search:
         self.store.save(trial)
         self.store.drop_checkpoints(trial)
         if running.stretch.purpose == "baseline" and self._is_generation:
-            note = f"The untrained base could not be scored ({ended.reason}), so trials are compared with 0 instead."
-            self.store.save_study(notes=[*self.store.notes, note])
+            self._note(
+                f"The untrained base could not be scored ({ended.reason}), so trials are compared with 0 instead."
+            )
             self._set_floor(0.0, 0.0)
 
     def _set_floor(self, quality: float, test_quality: float) -> None:
@@ -407,8 +402,11 @@ class Search:
                 self.store.drop_checkpoints(trial)
             else:
                 requeue(trial, self.store, self.account.ledger)
-        elif running.stretch.purpose == "confirm" and trial.deaths < _MOST_DEATHS:
-            self._confirm_queue.insert(0, (trial, running.stretch.spec.seed))
+        elif running.stretch.purpose == "confirm":
+            if trial.deaths >= _MOST_DEATHS:
+                self._note(f"A confirmation of trial {trial.number} was given up: its workers died.")
+            else:
+                self._confirm_queue.insert(0, (trial, running.stretch.spec.seed))
         elif running.stretch.purpose == "baseline":
             if trial.deaths >= _MOST_DEATHS:
                 raise WorkerError(f"The baseline cannot be trained: its worker died twice. {detail}")
@@ -462,10 +460,15 @@ class Search:
             overrun_seconds=-self.account.budget_seconds_left(),
             found_nothing_new=not self._can_suggest,
         )
-        notes = conclude(self.config, self.store.trials, ending)
-        self.store.save_study(notes=list(dict.fromkeys([*self.store.notes, *notes])))
+        self._note(*conclude(self.config, self.store.trials, ending))
 
     # --- small things
+
+    def _note(self, *sentences: str) -> None:
+        """What a reader of the study must know, each once."""
+        notes = list(dict.fromkeys([*self.store.notes, *sentences]))
+        if notes != self.store.notes:
+            self.store.save_study(notes=notes)
 
     @property
     def config(self) -> StudyConfig:

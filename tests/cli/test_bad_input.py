@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sqlite3
@@ -99,6 +100,8 @@ def search(*changes: str, task: str = "demo", budget: str = "3trials") -> list[s
         (search("--max-vram", "nanGB"), ["--max-vram"]),
         (search("--max-vram", "infGB"), ["--max-vram"]),
         (search("--max-steps", "3"), ["takes 4 to 1,000,000", "given 3"]),
+        (search("--dry-run", "--plan-for", "h100", "--workers", "-3"), ["--workers takes 1 to 1,024", "given -3"]),
+        (search("--dry-run", "--plan-for", "h100", "--workers", "0"), ["--workers takes 1 to 1,024", "given 0"]),
         (search("--max-steps", "0"), ["takes 4"]),
         (search("--max-steps", "-8"), ["takes 4"]),
         (search("--max-steps", "99999999999"), ["takes 4 to 1,000,000", "99,999,999,999"]),
@@ -311,6 +314,29 @@ def test_a_study_of_a_newer_schema_is_refused(refuse: Refusal, study: str) -> No
 
 def test_a_budget_of_another_kind_is_refused_on_resume(refuse: Refusal, study: str) -> None:
     assert "keeps its kind of budget" in refuse("resume", study, "--budget", "2h")
+
+
+def test_a_study_that_another_process_runs_keeps_its_budget(refuse: Refusal, study: str) -> None:
+    from autopeft.search.store import StudyStore
+
+    with StudyStore.open(Path("studies"), study).lock():
+        assert "is being run by another process" in refuse("resume", study, "--budget", "9trials")
+    assert StudyStore.open(Path("studies"), study).config.budget == "3trials"
+
+
+def test_what_the_system_refuses_is_told_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(args: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "studies/mine/scores.npz")
+
+    monkeypatch.setattr("autopeft.cli.listings.list_tasks", fail)
+    assert main(["tasks"]) == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "No space left on device: 'studies/mine/scores.npz'" in told
+    with pytest.raises(OSError, match="No space"):
+        main(["--debug", "tasks"])
 
 
 @pytest.mark.parametrize("name", ["studies", "reports", "leaderboards"])

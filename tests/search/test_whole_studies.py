@@ -359,10 +359,12 @@ class Dying(InlineExecutor):
 
     deaths = 1
     restarts = 0
+    purpose = "search"
 
     def assign(self, worker: int, pack: Pack) -> None:
         super().assign(worker, pack)
-        if pack.stretches[0].spec.method == "lora" and self.deaths:
+        (stretch,) = pack.stretches
+        if stretch.spec.method == "lora" and stretch.purpose == self.purpose and self.deaths:
             self.deaths -= 1
             due, job, _ = self._due.pop()
             self._due.append((due, job, WorkerEvent(worker, None, due, "killed by signal 9")))
@@ -393,6 +395,18 @@ def test_a_trial_that_kills_two_workers_is_given_up(studies: FakeStudies) -> Non
     assert lora.outcome.reason == "worker_died"
     assert "signal 9" in lora.outcome.detail
     assert len(started(record)) == 4
+
+
+def test_a_confirmation_that_kills_two_workers_is_given_up_and_said(studies: FakeStudies) -> None:
+    store = studies.create(budget="4trials", space="methods: {lora: {rank: {low: 1, high: 64}, bits: [unquantized]}}")
+    executor = Dying(studies.executor(store)._setup, 1)
+    executor.deaths, executor.purpose = 2, "confirm"
+    record = Search(store, executor, restore_space(store.config)).run()
+    assert record.finished
+    (note,) = (note for note in record.notes if "given up" in note)
+    number = int(note.split()[4])
+    others = [trial for trial in record.trials if trial.confirmations and trial.number != number]
+    assert len(record.trials[number].confirmations) < len(others[0].confirmations)
 
 
 # --- recipes, included configurations, the baseline
