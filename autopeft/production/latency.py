@@ -33,15 +33,8 @@ def measure_inference(
     at_hand = base is not None and spec.bits >= 16
     plain = base.model.to(device) if base is not None and at_hand else _load_unquantized(name, data, device)
     models = [model] if plain is None else [model, plain]
-    test = data.test
     latencies: list[Latency | None] = [
-        *measure_latencies(
-            models,
-            test.lengths(),
-            lambda indices: data.collate(test, indices, device),
-            batch_size=batch_size,
-            device=device,
-        ),
+        *measure_latencies(models, data.rows(data.test, device), batch_size=batch_size),
         None,
     ]
     unmerged, of_base = latencies[:2]

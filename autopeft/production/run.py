@@ -71,6 +71,7 @@ def train(
     data = TaskData(task, model=model, data_dir=places.data_dir, split_seed=recipe.split_seed)
     notes = _check_identity(recipe, data, model, session)
     train_split = join_splits(data.train, data.validation) if options.all_rows else data.train
+    rows = data.rows(train_split, session.device)
     start = None if pretrained is None else read_start(pretrained, recipe)
     key = digest_json([recipe.key(), data.splits.digest, options.all_rows])
     resume = find_resume(out, key)
@@ -86,10 +87,7 @@ def train(
     if start is not None:
         start.load_into(built.model, built.head)
     elif resume is None:
-        start_from_rows(
-            built.model, recipe.training_spec(), train_split.lengths(),
-            lambda rows: data.collate(train_split, rows, session.device), device=session.device,
-        )  # fmt: skip
+        start_from_rows(built.model, recipe.training_spec(), rows)
     rhythm = plan_rhythm(recipe, options, num_scored=len(data.validation.labels))
     if rhythm.evaluate is not None and find_method(recipe.spec.method).stepping is not None:
         notes.append(
@@ -107,15 +105,14 @@ def train(
         quality = score_predictions(task.scorer, data.validation.labels, scores.predictions)
         return Evaluation(step=step, quality=quality, loss=float(scores.losses.mean()))
 
-    lengths = train_split.lengths()
     job = Job(
         recipe=recipe,
         key=key,
         folder=out,
         rhythm=rhythm,
-        batches=plan_batches(lengths, batch_size=recipe.effective_batch, num_steps=recipe.steps, seed=recipe.seed),
-        collate=lambda rows: data.collate(train_split, rows, session.device),
-        count_items=lambda rows: _count_items(task, train_split, rows),
+        batches=plan_batches(rows.lengths, batch_size=recipe.effective_batch, num_steps=recipe.steps, seed=recipe.seed),
+        collate=rows.collate,
+        count_items=lambda indices: _count_items(task, train_split, indices),
         evaluate=None if rhythm.evaluate is None else evaluate,
         tell=listener.progress,
     )

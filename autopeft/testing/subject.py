@@ -20,7 +20,7 @@ from autopeft.backends.base import Ended, Finished, Stretch, WorkerSetup
 from autopeft.backends.hf.base_model import BaseModel, digest_model, draw_head, lend_model
 from autopeft.backends.hf.build import ParameterCount, build_trial_model, count_trainable
 from autopeft.backends.hf.cost import HfCostModel
-from autopeft.backends.hf.data import Batch
+from autopeft.backends.hf.data import Batch, Rows
 from autopeft.backends.hf.row_start import start_from_rows
 from autopeft.backends.hf.steps import bind_after_step, build_optimizer, train_step
 from autopeft.backends.hf.trial import HfBackend
@@ -170,7 +170,8 @@ class Subject:
         model = build_trial_model(self.base, self.spec)
         batch = tiny_batch()
         lengths = batch["attention_mask"].sum(1).tolist()
-        start_from_rows(model, self.spec, lengths, lambda rows: {k: v[rows] for k, v in batch.items()}, device="cpu")
+        rows = Rows(lengths, lambda indices: {name: tensor[indices] for name, tensor in batch.items()}, "cpu")
+        start_from_rows(model, self.spec, rows)
         return model
 
     def base_logits(self) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from autopeft.backends.hf.build import build_trial_model
+from autopeft.backends.hf.data import Rows
 from autopeft.backends.hf.row_start import MOST_BATCHES, plan_start, start_from_rows
 from autopeft.errors import SpecError
 from autopeft.methods import METHODS
@@ -112,7 +113,7 @@ def test_no_number_of_the_start_is_drawn_from_the_trials_random_state() -> None:
         return {name: tensor[rows] for name, tensor in batch.items()}
 
     drawn = {name: tensor.clone() for name, tensor in directions_of(model).items()}
-    start_from_rows(model, spec_of(), [12] * 8, collate, device="cpu")
+    start_from_rows(model, spec_of(), Rows([12] * 8, collate, "cpu"))
     assert torch.equal(torch.get_rng_state(), before)
     assert 2 <= len(shown) <= MOST_BATCHES
     assert model.training
@@ -125,7 +126,7 @@ def test_other_starts_read_no_row() -> None:
 
     for spec in (spec_of(init="default"), dataclasses.replace(spec_of(), method="ia3", settings={})):
         model = build_trial_model(tiny_base("bert", 32), spec_of(init="default"))
-        start_from_rows(model, spec, [12] * 8, collate, device="cpu")
+        start_from_rows(model, spec, Rows([12] * 8, collate, "cpu"))
 
 
 def test_a_batch_has_the_rows_of_a_step_or_more_where_those_have_too_few_tokens() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +38,16 @@ class TokenizedSplit(NamedTuple):
 
     def lengths(self) -> list[int]:
         return [len(feature["input_ids"]) for feature in self.features]
+
+
+class Rows(NamedTuple):
+    """A split's rows as a model is given them."""
+
+    lengths: Sequence[int]
+    """In tokens."""
+    collate: Callable[[Sequence[int]], Batch]
+    """A padded batch of the rows with these numbers, on `device`."""
+    device: str
 
 
 class TaskData:
@@ -93,6 +103,9 @@ class TaskData:
                 f"tokens, but the task '{self.task.name}' has up to {needed:,}. Lower its max_length"
                 f"{' or max_new_tokens' if new_tokens else ''}."
             )
+
+    def rows(self, split: TokenizedSplit, device: str) -> Rows:
+        return Rows(split.lengths(), lambda indices: self.collate(split, indices, device), device)
 
     def collate(self, split: TokenizedSplit, indices: Sequence[int], device: str) -> Batch:
         """One padded batch: `input_ids`, `attention_mask` and so on (B, T), `labels` (B,), or (B, T) for generation."""

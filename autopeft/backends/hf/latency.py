@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from autopeft.backends.hf.data import Batch, scoring_batches
+from autopeft.backends.hf.data import Batch, Rows, scoring_batches
 from autopeft.backends.hf.steps import autocast
 from autopeft.records import Latency
 
@@ -24,25 +24,18 @@ _MOST_SECONDS = 3.0
 """For one kind of batch and model; at least the fewest batches are timed however long they take."""
 
 
-def measure_latencies(
-    models: Sequence[Any],
-    lengths: Sequence[int],
-    collate: Callable[[Sequence[int]], Batch],
-    *,
-    batch_size: int,
-    device: str,
-) -> list[Latency]:
-    """Of each model, on rows spread evenly over the lengths (in tokens) that a split has.
+def measure_latencies(models: Sequence[Any], rows: Rows, *, batch_size: int) -> list[Latency]:
+    """Of each model, on rows spread evenly over the lengths that a split has.
 
     Leaves the models in the mode that they were in.
     """
-    batch_size = min(batch_size, len(lengths))
+    batch_size = min(batch_size, len(rows.lengths))
     training = [model.training for model in models]
     for model in models:
         model.eval()
-    single = _time_models(models, scoring_batches(lengths, 1), collate, device)
-    several = [batch for batch in scoring_batches(lengths, batch_size) if len(batch) == batch_size]
-    together = _time_models(models, several, collate, device)
+    single = _time_models(models, scoring_batches(rows.lengths, 1), rows)
+    several = [batch for batch in scoring_batches(rows.lengths, batch_size) if len(batch) == batch_size]
+    together = _time_models(models, several, rows)
     for model, was_training in zip(models, training, strict=True):
         model.train(was_training)
     return [
@@ -57,22 +50,20 @@ def measure_latencies(
 
 
 @torch.no_grad()
-def _time_models(
-    models: Sequence[Any], batches: Sequence[Sequence[int]], collate: Callable[[Sequence[int]], Batch], device: str
-) -> list[list[float]]:
+def _time_models(models: Sequence[Any], batches: Sequence[Sequence[int]], rows: Rows) -> list[list[float]]:
     """Seconds of each batch, by model."""
     seconds: list[list[float]] = [[] for _ in models]
     for _ in range(_WARM_UP_BATCHES):
         for model in models:
-            _time_forward(model, collate(batches[len(batches) // 2]), device)
+            _time_forward(model, rows.collate(batches[len(batches) // 2]), rows.device)
     for turn, index in enumerate(_spread(len(batches))):
         if turn >= _FEWEST_BATCHES and sum(map(sum, seconds)) > _MOST_SECONDS * len(models):
             break
-        batch = collate(batches[index])
+        batch = rows.collate(batches[index])
         # Whoever is second finds weights that both share in the cache.
         order = range(len(models)) if turn % 2 == 0 else reversed(range(len(models)))
         for place in order:
-            seconds[place].append(_time_forward(models[place], batch, device))
+            seconds[place].append(_time_forward(models[place], batch, rows.device))
     return seconds
 
 

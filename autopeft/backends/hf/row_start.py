@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from autopeft.backends.hf.data import Batch
+from autopeft.backends.hf.data import Batch, Rows
 from autopeft.backends.hf.steps import autocast
 from autopeft.methods import find_method
 from autopeft.records import TrialSpec
@@ -18,19 +18,17 @@ MOST_BATCHES = 10
 which took as long as 70 training steps."""
 
 
-def start_from_rows(
-    model: Any, spec: TrialSpec, lengths: Sequence[int], collate: Callable[[list[int]], Batch], *, device: str
-) -> None:
-    """Shows a method that wants it some training rows; `lengths` are theirs in tokens. Leaves the model in training
-    mode, and the random state as it was. A trial that resumes has what came of it in its checkpoint."""
+def start_from_rows(model: Any, spec: TrialSpec, rows: Rows) -> None:
+    """Shows a method that wants it some training rows. Leaves the model in training mode, and the random state as it
+    was. A trial that resumes has what came of it in its checkpoint."""
     start = find_method(spec.method).start
     fewest = start.count_tokens(spec) if start is not None else 0
     if start is None or not fewest:
         return
-    planned = plan_start(lengths, batch_size=spec.batch_size, fewest_tokens=fewest, seed=spec.seed)
+    planned = plan_start(rows.lengths, batch_size=spec.batch_size, fewest_tokens=fewest, seed=spec.seed)
     model.eval()
-    with torch.no_grad(), autocast(device):
-        start.begin(model, spec, (_without_labels(collate(rows)) for rows in planned))
+    with torch.no_grad(), autocast(rows.device):
+        start.begin(model, spec, (_without_labels(rows.collate(indices)) for indices in planned))
     model.train()
 
 

@@ -182,19 +182,13 @@ class HfBackend:
         self._live = LiveTrial(build_trial_model(base, stretch.spec, device=self.setup.device), stretch.spec)
         vram = None
         if stretch.from_step == 0:
-            self._start_from_rows(self._live)
+            start_from_rows(self._live.model, stretch.spec, self.data.rows(self.data.train, self.setup.device))
             vram = self._probe(self._live)
         else:
             assert stretch.checkpoint is not None
             path = Path(self.setup.study_dir) / stretch.checkpoint
             self._live.restore(torch.load(path, map_location=self.setup.device, weights_only=True))
         return self._live, vram
-
-    def _start_from_rows(self, live: LiveTrial) -> None:
-        split, device = self.data.train, self.setup.device
-        start_from_rows(
-            live.model, live.spec, split.lengths(), lambda rows: self.data.collate(split, rows, device), device=device
-        )
 
     def _drop_live(self) -> None:
         self._live = self._live_of = None
@@ -262,15 +256,9 @@ class HfBackend:
         )
 
     def _time(self, models: Sequence[Any], batch_size: int | None) -> list[Latency]:
-        split, device = self.data.validation, self.setup.device
+        rows = self.data.rows(self.data.validation, self.setup.device)
         random_state = torch.get_rng_state()
-        latencies = measure_latencies(
-            models,
-            split.lengths(),
-            lambda indices: self.data.collate(split, indices, device),
-            batch_size=batch_size or _LATENCY_BATCH_SIZE,
-            device=device,
-        )
+        latencies = measure_latencies(models, rows, batch_size=batch_size or _LATENCY_BATCH_SIZE)
         torch.set_rng_state(random_state)
         return latencies
 

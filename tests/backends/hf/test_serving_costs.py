@@ -16,6 +16,7 @@ from torch import nn
 from autopeft.backends.base import Finished, Stretch, WorkerSetup
 from autopeft.backends.hf.build import build_trial_model
 from autopeft.backends.hf.cost import HfCostModel
+from autopeft.backends.hf.data import Rows
 from autopeft.backends.hf.latency import measure_latencies
 from autopeft.backends.hf.saved import count_saved_bytes, save_adapter, save_trained
 from autopeft.backends.hf.trial import HfBackend
@@ -44,9 +45,12 @@ def collate(indices: Sequence[int]) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.tensor(indices), "labels": torch.zeros(len(indices))}
 
 
+ROWS = Rows(LENGTHS, collate, "cpu")
+
+
 def test_latency_is_per_example_and_tells_models_apart() -> None:
     quick, slow = Sleeper(0.0), Sleeper(0.01)
-    of_quick, of_slow = measure_latencies([quick, slow], LENGTHS, collate, batch_size=4, device="cpu")
+    of_quick, of_slow = measure_latencies([quick, slow], ROWS, batch_size=4)
     # The example's millisecond, or a fourth of what is the same for all of a batch.
     assert 1e-3 <= of_quick.single_seconds < 8e-3
     assert 1e-3 <= of_quick.batch_seconds < 4e-3
@@ -66,7 +70,7 @@ def test_models_take_turns_on_the_same_batches() -> None:
         def forward(self, input_ids: torch.Tensor) -> None:
             seen.append((self.name, int(input_ids[0])))
 
-    measure_latencies([Noting("a"), Noting("b")], LENGTHS, collate, batch_size=200, device="cpu")
+    measure_latencies([Noting("a"), Noting("b")], ROWS, batch_size=200)
     timed = seen[4 : 4 + 62]
     assert [row for name, row in timed if name == "a"] == [row for name, row in timed if name == "b"]
     assert [name for name, _ in timed[:4]] == ["a", "b", "b", "a"]
@@ -77,7 +81,7 @@ def test_models_take_turns_on_the_same_batches() -> None:
 
 def test_measuring_leaves_the_mode_and_takes_short_splits() -> None:
     model = Sleeper(0.0).train()
-    (latency,) = measure_latencies([model], [3, 5], collate, batch_size=16, device="cpu")
+    (latency,) = measure_latencies([model], Rows([3, 5], collate, "cpu"), batch_size=16)
     assert model.training
     assert latency.batch_size == 2
 
