@@ -204,10 +204,13 @@ def _make_rows(args: argparse.Namespace, device_kind: str) -> list[EstimateRow]:
     """One for each method and bit width."""
     from autopeft.errors import SpecError
     from autopeft.methods import find_method
+    from autopeft.methods.full import check_trains
     from autopeft.search.request import parse_fixed
     from autopeft.spaces.dimensions import widest_bits
 
     methods = [find_method(name.strip()) for name in (args.method or "lora").split(",")]
+    for method in methods:
+        check_trains(method, args.task_kind or "classification")
     widest = widest_bits(device_kind)
     fixed = parse_fixed(args.fix).get("bits")
     widths: list[Scalar | None] = [widest if fixed == "unquantized" else fixed]

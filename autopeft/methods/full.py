@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from autopeft.errors import SpecError
 from autopeft.methods.base import UNQUANTIZED, BuildContext, Method, Recipe
-from autopeft.records import TrialSpec
+from autopeft.records import TaskKind, TrialSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,6 +16,16 @@ def _unfreeze(model: nn.Module, spec: TrialSpec, context: BuildContext) -> nn.Mo
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model
+
+
+def check_trains(method: Method, task_kind: TaskKind) -> None:
+    """Raises SpecError where nothing would be trained. The row itself takes a language model: the untrained base that a
+    study of a generation task begins with is built with it."""
+    if method is HEAD and task_kind == "generation":
+        raise SpecError(
+            "Head only trains what a classifier has on top of its base, and a language model has none: nothing would "
+            "be trained. Choose a method that adapts the base, such as lora."
+        )
 
 
 def _leave_frozen(model: nn.Module, spec: TrialSpec, context: BuildContext) -> nn.Module:

@@ -19,6 +19,7 @@ from autopeft.backends.hf.steps import Diverged, SplitScores, checkpoint_activat
 from autopeft.backends.hf.trial import digest_weights, release_memory
 from autopeft.errors import ModelError, RecordError, SpecError, TrainingError
 from autopeft.methods import find_method
+from autopeft.methods.full import check_trains
 from autopeft.production import checkpoints
 from autopeft.production.checkpoints import CheckpointMeta, Evaluation
 from autopeft.production.files import LocalPlaces, TrainingResult, write_local, write_recipe, write_result
@@ -67,6 +68,7 @@ def train(
     TrainingError where training diverges.
     """
     check_options(options)
+    check_trains(find_method(recipe.spec.method), task.kind)
     session = open_session(recipe, out, options)
     data = TaskData(task, model=model, data_dir=places.data_dir, split_seed=recipe.split_seed)
     notes = _check_identity(recipe, data, model, session)

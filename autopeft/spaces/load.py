@@ -83,7 +83,12 @@ def parse_space(
     }
     if methods is not None:
         for method in methods:
-            if find_method(method).name not in spaces:
+            if not find_method(method).searched:
+                raise SpaceError(
+                    f"--methods asks for '{method}', which is the baseline that every study has in any case. Name "
+                    "methods to race against it, such as lora."
+                )
+            if method not in spaces:
                 raise SpaceError(
                     f"--methods asks for '{method}', which the space '{name}' does not have. "
                     f"{suggest_nearest(method, spaces)}"

@@ -161,6 +161,7 @@ def test_a_language_model_has_no_head_and_its_logits_are_counted(config, capsys)
         (["--model", "CONFIG", "--num-labels", "0"], "--num-labels"),
         (["--model", "CONFIG", "--num-labels", "100000000000000"], "at most 100,000"),
         (["--model", "CONFIG", "--task-kind", "generation", "--num-labels", "3"], "has no head"),
+        (["--model", "CONFIG", "--task-kind", "generation", "--method", "lora,head"], "nothing would be trained"),
         (["--study", "mine", "--task-kind", "generation"], "so --task-kind cannot go with it"),
         (["--study", "missing"], "missing"),
         (["--study", "missing", "--batch-size", "8"], "--batch-size cannot go with it"),

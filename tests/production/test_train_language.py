@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from autopeft.backends.base import Finished, Stretch, WorkerSetup
 from autopeft.backends.hf.trial import HfBackend
+from autopeft.errors import SpecError
 from autopeft.production.files import LocalPlaces, TrainingResult
 from autopeft.production.recipe import Recipe
 from autopeft.production.run import train
@@ -74,6 +75,17 @@ def test_a_language_recipe_of_the_trials_length_is_the_trial_to_the_bit(
     assert (result.test_quality, result.test_loss) == (finished.test.quality, finished.test.loss)
     assert result.head_parameters == 0
     assert result.agreement is not None
+
+
+def test_a_recipe_that_would_train_nothing_is_refused_before_anything_is_written(
+    make_recipe_for: Make, task_text: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SpecError, match="a language model has none: nothing would be trained"):
+        train(
+            make_recipe_for("head", architecture="llama", task=task_text), parse_task(task_text, "turn"), LocalPlaces(),
+            model=tiny_folder("llama"), out=tmp_path / "out", options=Options(), listener=Silent(),
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
 
 
 def test_tokens_weigh_alike_however_a_batch_is_divided(make_recipe_for: Make, task_text: str, tmp_path: Path) -> None:

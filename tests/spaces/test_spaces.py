@@ -316,6 +316,8 @@ def test_an_unknown_method_is_refused() -> None:
 def test_a_method_that_the_space_lacks_is_refused() -> None:
     with pytest.raises(SpaceError, match="does not have"):
         parse("methods: {lora: {}}", methods=("ia3",))
+    with pytest.raises(SpaceError, match=r"'head', which is the baseline that every study has in any case\. Name"):
+        parse("methods: {lora: {}}", methods=("lora", "head"))
 
 
 def test_fixed_bits_leave_out_methods_that_cannot_have_them() -> None:
