@@ -24,6 +24,7 @@ from autopeft.production.agreement import compare, estimate_standard_error
 from autopeft.production.checkpoints import Evaluation
 from autopeft.production.files import SavedAs, TrainingResult, name_base
 from autopeft.production.latency import describe_machine
+from autopeft.production.layout import complete_folder
 from autopeft.production.recipe import Recipe
 from autopeft.production.session import is_sharded
 from autopeft.tasks.scorers import score_predictions
@@ -70,7 +71,7 @@ def save_weights(
         saved_as = "transformers"
     else:
         save_trained(trained, spec, folder)
-    tokenizer.save_pretrained(folder)
+    complete_folder(folder, tokenizer, model)
     return saved_as
 
 

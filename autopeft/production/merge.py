@@ -9,7 +9,6 @@ sum again would change small weights by more than was learned, so that is not of
 from __future__ import annotations
 
 import logging
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -25,6 +24,7 @@ from autopeft.errors import ExportError, SpecError, suggest_nearest
 from autopeft.methods import find_method
 from autopeft.production import plain
 from autopeft.production.finished import Finished, ask_fresh_process, load_data, make_job
+from autopeft.production.layout import complete_folder
 from autopeft.report.files import check_new_folder, new_folder
 from autopeft.wording import say_count
 
@@ -35,12 +35,6 @@ MOST_DIFFERENCE = 1e-4
 NUM_ROWS = 32
 _BATCH_SIZE = 8
 _DEQUANTIZING = logging.getLogger("transformers.integrations.bitsandbytes")
-
-_TOKENIZER_FILES = (
-    "tokenizer.model", "tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "added_tokens.json",
-    "special_tokens_map.json", "chat_template.jinja",
-)  # fmt: skip
-"""Beside what the tokenizer writes itself: llama.cpp's converter, for one, wants the sentencepiece model."""
 
 
 class Merged(NamedTuple):
@@ -234,21 +228,4 @@ def _write(model: Any, finished: Finished, folder: Path, dtype: Dtype) -> None:
         model.config.use_cache = True
     with QuietLoading():
         model.save_pretrained(folder)
-    load_tokenizer(str(finished.adapter)).save_pretrained(folder)
-    _copy_tokenizer_files(finished.model, folder)
-
-
-def _copy_tokenizer_files(model: str, folder: Path) -> None:
-    """Files of the base's tokenizer that transformers does not write again."""
-    source = Path(resolve_model(model))
-    for name in _TOKENIZER_FILES:
-        found = source / name if source.is_dir() else _find_cached(model, name)
-        if found is not None and found.is_file() and not (folder / name).exists():
-            shutil.copyfile(found, folder / name)
-
-
-def _find_cached(model: str, name: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(model, name)
-    return Path(found) if isinstance(found, str) else None
+    complete_folder(folder, load_tokenizer(str(finished.adapter)), finished.model)

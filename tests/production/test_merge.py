@@ -9,6 +9,7 @@ import logging
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -252,12 +253,21 @@ def test_the_command_says_what_merging_changed(lora: Path, tmp_path: Path, capsy
     assert "peft" not in card.split("## Load it")[1].split("## How")[0]
 
 
+@pytest.fixture
+def logger() -> Iterator[logging.Logger]:
+    """Of dequantizing, as it is before anything has asked transformers to be quiet."""
+    logger = logging.getLogger("transformers.integrations.bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    yield logger
+    logger.setLevel(level)
+
+
 def test_the_command_states_what_a_rounded_base_costs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, logger: logging.Logger
 ) -> None:
     folder = make_finished(tmp_path / "done", "lora", "bert", bits=4)
     said: list[str] = []
-    logger = logging.getLogger("transformers.integrations.bitsandbytes")
     monkeypatch.setattr(logger, "handle", lambda record: said.append(record.getMessage()))
     # Else what an earlier test has heard would not be said again.
     transformers.utils.logging.warning_once.cache_clear()
