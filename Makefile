@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-all gpu check export-check format clean docs
+.PHONY: install demo test test-all gpu check export-check serving-check format clean docs
 
 install: $(STAMP)
 
@@ -37,17 +37,38 @@ check: $(STAMP)
 # trained for a few steps where that takes no GPU; writes benchmarks/results/export-check.md.
 EXPORT_CHECKS := trl llama-factory axolotl ms-swift unsloth
 
-.venvs/%/.installed: tests/export/requirements-%.txt
+vpath requirements-%.txt tests/export tests/serving
+
+.venvs/%/.installed: requirements-%.txt
 	test -x .venvs/$*/bin/python || $(PYTHON) -m venv .venvs/$*
 	.venvs/$*/bin/python -m pip install --quiet --requirement $<
-	test ! -f tests/export/requirements-$*-alone.txt || \
-		.venvs/$*/bin/python -m pip install --quiet --no-deps --requirement tests/export/requirements-$*-alone.txt
+	test ! -f $(dir $<)requirements-$*-alone.txt || \
+		.venvs/$*/bin/python -m pip install --quiet --no-deps --requirement $(dir $<)requirements-$*-alone.txt
+	test ! -f $(dir $<)requirements-$*-without.txt || \
+		.venvs/$*/bin/python -m pip uninstall --quiet --yes --requirement $(dir $<)requirements-$*-without.txt
 	touch $@
 
 export-check: $(STAMP) $(EXPORT_CHECKS:%=.venvs/%/.installed)
 	rm -rf .venvs/cases
 	PYTHONPATH=.:tests $(BIN)/python tests/export/make_cases.py .venvs/cases > .venvs/cases.log
 	$(BIN)/python tests/export/run_checks.py .venvs > benchmarks/results/export-check.md
+
+# Merged models and adapters, loaded by transformers 4, llama.cpp and vLLM in environments of their own (5 GB), and compared
+# with plain transformers token by token; writes benchmarks/results/serving-check.md.
+LLAMA_CPP := llama-cpp-python==0.3.36
+
+.venvs/llama-cpp/source: .venvs/llama-cpp/.installed
+	PATH="$(CURDIR)/.venvs/llama-cpp/bin:$$PATH" .venvs/llama-cpp/bin/python -m pip download --quiet --no-deps \
+		--no-build-isolation --no-binary llama-cpp-python --dest .venvs/llama-cpp $(LLAMA_CPP)
+	rm -rf $@
+	mkdir $@
+	tar xzf .venvs/llama-cpp/llama_cpp_python-*.tar.gz -C $@ --strip-components=3 --wildcards \
+		'*/vendor/llama.cpp/conversion' '*/vendor/llama.cpp/gguf-py' '*/vendor/llama.cpp/convert_*.py'
+
+serving-check: $(STAMP) .venvs/llama-cpp/source .venvs/vllm/.installed
+	rm -rf .venvs/serving
+	$(BIN)/python tests/serving/make_models.py .venvs/serving > .venvs/serving.log
+	$(BIN)/python tests/serving/run_checks.py .venvs > benchmarks/results/serving-check.md
 
 docs: $(STAMP)
 	$(BIN)/python -m autopeft.methods.document > docs/methods.md
