@@ -86,7 +86,7 @@ def make_card(
     data = _make_metadata(recipe, result, task, license_name, merged)
     sections = [
         _say_what(recipe, result, task, merged),
-        _say_results(result, task, merged),
+        _say_results(recipe, result, merged),
         _say_how_to_load(recipe, result, task, merged),
         chosen or _say_how_chosen(recipe, result, study_record),
         _say_configuration(recipe, result),
@@ -145,8 +145,12 @@ def _make_metadata(
         base_model=base_id,
         datasets=[task.hub.path] if task.hub else None,
         eval_results=[
-            EvalResult(**dataset, metric_type=metric, metric_value=result.test_quality, metric_name=result.scorer),
-            EvalResult(**dataset, metric_type="loss", metric_value=result.test_loss, metric_name="mean loss, nats"),
+            EvalResult(
+                **dataset, metric_type=metric, metric_value=round(result.test_quality, 6), metric_name=result.scorer
+            ),
+            EvalResult(
+                **dataset, metric_type="loss", metric_value=round(result.test_loss, 6), metric_name="mean loss, nats"
+            ),
         ],
         library_name="transformers" if plain else result.saved_as,
         license=license_name,
@@ -174,6 +178,7 @@ def _say_what(recipe: Recipe, result: TrainingResult, task: TaskSpec, merged: Me
     what = f"{method}, trained on {base}"
     if merged:
         what = f"{base}, fine-tuned with {method} and merged into one plain model"
+    what = f"{what[0].upper()}{what[1:]}"
     score = _score(result.test_quality, result.test_standard_error, result.scorer)
     return (
         f"# {escape_markdown(task.title)}: {method} on {escape_markdown(_short_name(recipe))}\n\n"
@@ -187,7 +192,7 @@ def _score(value: float, error: float | None, scorer: str) -> str:
     return format_quality(value, scorer) + (f" ± {format_margin(error, scorer)}" if error is not None else "")
 
 
-def _say_results(result: TrainingResult, task: TaskSpec, merged: Merged | None) -> str:
+def _say_results(recipe: Recipe, result: TrainingResult, merged: Merged | None) -> str:
     scorer, prediction = result.scorer, result.prediction
     rows = [["Split", title_scorer(scorer), "Loss, nats", "Examples"]]
     test = _score(result.test_quality, result.test_standard_error, scorer)
@@ -200,7 +205,7 @@ def _say_results(result: TrainingResult, task: TaskSpec, merged: Merged | None) 
         seeds = say_count(prediction.num_confirmed, "seed")
         lines[-1] += (
             f" The study had measured {_score(prediction.test_quality, prediction.test_sd, scorer)} on the test split "
-            f"for this configuration at its shorter length ({seeds})."
+            f"for this configuration after {recipe.spec.max_steps:,} steps ({seeds})."
         )
     if result.agreement is not None:
         agrees = "agree" if result.agreement.agrees else "DISAGREE beyond noise"

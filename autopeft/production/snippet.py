@@ -9,6 +9,8 @@ from autopeft.tasks.spec import TaskSpec
 HERE = '"adapter"  # beside this file'
 """What a card's code loads until it is pushed; then the repository's name stands there."""
 
+_NEW_TOKENS = 64
+"""Where the task does not say how long an answer is."""
 _MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
 """Whose weights the packaged `minilm` are."""
 
@@ -69,9 +71,13 @@ def _quantizer(recipe: Recipe, merged: bool) -> str:
 
 def _answer(task: TaskSpec) -> list[str]:
     if not task.labels:
+        length = task.max_new_tokens if task.scorer == "exact_match" else _NEW_TOKENS
+        note = "  # as rows had it, with their columns for what is in braces" if task.prompt else ""
         return [
-            'inputs = tokenizer("A prompt", return_tensors="pt")',
-            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
+            f"prompt = {task.prompt or 'How a text begins'!r}{note}",
+            'inputs = tokenizer(prompt, return_tensors="pt")',
+            f"written = model.generate(**inputs, max_new_tokens={length}, do_sample=False)",
+            'print(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
         ]
     texts = '"A text"' if task.text_pair is None else '"A text", "and the other"'
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 from finished_folders import make_finished
 from fresh_process import one_process  # noqa: F401 (a fixture)
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from tiny_models import make_tiny_llama
 
 from autopeft.production.card import carry_card, make_card, write_card
 from autopeft.production.files import Agreement, TrainingResult, read_recipe, read_result
@@ -22,6 +24,10 @@ from autopeft.records import StudyRecord
 from autopeft.testing.tiny_models import tiny_folder
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_process")]
+
+GENERATION = (
+    "name: places\ntitle: Made-up places\nkind: generation\nprompt: 'name : {name} | area : '\ncompletion: '{area}'\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +93,7 @@ def test_the_results_are_in_the_model_index(folder: Path, recipe: Recipe, result
     assert (accuracy.dataset_type, accuracy.dataset_config, accuracy.dataset_split) == (
         "nyu-mll/glue", "sst2", "validation",
     )  # fmt: skip
-    assert (loss.metric_type, loss.metric_value) == ("loss", result.test_loss)
+    assert (loss.metric_type, loss.metric_value) == ("loss", round(result.test_loss, 6))
 
 
 def test_what_is_not_known_is_left_out_and_said(folder: Path, recipe: Recipe, result: TrainingResult) -> None:
@@ -131,7 +137,7 @@ def test_titles_cannot_break_the_metadata_or_the_tables(folder: Path, recipe: Re
 def test_the_score_stands_first_with_its_error(folder: Path, recipe: Recipe, result: TrainingResult) -> None:
     text = make_card(folder, recipe, result, None)
     assert "**87.5% ± 1.2 accuracy** on 800 test examples" in text
-    assert "The study had measured 68.0% on the test split" in text
+    assert "The study had measured 68.0% on the test split for this configuration after 12 steps (1 seed)" in text
 
 
 def test_a_disagreement_with_the_study_is_not_hidden(folder: Path, recipe: Recipe, result: TrainingResult) -> None:
@@ -197,6 +203,21 @@ def test_the_code_of_a_merged_card_runs(folder: Path, tmp_path: Path, monkeypatc
     assert metadata(text)["tags"] == ["autopeft", "lora", "merged"]
     assert "logits differ from the unmerged by at most" in text
     assert run_snippet(text, tmp_path / "model", monkeypatch, base="unused") in ("even", "odd")
+
+
+def test_the_code_for_a_language_model_asks_as_the_rows_did_and_prints_what_is_written(
+    recipe: Recipe, result: TrainingResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = GENERATION.replace("\n", "\nscorer: exact_match\nmax_new_tokens: 3\n", 1)
+    changed = dataclasses.replace(recipe, task=task, spec=dataclasses.replace(recipe.spec, bits=32))
+    text = make_card(tmp_path, changed, dataclasses.replace(result, saved_as="transformers"), None)
+    assert "prompt = 'name : {name} | area : '  # as rows had it" in text
+    folder = Path(make_tiny_llama(tmp_path / "adapter"))
+    change = {"do_sample": True, "temperature": 5.0, "pad_token_id": 0}
+    (folder / "generation_config.json").write_text(json.dumps(change))
+    written = run_snippet(text, tmp_path, monkeypatch, base="unused")
+    assert 1 <= len(written.split()) <= 3
+    assert written == run_snippet(text, tmp_path, monkeypatch, base="unused")
 
 
 def test_no_path_of_this_machine_is_in_it(folder: Path) -> None:
