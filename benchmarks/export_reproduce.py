@@ -10,7 +10,6 @@ Predictions are compared by McNemar's exact test (Biometrika 12, 1947), losses b
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -23,13 +22,13 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from exported import make_parser, open_study, write_results
 from machine import describe_machine
 
 from autopeft.cli.session import read_local
 from autopeft.export import export_trial
 from autopeft.records import StudyRecord, TrialRecord
 from autopeft.report.words import describe_spec
-from autopeft.search.results import build_record
 from autopeft.search.store import StudyStore
 from autopeft.tasks.data import Splits, load_splits
 from autopeft.tasks.spec import parse_task
@@ -140,20 +139,8 @@ def read_others(out: Path, study: str, numbers: list[int]) -> list[Comparison]:
 
 
 def write(found: list[Comparison], study: str, out: Path) -> None:
-    machine = describe_machine()
     found = sorted(found, key=lambda row: (row.trial, row.seed))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": machine, "study": study, "comparisons": [row._asdict() for row in found]}
-    out.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     lines = [
-        "# The exported stand-alone script against the trials of a study",
-        "",
-        f"`benchmarks/export_reproduce.py`, on {machine['cores']} cores of {machine['processor']}; torch "
-        f"{machine['torch']}, transformers {machine['transformers']}, peft {machine['peft']}. Each row is a training "
-        "by `train.py` of the target `trainer`, without autopeft, for the trial's steps and seed. *Only one right*: "
-        "rows that the study's model alone and the script's model alone got right; *p* is McNemar's exact test of the "
-        "two. Losses in nats a row, the script's less the study's; the study keeps them in float16.",
-        "",
         "| trial | seed | split | rows | study | script | only one right | p | loss difference (s.e.) | largest |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -163,18 +150,24 @@ def write(found: list[Comparison], study: str, out: Path) -> None:
             f"{row.script_accuracy:.4f} | {row.only_study_right} / {row.only_script_right} | {row.p:.2f} | "
             f"{row.mean_difference:+.1e} ({row.standard_error:.1e}) | {row.largest_difference:.1e} |"
         )
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_results(
+        out,
+        {"study": study, "comparisons": [row._asdict() for row in found]},
+        title="The exported stand-alone script against the trials of a study",
+        command="benchmarks/export_reproduce.py",
+        text="Each row is a training by `train.py` of the target `trainer`, without autopeft, for the trial's steps "
+        "and seed. *Only one right*: rows that the study's model alone and the script's model alone got right; *p* is "
+        "McNemar's exact test of the two. Losses in nats a row, the script's less the study's; the study keeps them in "
+        "float16.",
+        table=lines,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study")
-    parser.add_argument("--studies", type=Path, default=Path("studies"))
+    parser = make_parser(__doc__)
     parser.add_argument("--trials", required=True, help="numbers, joined by commas")
-    parser.add_argument("--out", type=Path, required=True, help="written as .md and .json")
     args = parser.parse_args()
-    store = StudyStore.open(args.studies, args.study)
-    record = build_record(store)
+    store, record = open_study(args)
     numbers = [int(number) for number in args.trials.split(",")]
     found = read_others(args.out, record.uid, numbers)
     for comparison in reproduce(record, store, numbers):

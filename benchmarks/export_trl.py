@@ -16,10 +16,8 @@ Trainings that were scored before stand in `--work` and are not repeated, so tha
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
-import json
 import math
 import os
 import subprocess
@@ -32,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 import peft
 import torch
-from machine import describe_machine
+from exported import make_parser, open_study, write_results
 
 import autopeft.backends.hf.data as backend_data
 from autopeft.backends.base import Finished, Stretch, WorkerSetup
@@ -43,7 +41,6 @@ from autopeft.cli.session import read_local
 from autopeft.export import export_trial
 from autopeft.records import StudyRecord, TrialRecord
 from autopeft.report.words import describe_spec
-from autopeft.search.results import build_record
 from autopeft.search.store import StudyStore
 from autopeft.tasks.spec import parse_task
 
@@ -214,22 +211,7 @@ def reproduce(
 
 
 def write(title: str, found: list[Side], seeds: list[int], version: str, out: Path) -> None:
-    machine = describe_machine()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": machine, "trial": title, "seeds": seeds, "trl": version}
-    content |= {"sides": [side._asdict() for side in found]}
-    out.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     lines = [
-        "# The export to TRL against the trial of a study",
-        "",
-        f"`benchmarks/export_trl.py`, on {machine['cores']} cores of {machine['processor']}; {version}, torch "
-        f"{machine['torch']}, transformers {machine['transformers']}, peft {machine['peft']}. {title}. Each of "
-        f"{len(seeds)} seeds was trained by the study's backend, and by `trl sft --config sft.yaml` on what "
-        "`autopeft export --to trl` wrote for the trial's own steps. Losses in nats a token, mean over rows; *TRL less "
-        "it* with its standard error from the seeds. *p*: exact permutation test over the seeds against TRL. A trial's "
-        "batches are of rows of like length, TRL's are drawn from all rows; the second row of each split is the "
-        "study's backend with batches as TRL draws them. TRL's warm-up begins with a step at a learning rate of zero.",
-        "",
         "| split | rows | trained by | token accuracy (sd) | p | loss (sd) | TRL less it (s.e.) | p |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -246,7 +228,20 @@ def write(title: str, found: list[Side], seeds: list[int], version: str, out: Pa
             f"| {side.split} | {side.num_examples} | {side.title} | {accuracy} | {against[0]} | {loss} | {against[1]} "
             f"| {against[2]} |"
         )
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_results(
+        out,
+        {"trial": title, "seeds": seeds, "trl": version, "sides": [side._asdict() for side in found]},
+        title="The export to TRL against the trial of a study",
+        command="benchmarks/export_trl.py",
+        also=version,
+        text=f"{title}. Each of {len(seeds)} seeds was trained by the study's backend, and by `trl sft --config "
+        "sft.yaml` on what `autopeft export --to trl` wrote for the trial's own steps. Losses in nats a token, mean "
+        "over rows; *TRL less it* with its standard error from the seeds. *p*: exact permutation test over the seeds "
+        "against TRL. A trial's batches are of rows of like length, TRL's are drawn from all rows; the second row of "
+        "each split is the study's backend with batches as TRL draws them. TRL's warm-up begins with a step at a "
+        "learning rate of zero.",
+        table=lines,
+    )
 
 
 def find_version(trl: Path) -> str:
@@ -256,17 +251,13 @@ def find_version(trl: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study")
-    parser.add_argument("--studies", type=Path, default=Path("studies"))
+    parser = make_parser(__doc__)
     parser.add_argument("--trial", type=int, required=True)
     parser.add_argument("--trl", type=Path, default=Path(".venvs/trl/bin/trl"), help="TRL's command")
     parser.add_argument("--seeds", default="0,1,2,3,4", help="joined by commas; at least two")
     parser.add_argument("--work", type=Path, default=Path("export-trl-work"), help="scores of each seed")
-    parser.add_argument("--out", type=Path, required=True, help="written as .md and .json")
     args = parser.parse_args()
-    store = StudyStore.open(args.studies, args.study)
-    record = build_record(store)
+    store, record = open_study(args)
     trial = next(trial for trial in record.trials if trial.number == args.trial)
     seeds = [int(seed) for seed in args.seeds.split(",")]
     spec = trial.spec
