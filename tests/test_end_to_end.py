@@ -129,6 +129,8 @@ def test_an_export_loads_with_plain_peft_and_says_the_rest(finished: Path, tmp_p
     out = tmp_path / "exported"
     code, output = finish(start(finished, "export", "run", "--pick", str(lora), "--to", "peft", "--out", str(out)))
     assert code == 0, output
+    assert f"trial        {lora} of run ({lora}): LoRA" in output
+    assert f"run          cd {out}\n             autopeft train . --out trained" in output
     config = peft.PeftConfig.from_pretrained(str(out))
     assert config.peft_type == "LORA"
     training = yaml.safe_load((out / "training.yaml").read_text())

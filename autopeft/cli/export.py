@@ -32,11 +32,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     import os
+    import shlex
     from pathlib import Path
 
     from autopeft.cli.session import STUDIES, read_local
+    from autopeft.cli.training_display import describe_length
     from autopeft.errors import ExportError
     from autopeft.export import export_trial, find_trial
+    from autopeft.production.files import read_recipe
+    from autopeft.report.words import describe_spec
     from autopeft.search.results import build_record
     from autopeft.search.store import StudyStore
 
@@ -51,17 +55,22 @@ def run(args: argparse.Namespace) -> int:
     local = read_local(store)
     model = local["model"]
     assert model is not None
-    paths = export_trial(
+    out = Path(args.out)
+    exported = export_trial(
         record,
         trial,
         pick=args.pick,
         model=model,
         target=args.to,
-        out=Path(args.out),
+        out=out,
         data_dir=args.data_dir or local["data_dir"] or os.environ.get("AUTOPEFT_DATA_DIR"),
         epochs=args.epochs,
         steps=steps,
     )
-    for path in paths:
-        print(path)
+    recipe = read_recipe(out)
+    print(f"{'trial':12} {trial.number} of {record.config.name} ({args.pick}): {describe_spec(trial.spec)}")
+    print(f"{'length':12} {describe_length(recipe)['length']}")
+    for title, lines in (("written", exported.files), ("run", (f"cd {shlex.quote(args.out)}", *exported.commands))):
+        for number, line in enumerate(lines):
+            print(f"{'' if number else title:12} {line}")
     return 0

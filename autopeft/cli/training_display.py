@@ -92,7 +92,7 @@ class Display:
             "method": describe_spec(recipe.spec),
         }
         if not self._is_pretraining:
-            lines |= _describe_length(recipe) | {"predicted": _describe_prediction(recipe)}
+            lines |= describe_length(recipe) | {"predicted": _describe_prediction(recipe)}
         for key, value in (lines | {"folder": str(self._out)}).items():
             self._print(f"{key:<12} {value}")
 
@@ -100,7 +100,7 @@ class Display:
         self._recipe = recipe
         if self._is_pretraining:
             # Laid out for the text, which is known only now.
-            for key, value in _describe_length(recipe).items():
+            for key, value in describe_length(recipe).items():
                 self._print(f"{key:<12} {value}")
         for note in notes:
             self._print(f"note: {note}")
@@ -210,7 +210,7 @@ class Display:
         )
 
 
-def _describe_length(recipe: Recipe) -> dict[str, str]:
+def describe_length(recipe: Recipe) -> dict[str, str]:
     batch = f"batch {recipe.effective_batch}"
     if recipe.gradient_accumulation > 1:
         batch += f" ({recipe.gradient_accumulation} x {recipe.micro_batch})"

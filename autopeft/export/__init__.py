@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from autopeft.errors import ExportError, suggest_nearest
 from autopeft.export import axolotl, llama_factory, ms_swift, peft, trainer, trl, unsloth
@@ -29,7 +30,14 @@ TARGETS: dict[str, Target] = {
     "ms-swift": ms_swift.TARGET,
 }
 _BY_NEARNESS = ("trl", "llama-factory", "axolotl", "ms-swift", "unsloth", "trainer", "peft")
-"""In which another target is looked for: trainers with a file of settings first."""
+"""In which another target is looked for: trainers with a file of settings first. Nearest to peft's own file is the
+script on plain peft."""
+
+
+class Exported(NamedTuple):
+    files: list[Path]
+    commands: tuple[str, ...]
+    """To be run inside of the folder, in this order."""
 
 
 def refuse_export(target: str, recipe: Recipe, task: TaskSpec) -> str | None:
@@ -42,7 +50,8 @@ def refuse_export(target: str, recipe: Recipe, task: TaskSpec) -> str | None:
 
 def find_nearest(recipe: Recipe, task: TaskSpec, *, but: str) -> str | None:
     """Another target that can say the configuration, as far as can be told without the model."""
-    others = (name for name in _BY_NEARNESS if name != but)
+    order = ("trainer", *_BY_NEARNESS) if but == "peft" else _BY_NEARNESS
+    others = (name for name in order if name != but)
     return next((name for name in others if refuse_export(name, recipe, task) is None), None)
 
 
@@ -56,8 +65,7 @@ def find_way(record: StudyRecord, trial: TrialRecord) -> Way:
     reason = refuse_export("peft", recipe, task)
     if reason is None:
         return Way("peft")
-    nearest = "trainer" if refuse_export("trainer", recipe, task) is None else find_nearest(recipe, task, but="peft")
-    return Way(nearest, reason)
+    return Way(find_nearest(recipe, task, but="peft"), reason)
 
 
 def export_trial(
@@ -71,7 +79,7 @@ def export_trial(
     data_dir: str | None = None,
     epochs: float | None = None,
     steps: int | None = None,
-) -> list[Path]:
+) -> Exported:
     """Writes everything that `target` needs to train the trial on all rows into the new folder `out`.
 
     `model` and `data_dir` say where model and rows lie on this machine. Without `epochs` or `steps` the length is the
@@ -93,7 +101,7 @@ def export_trial(
     return write_bundle(bundle, target, out, model=model, data_dir=data_dir)
 
 
-def write_bundle(bundle: Bundle, target: str, out: Path, *, model: str, data_dir: str | None) -> list[Path]:
+def write_bundle(bundle: Bundle, target: str, out: Path, *, model: str, data_dir: str | None) -> Exported:
     """The files of one target. Raises ExportError where the model or the rows are what it cannot say."""
     try:
         export = TARGETS[target].write(bundle)
@@ -104,7 +112,7 @@ def write_bundle(bundle: Bundle, target: str, out: Path, *, model: str, data_dir
         "provenance.json": provenance(bundle, export.files, target=target, checked_with=TARGETS[target].package),
         **export.files,
     }
-    return write_export(files, bundle, out, model=model, data_dir=data_dir)
+    return Exported(write_export(files, bundle, out, model=model, data_dir=data_dir), export.commands)
 
 
 def _refusal(target: str, recipe: Recipe, task: TaskSpec, reason: str) -> ExportError:
@@ -123,6 +131,7 @@ def _refusal(target: str, recipe: Recipe, task: TaskSpec, reason: str) -> Export
 
 __all__ = [
     "TARGETS",
+    "Exported",
     "Target",
     "export_trial",
     "find_nearest",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 
 from autopeft.export.bundle import Bundle
@@ -49,7 +50,7 @@ def list_differences(bundle: Bundle) -> list[str]:
     return [*notes, "Rows come in an order of the trainer's own, and batches are not put together by length."]
 
 
-def install(bundle: Bundle, package: str) -> str:
+def install(bundle: Bundle, *packages: str) -> str:
     """The command that installs a trainer, and bitsandbytes where the configuration needs it."""
-    extra = " bitsandbytes" if bundle.recipe.spec.bits < 16 or bundle.recipe.optimizer != "adamw" else ""
-    return f"pip install '{package}'{extra}"
+    needed = bundle.recipe.spec.bits < 16 or bundle.recipe.optimizer != "adamw"
+    return shlex.join(["pip", "install", *packages, *(["bitsandbytes"] if needed else [])])

