@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from autopeft.backends.hf.base_model import resolve_model
+from autopeft.hub import find_cached
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _TOKENIZER_FILES = (
@@ -31,16 +32,15 @@ def complete_folder(folder: Path, tokenizer: Any, model: str) -> None:
     transformers loads it, and `tokenizer` was loaded from there."""
     tokenizer.save_pretrained(folder)
     # These have what older readers want and transformers no longer writes, and no trace of how rows were cut.
+    base = _find_base(model)
     for name in _TOKENIZER_FILES:
-        found = _find_file(model, name)
-        if found is not None:
-            shutil.copyfile(found, folder / name)
+        if base is not None and (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
     settings = _read(folder / _TOKENIZER_CONFIG)
     _write(folder / _TOKENIZER_CONFIG, _name_tokenizer(settings, tokenizer))
     config = folder / "config.json"
     if config.is_file():
-        found = _find_file(model, "config.json")
-        _write(config, _name_config(_read(config), {} if found is None else _read(found)))
+        _write(config, _name_config(_read(config), {} if base is None else _read(base / "config.json")))
     for path in folder.glob("*.safetensors"):
         # safetensors (0.8) leaves them readable for their owner alone, and servers often run as somebody else.
         shutil.copymode(folder / _TOKENIZER_CONFIG, path)
@@ -73,15 +73,10 @@ def _name_config(config: dict[str, Any], of_base: dict[str, Any]) -> dict[str, A
     return {**of_rope, **config}
 
 
-def _find_file(model: str, name: str) -> Path | None:
-    """A file of the base's, in its folder or in the cache of what was downloaded; None where it has none."""
-    source = Path(resolve_model(model))
-    if source.is_dir():
-        return source / name if (source / name).is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(model, name)
-    return Path(found) if isinstance(found, str) else None
+def _find_base(model: str) -> Path | None:
+    """The base's folder, or that of the hub's cache; None where it is in neither."""
+    folder = Path(resolve_model(model))
+    return folder if folder.is_dir() else find_cached(model)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -101,6 +101,22 @@ def test_files_of_the_tokenizer_are_the_bases_own(base: Path, tmp_path: Path) ->
     assert read(tmp_path / "model/tokenizer_config.json")["add_bos_token"] is True
 
 
+def test_the_base_may_lie_in_the_hubs_cache(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change(base / "config.json", rope_parameters=None, rope_theta=5e5)
+    (base / "tokenizer.model").write_bytes(b"sentencepiece")
+    model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(base), load_tokenizer(str(base))
+    snapshot = tmp_path / "hub/models--me--mine/snapshots/0123"
+    snapshot.parent.mkdir(parents=True)
+    base.rename(snapshot)
+    (tmp_path / "hub/models--me--mine/refs").mkdir()
+    (tmp_path / "hub/models--me--mine/refs/main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    model.save_pretrained(tmp_path / "model")
+    complete_folder(tmp_path / "model", tokenizer, "me/mine")
+    assert read(tmp_path / "model/config.json")["rope_theta"] == 5e5
+    assert (tmp_path / "model/tokenizer.model").read_bytes() == b"sentencepiece"
+
+
 def test_a_tokenizer_of_transformers_5_gets_names_that_4_knows(base: Path, tmp_path: Path) -> None:
     change(
         base / "tokenizer_config.json", tokenizer_class="TokenizersBackend", extra_special_tokens=["serves", "area"],
