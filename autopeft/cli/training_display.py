@@ -193,6 +193,8 @@ class Display:
             f"adapter      {self._out / 'adapter'}, {format_bytes(result.adapter_bytes)}, "
             f"{format_count(result.trainable_parameters)} parameters{head}"
         )
+        if result.peak_bytes is not None:
+            self._print(f"memory       at most {format_bytes(result.peak_bytes)} allocated on a GPU")
         if result.inference is not None:
             self._print(f"latency      {describe_latency(result.inference)}, on {result.inference.device}")
         self._print(f"result       {self._out / 'result.json'}")

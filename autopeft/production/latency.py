@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from autopeft.backends.hf.base_model import BaseModel, load_base
 from autopeft.backends.hf.data import TaskData
 from autopeft.backends.hf.latency import measure_latencies
+from autopeft.backends.hf.trial import is_out_of_memory, release_memory
 from autopeft.executors.devices import describe_cpu
 from autopeft.methods import find_method
 from autopeft.records import Bits, Inference, Latency, TrialSpec
@@ -19,28 +19,28 @@ from autopeft.wording import say_count
 
 def measure_inference(
     model: Any, base: BaseModel | None, spec: TrialSpec, data: TaskData, *, name: str, adapter: Path, batch_size: int
-) -> Inference:
+) -> Inference | None:
     """Of a trained model on rows of the test split, alone and in batches of `batch_size`; on the device that it is on.
 
     `base` is what it was built on, None where it was not kept; `name` is the base as transformers can load it,
     `adapter` the folder that it was saved to. Merging leaves the base's modules with other values in them, so the
     merged model's latency is measured on the unquantized base, the two models taking turns on the same batches. Where
-    that base does not fit beside a quantized one, nothing is measured of it.
+    there is no room for that base beside the model, nothing is measured of it; None where there is not even room to
+    answer: a training that is done must not be lost over this.
     """
-    parameter = next(model.parameters())
-    device = str(parameter.device)
-    # On a GPU a base that was kept may have been moved aside for a copy that trains.
-    at_hand = base is not None and spec.bits >= 16
-    plain = base.model.to(device) if base is not None and at_hand else _load_unquantized(name, data, device)
-    models = [model] if plain is None else [model, plain]
-    latencies: list[Latency | None] = [
-        *measure_latencies(models, data.rows(data.test, device), batch_size=batch_size),
-        None,
-    ]
-    unmerged, of_base = latencies[:2]
-    assert unmerged is not None
+    device = str(next(model.parameters()).device)
+    plain = _find_unquantized(base if spec.bits >= 16 else None, name, data, device)
+    latencies = None if plain is None else _time([model, plain], data, batch_size, device)
+    if latencies is None:
+        if plain is not None:
+            plain.to("cpu")
+        release_memory()
+        latencies = _time([model], data, batch_size, device)
+    if latencies is None:
+        return None
+    of_base = latencies[1] if len(latencies) > 1 else None
     return Inference(
-        unmerged=unmerged,
+        unmerged=latencies[0],
         merged=of_base if find_method(spec.method).merges else None,
         base=of_base,
         adapter_bytes=sum(path.stat().st_size for path in adapter.glob("*.safetensors")),
@@ -48,15 +48,31 @@ def measure_inference(
     )
 
 
-def _load_unquantized(name: str, data: TaskData, device: str) -> Any:
-    """The base in the precision that it would be merged in; None where there is no room for it."""
+def _time(models: list[Any], data: TaskData, batch_size: int, device: str) -> list[Latency] | None:
+    """None where there is too little memory."""
     try:
+        return measure_latencies(models, data.rows(data.test, device), batch_size=batch_size)
+    except RuntimeError as exc:
+        if not is_out_of_memory(exc):
+            raise
+        return None
+
+
+def _find_unquantized(base: BaseModel | None, name: str, data: TaskData, device: str) -> Any:
+    """The base in the precision that it would be merged in, `base`'s or loaded; None where there is no room for it."""
+    try:
+        if base is not None:
+            # It may have been moved aside for a copy that trains.
+            return base.model.to(device)
         bits: Bits = 16 if device.startswith("cuda") else 32
         return load_base(name, num_labels=data.task.num_labels, bits=bits, device=device).model
-    except torch.OutOfMemoryError:
-        gc.collect()
-        torch.cuda.empty_cache()
-        return None
+    except RuntimeError as exc:
+        if not is_out_of_memory(exc):
+            raise
+    if base is not None:
+        base.model.to("cpu")
+    release_memory()
+    return None
 
 
 def describe_machine(device: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from autopeft.backends.hf.base_model import (
 from autopeft.backends.hf.build import build_trial_model
 from autopeft.backends.hf.data import Batch, plan_batches
 from autopeft.backends.hf.steps import checkpoint_activations, score_batches
+from autopeft.backends.hf.trial import release_memory
 from autopeft.errors import DataError, ModelError, SpecError
 from autopeft.methods import find_method
 from autopeft.production import checkpoints
@@ -36,7 +37,14 @@ from autopeft.production.checkpoints import Evaluation
 from autopeft.production.files import LocalPlaces, write_local, write_recipe
 from autopeft.production.job import Job
 from autopeft.production.recipe import Recipe, lay_out
-from autopeft.production.run import Listener, check_parts, find_resume, plan_rhythm, run_trainer
+from autopeft.production.run import (
+    Listener,
+    check_parts,
+    explaining_memory,
+    find_resume,
+    plan_rhythm,
+    run_trainer,
+)
 from autopeft.production.session import Options, Session, check_options, is_sharded, open_session
 from autopeft.production.start import PRETRAINED, WEIGHTS, PretrainingResult, adapter_key
 from autopeft.production.trainer import RecipeTrainer
@@ -95,6 +103,7 @@ def pack(tokenizer: Any, documents: Sequence[str], block_tokens: int) -> list[li
 # --- pre-training
 
 
+@explaining_memory()
 def pretrain(
     recipe: Recipe,
     task: TaskSpec,
@@ -234,31 +243,36 @@ def _build(recipe: Recipe, task: TaskSpec, model: str, session: Session) -> Any:
         )
     if is_sharded():
         raise SpecError("--stage pretrain runs on one process or with DDP, but accelerate was told to shard (FSDP).")
+    adapter = None
+    if task.num_labels is not None:
+        # First and gone again: a GPU need not have room for two bases.
+        classifier = load_base(model, num_labels=task.num_labels, bits=spec.bits, device=session.device)
+        found = _find_adapter(build_trial_model(classifier, spec), classifier)
+        adapter = {name: tensor.detach().to("cpu", copy=True) for name, tensor in found.items()}
+        del classifier, found
+        if session.device != "cpu":
+            release_memory()
     language = load_base(model, num_labels=None, bits=spec.bits, device=session.device)
     trained = build_trial_model(language, spec)
-    if task.num_labels is not None:
-        classifier = load_base(model, num_labels=task.num_labels, bits=spec.bits, device=session.device)
-        random_after = torch.get_rng_state()
-        _take_over(trained, language, build_trial_model(classifier, spec), classifier)
-        torch.set_rng_state(random_after)
-        del classifier
+    if adapter is not None:
+        _take_over(trained, language, adapter)
     if recipe.checkpoint_activations:
         checkpoint_activations(trained)
     return trained
 
 
-def _take_over(model: nn.Module, base: BaseModel, source: nn.Module, source_base: BaseModel) -> None:
-    """Everything in `source` that came with its adapter, drawn or trainable, into `model`."""
-    own, theirs = _find_adapter(model, base), _find_adapter(source, source_base)
-    if own.keys() != theirs.keys():
-        different = sorted(own.keys() ^ theirs.keys())[0]
+def _take_over(model: nn.Module, base: BaseModel, adapter: Mapping[str, torch.Tensor]) -> None:
+    """Everything that came with the classifier's adapter, drawn or trainable, into `model`."""
+    own = _find_adapter(model, base)
+    if own.keys() != adapter.keys():
+        different = sorted(own.keys() ^ adapter.keys())[0]
         raise SpecError(
             f"The same adapter must fit the decoder and the classifier, but {different} is in only one of them. Choose "
             "a trial with other target modules."
         )
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(theirs[name])
+            tensor.copy_(adapter[name])
 
 
 def _find_adapter(model: nn.Module, base: BaseModel) -> dict[str, torch.Tensor]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from autopeft.backends.hf.build import build_trial_model
 from autopeft.backends.hf.data import TaskData, TokenizedSplit, plan_batches
 from autopeft.backends.hf.row_start import start_from_rows
 from autopeft.backends.hf.steps import Diverged, SplitScores, checkpoint_activations
-from autopeft.backends.hf.trial import digest_weights, release_memory
+from autopeft.backends.hf.trial import digest_weights, is_out_of_memory, release_memory
 from autopeft.errors import ModelError, RecordError, SpecError, TrainingError
 from autopeft.methods import find_method
 from autopeft.methods.full import check_trains
@@ -49,6 +50,22 @@ class Listener(Protocol):
     def scoring(self) -> None: ...
 
 
+@contextlib.contextmanager
+def explaining_memory() -> Iterator[None]:
+    """Raises TrainingError in place of PyTorch's own where there is too little memory."""
+    try:
+        yield
+    except RuntimeError as exc:
+        if not is_out_of_memory(exc):
+            raise
+        raise TrainingError(
+            f"Training must fit into the device's memory, but ran out of it: {str(exc).split('. GPU')[0]:.200}. Make "
+            "room (nvidia-smi lists who uses a GPU) and give the same command again, which goes on from the last "
+            "checkpoint; or begin anew under another --out with a smaller --micro-batch or --gradient-checkpointing."
+        ) from exc
+
+
+@explaining_memory()
 def train(
     recipe: Recipe,
     task: TaskSpec,
@@ -214,17 +231,18 @@ def _build(recipe: Recipe, task: TaskSpec, model: str, session: Session) -> Buil
             "accelerate launch with DDP (--multi_gpu), or one process."
         )
     base = load_base(model, num_labels=task.num_labels, bits=spec.bits, device=session.device)
-    trained = build_trial_model(base, spec)
+    writes_base = method.writes_base(spec)
+    if writes_base and session.device != "cpu":
+        # The model gets weights of its own. As in a trial, a GPU need not have room for both, not even to build it.
+        base.model.to("cpu")
+        release_memory()
+    trained = build_trial_model(base, spec, device=session.device)
     if recipe.checkpoint_activations:
         checkpoint_activations(trained)
     head = base.head
-    if method.writes_base(spec):
-        # The model has weights of its own now. Only peft's PiSSA and the like are saved relative to the base's.
-        if method.peft is None:
-            return Built(trained, None, head)
-        if session.device != "cpu":
-            base.model.to("cpu")
-            release_memory()
+    if writes_base and method.peft is None:
+        # Only peft's PiSSA and the like are saved relative to the base's.
+        return Built(trained, None, head)
     return Built(trained, base, head)
 
 

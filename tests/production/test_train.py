@@ -21,7 +21,7 @@ from autopeft.production import checkpoints
 from autopeft.production.files import LocalPlaces, TrainingResult, read_recipe, read_result
 from autopeft.production.job import Progress
 from autopeft.production.recipe import Recipe
-from autopeft.production.run import EVALUATION_SHARE, Listener, plan_rhythm, train
+from autopeft.production.run import EVALUATION_SHARE, Listener, explaining_memory, plan_rhythm, train
 from autopeft.production.session import Options, split_effective_batch
 from autopeft.records import TrialSpec
 from autopeft.tasks.spec import parse_task
@@ -252,6 +252,14 @@ def test_a_training_that_diverges_is_no_result(make_recipe_for: Make, places: Lo
     with pytest.raises(TrainingError, match="diverged"):
         run(make_recipe_for("full", learning_rate=1e30, warmup_steps=0), places, tmp_path)
     assert not (tmp_path / "result.json").exists()
+
+
+def test_running_out_of_memory_is_told_with_what_needs_less() -> None:
+    full = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 24.00 GiB"
+    with pytest.raises(TrainingError, match=r"allocate 2\.00 GiB\. Make room.*--micro-batch"), explaining_memory():
+        raise torch.OutOfMemoryError(full)
+    with pytest.raises(RuntimeError, match="illegal memory access"), explaining_memory():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 def test_other_base_weights_than_the_studys_are_refused(
