@@ -68,7 +68,8 @@ class _Lines:
             words += f" step {trial.step:>5}  {format_quality(trial.rungs[-1].quality, self._config.scorer)}"
         if trial.outcome is not None and trial.outcome.kind == "failed":
             words += f" {trial.outcome.reason}"
-        return f"{words}  {describe_spec(trial.spec)}"
+        why = f": {trial.outcome.rule}" if trial.outcome is not None and trial.outcome.kind == "refused" else ""
+        return f"{words}  {describe_spec(trial.spec)}{why}"
 
 
 def _print_line(text: str) -> None:

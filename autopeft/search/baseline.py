@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from autopeft.methods import METHODS
+from autopeft.methods.faults import DEVICE_BITS
 from autopeft.records import Cost, StudyConfig, TrialSpec
 from autopeft.search.front import cost_value
 from autopeft.spaces.dimensions import default_dimensions, widest_bits
@@ -14,10 +15,11 @@ _BEST_REFERENCE = 0.999
 """Nothing can be above 1; a base that is there already would leave no room to scale qualities to."""
 
 
-def make_baseline(config: StudyConfig, space: SearchSpace) -> TrialSpec:
-    """A trained head on the frozen base. A language model has no head, so for a generation task it is the base as it
-    is, which is scored and not trained."""
-    return replace(_make_unquantized("head", config, space), learning_rate=METHODS["head"].recipe.learning_rate)
+def make_baselines(config: StudyConfig, space: SearchSpace) -> list[TrialSpec]:
+    """A trained head on the frozen base, at each width that the device has, the unquantized first. A language model has
+    no head, so for a generation task it is the base as it is, which is scored and not trained."""
+    spec = replace(_make_unquantized("head", config, space), learning_rate=METHODS["head"].recipe.learning_rate)
+    return [replace(spec, bits=bits) for bits in DEVICE_BITS[config.device_kind]]
 
 
 def make_dearest(config: StudyConfig, space: SearchSpace) -> TrialSpec:

@@ -27,9 +27,10 @@ from autopeft.records import (
     Stopped,
     StudyConfig,
     StudyRecord,
+    TrialSpec,
 )
 from autopeft.search.account import Account
-from autopeft.search.baseline import make_baseline, make_dearest, make_reference
+from autopeft.search.baseline import make_baselines, make_dearest, make_reference
 from autopeft.search.conclusion import Ending, conclude
 from autopeft.search.costs import WORST_LATENCY, Costs, measured_cost
 from autopeft.search.early_end import EarlyEnd
@@ -270,14 +271,28 @@ class Search:
         """Once, at full length."""
         baseline = self.store.baseline
         if baseline is None:
-            spec = make_baseline(self.config, self.space)
-            baseline = Trial(number=-1, spec=spec, source="baseline")
-            cost = self.costs.find(spec).cost
-            baseline.cost = None if cost is None else self.costs.with_latency(cost, spec)
+            widths = make_baselines(self.config, self.space)
+            # What a GPU has no room for unquantized is held against a baseline that has room.
+            baseline = next((each for each in map(self._cost_baseline, widths) if self._has_room(each)), None)
+            baseline = baseline or self._cost_baseline(widths[0])
             self.store.save_baseline(baseline)
         to_step = 0 if self._is_generation else baseline.spec.max_steps
         # The untrained base's test score is known as early as its others, and chooses nothing either.
         return baseline, make_stretch(next(self._jobs), baseline, "baseline", to_step, score_test=self._is_generation)
+
+    def _cost_baseline(self, spec: TrialSpec) -> Trial:
+        cost = self.costs.find(spec).cost
+        return Trial(
+            number=-1,
+            spec=spec,
+            source="baseline",
+            cost=None if cost is None else self.costs.with_latency(cost, spec),
+        )
+
+    def _has_room(self, baseline: Trial) -> bool:
+        """On a CPU nothing is known of that."""
+        is_judged = self.config.device_kind == "cuda" and baseline.cost is not None
+        return not is_judged or self.limits.judge(baseline).rule is None
 
     def _assign(self, worker: int, trial: Trial, stretch: Stretch) -> None:
         if stretch.purpose != "confirm":

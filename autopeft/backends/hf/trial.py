@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from autopeft.backends.base import Ended, Event, Finished, Progress, Ready, Stretch, WorkerSetup
-from autopeft.backends.hf.base_model import BaseModel, digest_file, load_base, resolve_model
+from autopeft.backends.hf.base_model import BaseModel, describe_base, digest_file, load_base, resolve_model
 from autopeft.backends.hf.build import build_trial_model, trainable_parameters
 from autopeft.backends.hf.data import TaskData, TokenizedSplit, longest_batch, plan_batches
 from autopeft.backends.hf.kernels import install_onednn_products, prefers_onednn
@@ -38,6 +38,7 @@ from autopeft.backends.hf.steps import (
     restore_optimizer,
     train_step,
 )
+from autopeft.errors import ModelError
 from autopeft.methods import find_method
 from autopeft.methods.targets import GROUPS, explain_targets
 from autopeft.records import Bits, Inference, Latency, TrialSpec
@@ -107,10 +108,7 @@ class HfBackend:
 
     def ready(self) -> Ready:
         """Loads the unquantized base, so that a model that cannot be had is known before any trial starts."""
-        base = self._base(16 if self._on_gpu else 32)
-        if self.setup.latency or self._on_gpu:
-            # On a GPU another base will take its place.
-            self._base_latency = self._time([base.model], None)[0]
+        base = self._ready_base()
         return Ready(
             device_name=describe_device(self.setup.device),
             packages={name: version(name) for name in _PACKAGES if _has(name)},
@@ -119,6 +117,30 @@ class HfBackend:
             notes=tuple(filter(None, (explain_targets(group, base.linear_names) for group in GROUPS))),
             latency=self._base_latency if self.setup.latency else None,
         )
+
+    def _ready_base(self) -> BaseModel:
+        """The unquantized base, its latency timed where that will be asked for; without weights where it is too large
+        for the GPU, on which it may still be trained in 8 or 4 bits."""
+        try:
+            base = self._base(16 if self._on_gpu else 32)
+            if self.setup.latency or self._on_gpu:
+                # On a GPU another base will take its place.
+                self._base_latency = self._time([base.model], None)[0]
+            return base
+        except RuntimeError as exc:
+            if not self._on_gpu or not is_out_of_memory(exc):
+                raise
+        # Only here: the exception's traceback held what was loaded.
+        self._bases.clear()
+        release_memory()
+        if self.setup.latency:
+            free, total = torch.cuda.mem_get_info()
+            raise ModelError(
+                f"Latencies are compared with the unquantized base's, but '{self.setup.model}' does not fit in 16 bits "
+                f"into the GPU, which has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free. Leave latency out of "
+                "--objectives, or take a larger GPU or a smaller --model."
+            )
+        return describe_base(self.setup.model, num_labels=self.task.num_labels, bits=16)
 
     def run(self, stretch: Stretch, emit: Callable[[Event], None]) -> Finished | Ended:
         if self._on_gpu:
