@@ -136,7 +136,8 @@ class RowStart(NamedTuple):
     """
 
     count_tokens: Callable[[TrialSpec], int]
-    """That a batch of rows must have at least; 0 where the configuration begins without rows."""
+    """That a batch of rows should have; 0 where the configuration begins without rows. Where so many would need more
+    memory than training there are more batches instead, each with an eighth of that or more."""
     begin: Callable[[nn.Module, TrialSpec, Iterable[Mapping[str, torch.Tensor]]], None]
     """(model, spec, batches), called once before the first step, in evaluation mode and without gradients. Batches are
     inputs of the model without labels, finitely many."""

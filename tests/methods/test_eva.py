@@ -135,9 +135,21 @@ def test_a_batch_has_the_rows_of_a_step_or_more_where_those_have_too_few_tokens(
     assert len(steps) == MOST_BATCHES
     assert {len(rows) for rows in steps} == {2}
     assert sorted(steps[0] + steps[1]) == [0, 1, 2, 3]
-    for rows in plan_start(lengths, batch_size=2, fewest_tokens=40, seed=0):
-        assert sum(lengths[row] for row in rows) >= 40
+    for rows in plan_start(lengths, batch_size=2, fewest_tokens=30, seed=0):
+        assert sum(lengths[row] for row in rows) >= 30
     assert list(plan_start(lengths, batch_size=2, fewest_tokens=1, seed=1)) != steps
+
+
+def test_a_batch_that_is_read_is_bounded_by_those_to_train_on_and_there_are_more_instead() -> None:
+    lengths = [3, 5, 4, 6, 30]
+    steps = list(plan_start(lengths, batch_size=2, fewest_tokens=300, seed=0))
+    # 4 times the 2 rows of a step, were all of them as long as the longest.
+    assert all(len(rows) * max(lengths[row] for row in rows) <= 4 * 2 * 30 for rows in steps)
+    assert len(steps) > MOST_BATCHES
+    assert sum(lengths[row] for rows in steps for row in rows) >= MOST_BATCHES * 300
+    # However little fits, EVA has a token for each direction.
+    for rows in plan_start([3, 5, 4], batch_size=1, fewest_tokens=400, seed=0):
+        assert sum([3, 5, 4][row] for row in rows) >= 50
 
 
 def test_more_directions_than_inputs_are_refused(make_spec: MakeSpec) -> None:

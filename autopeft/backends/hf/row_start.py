@@ -16,6 +16,12 @@ from autopeft.records import TrialSpec
 MOST_BATCHES = 10
 """peft's EVA goes on until the last direction of the last layer has settled: 39 batches of sst2 for MiniLM at rank 8,
 which took as long as 70 training steps."""
+_READING_SHARE = 4
+"""Tokens, padding included, in a batch that is only read, for one of the largest batch to train on. Reading keeps a few
+tensors at a time and logits in bfloat16, of 2 bytes. Training keeps about ten tensors of every layer, and of a language
+model's logits 12 bytes each: in bfloat16 and float32, with a gradient of either. So it needs no more than training."""
+_LEAST_SHARE = 1 / 8
+"""Of the tokens that a method wants in a batch: with fewer, EVA would have fewer tokens than directions."""
 
 
 def start_from_rows(model: Any, spec: TrialSpec, rows: Rows) -> None:
@@ -34,17 +40,26 @@ def start_from_rows(model: Any, spec: TrialSpec, rows: Rows) -> None:
 
 def plan_start(lengths: Sequence[int], *, batch_size: int, fewest_tokens: int, seed: int) -> Iterator[list[int]]:
     """Batches of rows in a random order, again from the first when all were there: as many rows as a training step
-    takes, and more where those have too few tokens."""
+    takes, and more where those have too few tokens, as far as that needs no more memory than training; where it would,
+    there are more batches instead."""
     order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)
-    position = 0
-    for _ in range(MOST_BATCHES):
+    size = min(batch_size, len(order))
+    most_tokens = _READING_SHARE * size * max(lengths)
+    position = batches = seen = 0
+    while batches < MOST_BATCHES or seen < MOST_BATCHES * fewest_tokens:
         rows: list[int] = []
-        tokens = 0
-        while len(rows) < min(batch_size, len(order)) or tokens < fewest_tokens:
-            rows.append(order[position % len(order)])
-            tokens += lengths[rows[-1]]
+        tokens = longest = 0
+        while True:
+            row = order[position % len(order)]
+            padded = (len(rows) + 1) * max(longest, lengths[row])
+            enough = fewest_tokens * (_LEAST_SHARE if padded > most_tokens else 1)
+            if len(rows) >= size and tokens >= enough:
+                break
+            rows.append(row)
+            tokens, longest = tokens + lengths[row], max(longest, lengths[row])
             position += 1
+        batches, seen = batches + 1, seen + tokens
         yield rows
 
 
