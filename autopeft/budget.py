@@ -99,11 +99,19 @@ def parse_until(text: str, now: datetime) -> float:
 _PRICE = re.compile(r"(\d+(?:\.\d+)?)/(gpu|cpu)-h")
 
 
-def parse_price(text: str) -> float:
-    """`2.5/gpu-h` -> 2.5, in whatever currency the user thinks in."""
+def parse_price(text: str, device_kind: DeviceKind) -> float:
+    """`2.5/gpu-h` -> 2.5, in whatever currency the user thinks in. Raises BudgetError for a price of something else
+    than what the study spends: GPU-hours, or core-hours on CPU."""
     match = _PRICE.fullmatch(text.strip().lower())
     if match is None:
         raise BudgetError(f"--price takes an amount for a device-hour such as 2.5/gpu-h, but was given '{text}'.")
+    spent = "gpu" if device_kind == "cuda" else "cpu"
+    if match[2] != spent:
+        kinds = {"gpu": "GPUs", "cpu": "CPU cores"}
+        raise BudgetError(
+            f"--price must be of what the study spends, which on this machine is time of {kinds[spent]}, but was given "
+            f"'{text}'. Give the price of a core or GPU as AMOUNT/{spent}-h, or leave it away."
+        )
     return float(match[1])
 
 

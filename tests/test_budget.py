@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autopeft.budget import Budget, Ledger, parse_budget, parse_price, parse_until
+from autopeft.budget import Budget, DeviceKind, Ledger, parse_budget, parse_price, parse_until
 from autopeft.errors import BudgetError
 
 PURPOSES = ("search", "confirm", "baseline", "lost")
@@ -146,13 +146,21 @@ def test_what_is_no_time_of_day_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize(("text", "price"), [("2.5/gpu-h", 2.5), ("0.04/cpu-h", 0.04), (" 3/GPU-h ", 3.0)])
 def test_a_price_is_read(text: str, price: float) -> None:
-    assert parse_price(text) == price
+    assert parse_price(text, "cpu" if "cpu" in text else "cuda") == price
 
 
 @pytest.mark.parametrize("text", ["", "2.5", "cheap", "-1/gpu-h", "2.5/h", "$2/gpu-h"])
 def test_what_is_no_price_is_refused(text: str) -> None:
     with pytest.raises(BudgetError, match=r"2\.5/gpu-h"):
-        parse_price(text)
+        parse_price(text, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("text", "device_kind", "wanted"), [("2.5/gpu-h", "cpu", "cpu-h"), ("1/cpu-h", "cuda", "gpu-h")]
+)
+def test_a_price_of_what_is_not_spent_is_refused(text: str, device_kind: DeviceKind, wanted: str) -> None:
+    with pytest.raises(BudgetError, match=f"AMOUNT/{wanted}"):
+        parse_price(text, device_kind)
 
 
 # --- the ledger

@@ -38,14 +38,16 @@ def load_cost_model(setup: WorkerSetup) -> CostModel:
     if task.scorer == "exact_match":
         prompts = [data.validation.prompt_ids(i) for i in range(len(data.validation.features))]
         writing = Writing(max(map(len, prompts)), task.max_new_tokens)
+    on_gpu = setup.device.startswith("cuda")
     return HfCostModel(
         setup.model,
         num_labels=task.num_labels,
-        device_kind="cuda" if setup.device.startswith("cuda") else "cpu",
+        device_kind="cuda" if on_gpu else "cpu",
         longest_tokens=data.longest_tokens,
         scoring_tokens=max(data.validation.lengths()),
         writing=writing,
-        gpu=find_gpu() or MODELLED_GPU,
+        # Its number is the driver's, which is nvidia-smi's.
+        gpu=(find_gpu(setup.device.removeprefix("cuda:")) if on_gpu else None) or MODELLED_GPU,
     )
 
 

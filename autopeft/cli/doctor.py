@@ -169,6 +169,8 @@ def _torch(facts: TorchFacts, *, has_gpu: bool) -> Finding:
                 f"It is built for CUDA {facts.built_for} and cannot use the GPU that is here: update the driver (the "
                 "newest CUDA that it takes is in nvidia-smi's first lines), or install a torch for an older CUDA."
             )
+    if facts.has_cuda and not has_gpu:
+        remedy = "Searches find GPUs by nvidia-smi, which lists none that torch sees: put it on PATH (nvidia-utils)."
     return Finding("torch", not remedy, facts.detail, remedy)
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ from autopeft.budget import Budget, parse_budget, parse_price, parse_until
 from autopeft.errors import BudgetError, DataError, DeviceError, ModelError, SpecError, suggest_nearest
 from autopeft.executors.devices import (
     KNOWN_GPUS,
+    Gpu,
     KnownGpu,
     count_cores,
     describe_cpu,
@@ -58,6 +60,9 @@ from autopeft.wording import say_count
 _MOST_IMAGINED = 1024
 _LARGEST_SEED = 2**31 - 1
 """Seeds of confirmations lie above it, and NumPy's, which trainers draw with, must lie below 2**32."""
+
+_EVEN_SHARE = 0.8
+"""Of the most that a GPU has free: with less it is crowded, and holds the others back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,13 +134,16 @@ def make_plan(
     budget = parse_budget(request.budget)
     if not 0 <= request.seed <= _LARGEST_SEED:
         raise SpecError(f"--seed takes 0 to {_LARGEST_SEED}, but was given {request.seed}.")
-    price = parse_price(request.price) if request.price else None
     limit = parse_until(request.until, datetime.now()) if request.until else math.inf
     objectives = parse_objectives(request.objectives)
     task_text = find_task_text(request.task)
     task = parse_task(task_text, request.task)
     device_kind, devices, threads, gpu, title = _choose_devices(request, budget, dry_run=dry_run)
-    notes = [f"Planned for {title}: no GPU is on this machine."] if gpu and not find_gpus() else []
+    price = parse_price(request.price, device_kind) if request.price else None
+    present = find_gpus() if device_kind == "cuda" else []
+    notes = [f"Planned for {title}: no GPU is on this machine."] if gpu and not present else []
+    used = [] if request.plan_for else [each for each in present if f"cuda:{each.number}" in devices]
+    notes += _note_crowded(used)
     model = _choose_model(request.model, device_kind, task)
     data_dir = request.data_dir or os.environ.get("AUTOPEFT_DATA_DIR")
     splits = _load_splits(task, data_dir, request.seed, notes, dry_run=dry_run)
@@ -211,9 +219,9 @@ def make_plan(
         splits=splits,
         devices=tuple(devices),
         threads=threads,
-        device_name=gpu.title if gpu else describe_cpu(),
+        device_name=used[0].name if used else gpu.title if gpu else describe_cpu(),
         device_title=title,
-        planned_gpu_bytes=gpu.total_bytes if gpu and (request.plan_for or not find_gpus()) else None,
+        planned_gpu_bytes=gpu.total_bytes if gpu and not used else None,
         data_dir=data_dir,
         model_argument=model,
         wall_seconds_limit=limit,
@@ -286,8 +294,11 @@ def _choose_devices(request: Request, budget: Budget, *, dry_run: bool) -> _Devi
         return _imagine_gpus(KNOWN_GPUS[request.plan_for.lower()], request.workers)
     if gpus and budget.device_kind != "cpu":
         devices = plan_gpu_workers(request.workers, gpus)
-        known = next((k for name, k in KNOWN_GPUS.items() if name in gpus[0].name.lower()), KNOWN_GPUS["a100"])
-        return _Devices("cuda", devices, 1, known, f"{len(devices)} x {gpus[0].name}")
+        names = Counter(gpu.name for device in devices for gpu in gpus if device == f"cuda:{gpu.number}")
+        first = next(iter(names)).lower().replace(" ", "")
+        known = next((k for name, k in KNOWN_GPUS.items() if name in first), KNOWN_GPUS["a100"])
+        title = ", ".join(f"{count} x {name}" for name, count in names.items())
+        return _Devices("cuda", devices, 1, known, title)
     if budget.device_kind == "cuda":
         if dry_run:
             # Somebody planning on a laptop for the machine at work; the plan says so in its first line.
@@ -309,6 +320,20 @@ def _imagine_gpus(gpu: KnownGpu, workers: int | None) -> _Devices:
     if not 1 <= count <= _MOST_IMAGINED:
         raise DeviceError(f"--workers takes 1 to {_MOST_IMAGINED:,} for a plan, one a GPU, but was given {count}.")
     return _Devices("cuda", [f"cuda:{i}" for i in range(count)], 1, gpu, f"{count} x {gpu.title}")
+
+
+def _note_crowded(gpus: Sequence[Gpu]) -> list[str]:
+    """A GPU that others use, where the rest of those that will be used are emptier."""
+    most = max((gpu.free_bytes for gpu in gpus), default=0)
+    empty = [gpu for gpu in gpus if gpu.free_bytes >= _EVEN_SHARE * most]
+    if len(empty) == len(gpus):
+        return []
+    fullest = min(gpus, key=lambda gpu: gpu.free_bytes)
+    free, total = fullest.free_bytes / 2**30, fullest.total_bytes / 2**30
+    return [
+        f"GPU {fullest.number} has {free:.1f} of {total:.1f} GiB free, which is the limit for every trial, as any of "
+        f"them may come to it. To use the emptiest alone: --workers {len(empty)}."
+    ]
 
 
 def _choose_model(model: str, device_kind: str, task: TaskSpec) -> str:

@@ -217,6 +217,16 @@ def test_a_torch_that_cannot_use_the_gpu_says_why(monkeypatch, built_for, words)
     assert "72.0 GiB" in findings["GPU 0"].remedy
 
 
+def test_a_gpu_that_only_torch_sees_is_told_with_the_way_to_use_it(monkeypatch):
+    monkeypatch.setattr("autopeft.executors.devices.find_gpus", lambda: [])
+    monkeypatch.setattr(
+        "autopeft.backends.hf.health.examine_torch", lambda: TorchFacts(True, "2.13.0", built_for="13.0")
+    )
+    found = finding("torch")
+    assert not found.good
+    assert "nvidia-smi" in found.remedy
+
+
 def test_a_package_that_is_too_old_is_told_with_the_version_to_install(monkeypatch):
     monkeypatch.setattr("importlib.metadata.requires", lambda name: ["peft>=99", "torch>=2.11"])
     found = finding("peft")

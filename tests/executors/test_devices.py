@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
 
+from autopeft.backends.hf import cuda_rules
+from autopeft.backends.hf.cuda_rules import find_gpu
 from autopeft.executors.devices import Gpu, find_gpus, find_memory
+from autopeft.search.plan import Plan, make_plan
+from autopeft.search.request import Request
 
 LINES = (
     "0, GPU-aaaa, NVIDIA H100, 81559, 80000\n",
@@ -56,3 +61,38 @@ def test_a_gpu_that_cannot_be_read_is_left_out_and_the_others_stay(tell):
     lost = "Unable to determine the device handle for GPU0000:02:00.0: GPU is lost.\n"
     tell(LINES[0] + broken + lost)
     assert [gpu.number for gpu in find_gpus()] == ["0"]
+
+
+def plan_on(workers: int | None) -> Plan:
+    return make_plan(
+        Request(task="demo", budget="1gpu-h", model="minilm", workers=workers), studies=Path("nowhere"), dry_run=True
+    )
+
+
+def test_a_plan_names_the_gpus_that_it_uses_and_the_one_that_holds_the_others_back(tell):
+    tell("".join(LINES))
+    plan = plan_on(None)
+    assert plan.device_title == "1 x NVIDIA H100, 1 x NVIDIA A100"
+    (note,) = plan.notes
+    assert "GPU 1 has 1.0 of 40.0 GiB free" in note
+    assert "--workers 1" in note
+
+
+def test_a_plan_for_the_emptiest_gpu_alone_says_nothing_of_the_others(tell):
+    tell("0, GPU-aaaa, NVIDIA H100, 81559, 1024\n1, GPU-bbbb, NVIDIA L4, 24576, 24000\n")
+    plan = plan_on(1)
+    assert plan.devices == ("cuda:1",)
+    assert plan.device_title == "1 x NVIDIA L4"
+    assert plan.device_name == "NVIDIA L4"
+    assert plan.notes == ()
+    assert plan.planned_gpu_bytes is None
+
+
+def test_the_modelled_gpu_is_the_one_that_trains(monkeypatch):
+    def answer(query: list[str], **options: object) -> CompletedProcess[str]:
+        lines = {"--id=1": "NVIDIA A100, 8.0\n"}
+        return CompletedProcess([], 0, stdout=lines.get(query[-1], "NVIDIA H100, 9.0\nNVIDIA A100, 8.0\n"))
+
+    monkeypatch.setattr("subprocess.run", answer)
+    assert find_gpu() == cuda_rules.Gpu("NVIDIA H100", (9, 0))
+    assert find_gpu("1") == cuda_rules.Gpu("NVIDIA A100", (8, 0))

@@ -135,13 +135,13 @@ def cublas_workspace_bytes(gpu: Gpu) -> int:
     return _NUM_HANDLES * sum(int(size) * 1024 * int(count) for size, count in pairs)
 
 
-def find_gpu() -> Gpu | None:
-    """The first GPU of this machine by nvidia-smi, without loading CUDA; None where there is none."""
+def find_gpu(number: str | None = None) -> Gpu | None:
+    """The GPU of this machine that nvidia-smi has under that number, or its first; without loading CUDA. None where
+    there is none."""
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
+    query += [] if number is None else [f"--id={number}"]
     try:
-        output = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=30, check=True,
-        ).stdout  # fmt: skip
+        output = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
         name, capability = output.splitlines()[0].rsplit(",", 1)
         major, minor = capability.strip().split(".")
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):

@@ -18,7 +18,8 @@ class TorchFacts(NamedTuple):
 def examine_torch() -> TorchFacts:
     has_cuda = torch.cuda.is_available()
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    seen = f", sees {torch.cuda.device_count()} GPUs" if has_cuda else ""
+    count = torch.cuda.device_count()
+    seen = f", sees {count} GPU{'s' if count > 1 else ''}" if has_cuda else ""
     return TorchFacts(has_cuda, f"{torch.__version__}, {build}{seen}", torch.version.cuda)
 
 
