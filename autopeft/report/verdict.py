@@ -54,7 +54,7 @@ def _say_best(study: StudyRecord, best: TrialRecord) -> str:
     scorer = study.config.scorer
     score, test = validation_score(best, scorer), held_out_score(best, scorer)
     assert score is not None
-    tried = sum(trial.state not in ("waiting", "refused") for trial in study.trials)
+    tried = sum(bool(trial.rungs) or trial.state not in ("waiting", "refused") for trial in study.trials)
     settings = [describe_settings(best.spec), f"lr {format_learning_rate(best.spec.learning_rate)}"]
     name = f"{title_method(best.spec.method)} ({', '.join(filter(None, settings))})"
     of = f"Of {tried} configurations tried, {name} is the best" if tried > 1 else f"{name} was the only trial"

@@ -121,6 +121,13 @@ class Limits:
             limit(need, room - 1, rule)
         return max(judgements, key=lambda judgement: judgement.excess)
 
+    def judge_measured(self, cost: Cost) -> str | None:
+        """The rule that a trial breaks whose peak was estimated to fit, and measured not to; or None."""
+        most, need = self._config.max_vram_bytes, needed_bytes(cost)
+        if most is None or need <= most:
+            return None
+        return f"needs {_gib(need)}, as its first steps measured, and --max-vram is {_gib(most)}"
+
     def most(self) -> dict[str, float]:
         """What a configuration may cost at most, by objective, for choosing what to judge."""
         failed = self._least_that_ran_out()

@@ -336,7 +336,9 @@ class StudyStore:
         for purpose in ledger.device_seconds:
             ledger.device_seconds[purpose] = saved.get(f"{purpose}_seconds", 0.0)
         ledger.wall_seconds = saved.get("wall_seconds", 0.0)
-        ledger.trials_started = sum(1 for trial in self.trials if trial.state not in ("waiting", "refused"))
+        ledger.trials_started = sum(
+            1 for trial in self.trials if trial.rungs or trial.state not in ("waiting", "refused")
+        )
         running: list[dict[str, Any]] = self._study.user_attrs.get("running", [])
         return running
 

@@ -360,13 +360,19 @@ class Search:
             # Before the baseline is written as complete: a driver killed in between scores it again.
             assert finished.test is not None
             self._set_floor(finished.validation.quality, finished.test.quality)
-        if stretch.to_step >= trial.spec.max_steps or stretch.purpose == "baseline":
+        rule = None
+        if finished.peak_vram_bytes is not None and trial.cost is not None and stretch.purpose == "search":
+            rule = self.limits.judge_measured(trial.cost)
+        if rule is not None:
+            # It would be on the front of what fits, and may be picked.
+            trial.state, trial.outcome, trial.checkpoint = "refused", Refused(rule=rule), None
+        elif stretch.to_step >= trial.spec.max_steps or stretch.purpose == "baseline":
             trial.state, trial.outcome = "complete", Completed()
         else:
             trial.state = "paused"
         self.store.save(trial)
         self.store.drop_checkpoints(trial, keep=trial.checkpoint)
-        if stretch.purpose == "search":
+        if stretch.purpose == "search" and rule is None:
             if trial.cost != cost and len(trial.rungs) > 1:
                 # A new measurement changes what was compared at earlier rungs.
                 self._carry_out(self.race.judge_all())

@@ -16,8 +16,10 @@ from autopeft.executors.inline import InlineExecutor
 from autopeft.records import Completed, Cost, Failed, TrialSpec
 from autopeft.search.costs import measured_cost
 from autopeft.search.limits import Limits, fit_overhead, needed_bytes
+from autopeft.search.plan import restore_space
 from autopeft.search.request import parse_count
 from autopeft.search.store import Trial
+from autopeft.search.study import Search
 
 MIB = 2**20
 GIB = 2**30
@@ -191,9 +193,6 @@ def test_a_trial_that_runs_out_of_memory_ends_and_later_ones_are_judged_by_it(st
     executor = studies.executor(store)
     executor.__class__ = _CardOf
     executor.most = 12_000_000
-    from autopeft.search.plan import restore_space
-    from autopeft.search.study import Search
-
     record = Search(store, executor, restore_space(store.config)).run()
     ran_out = [
         t for t in record.trials if t.outcome is not None and getattr(t.outcome, "reason", "") == "out_of_memory"
@@ -205,3 +204,20 @@ def test_a_trial_that_runs_out_of_memory_ends_and_later_ones_are_judged_by_it(st
     # From the second on they are corrected, by the tenth that they were off.
     last = max((t for t in completed if t.cost.corrected_vram_bytes is not None), key=lambda trial: trial.number)
     assert last.cost.corrected_vram_bytes == pytest.approx(last.cost.peak_vram_bytes, rel=0.02)
+
+
+def test_a_trial_that_is_measured_to_need_more_than_max_vram_is_refused_though_its_estimate_fitted(studies):
+    # A LoRA of rank 8, the recipe, is estimated at 4.45 MB and measured at a tenth more; of rank 1 it fits.
+    space = "methods: {lora: {rank: {low: 1, high: 64}, bits: [unquantized]}}"
+    store = studies.create(space=space, budget="10trials", max_vram_bytes=4_700_000)
+    executor = studies.executor(store)
+    executor.__class__ = _CardOf
+    executor.most = 10**9
+    record = Search(store, executor, restore_space(store.config)).run()
+    refused = [trial for trial in record.trials if trial.state == "refused" and trial.rungs]
+    assert refused
+    assert all("as its first steps measured, and --max-vram is" in trial.outcome.rule for trial in refused)
+    assert all(trial.cost.vram_source == "measured" for trial in refused)
+    complete = [trial for trial in record.trials if trial.state == "complete"]
+    assert all(trial.cost.peak_vram_bytes <= 4_700_000 for trial in complete)
+    assert not {trial.number for trial in refused} & {pick.number for pick in record.picks}
