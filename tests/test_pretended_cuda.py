@@ -13,6 +13,7 @@ import pytest
 from tiny_models import make_tiny_bert
 
 from autopeft.records import Failed, Refused, StudyRecord
+from autopeft.report.words import format_bytes
 from autopeft.search.results import build_record
 from autopeft.search.store import StudyStore
 
@@ -164,6 +165,16 @@ def test_a_study_on_gpus_outlives_a_killed_worker_and_an_interrupt(model: str, t
     complete = [trial for trial in study.trials if trial.state == "complete"]
     assert complete
     assert all(trial.cost is not None and trial.cost.vram_source == "measured" for trial in complete)
+
+
+@pytest.mark.slow
+def test_estimates_of_a_study_stand_beside_what_it_measured(finished: tuple[Path, StudyRecord]) -> None:
+    folder, study = finished
+    lines = autopeft(folder, "estimate", "--study", "run").splitlines()
+    assert any(re.match(r" *trainable +training +measured +evaluation +GPU, free", line) for line in lines)
+    complete = next(trial for trial in study.trials if trial.state == "complete")
+    assert complete.cost is not None
+    assert any(format_bytes(complete.cost.peak_vram_bytes) in line for line in lines)
 
 
 @pytest.mark.slow

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from autopeft.cli.estimate_display import EstimateRow
     from autopeft.methods import Method
     from autopeft.records import Scalar, StepSettings, TrialSpec
+    from autopeft.search.store import Trial
 
 _JSON_KEYS = """\
-keys with --json: [{spec, settings, estimate, peak_bytes, device_bytes, fits}], or {method, bits, spec, refused} for one
-of several that cannot be, whose spec is null where its settings are refused already
+keys with --json: [{spec, settings, estimate, peak_bytes, device_bytes, measured_bytes, fits}], or
+{method, bits, spec, refused} for one of several that cannot be, its spec null where its settings are refused already
   estimate        parts in bytes; those from base_bytes to library_bytes add up to peak_bytes
   device_bytes    what a GPU must have free: the higher peak, what the allocator wastes, the driver's share
+  measured_bytes  the peak that a trial of --study measured on its GPU; null where none did
   fits            whether both peaks are within --max-vram; null without it
 """
 
@@ -76,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     most = parse_bytes(args.max_vram) if args.max_vram else None
     settings = StepSettings(micro_batches=args.accumulate, checkpoint_activations=args.gradient_checkpointing)
-    costs, asked = _read_study(args.study) if args.study else _read_arguments(args)
+    costs, asked = _read_study(args.study, settings) if args.study else _read_arguments(args)
     rows = [_estimate(row, costs, settings) for row in asked]
     _check_any(rows)
     if args.json:
@@ -291,10 +293,11 @@ def _draw_space(args: argparse.Namespace, device_kind: str) -> list[EstimateRow]
     return [_row_of(replace(spec, batch_size=args.batch_size)) for spec in specs.values()]
 
 
-def _read_study(name: str) -> tuple[HfCostModel, Sequence[EstimateRow]]:
+def _read_study(name: str, settings: StepSettings) -> tuple[HfCostModel, Sequence[EstimateRow]]:
     from autopeft.backends import load_cost_model
     from autopeft.cli.session import STUDIES, read_local
     from autopeft.errors import StudyError
+    from autopeft.records import StepSettings
     from autopeft.search.plan import make_setup
     from autopeft.search.store import StudyStore
 
@@ -307,4 +310,15 @@ def _read_study(name: str) -> tuple[HfCostModel, Sequence[EstimateRow]]:
     setup = make_setup(store.config, local["model"], local["data_dir"], STUDIES, 1, device)
     costs: Any = load_cost_model(setup)
     specs = {trial.spec.cost_key(): trial.spec for trial in store.trials}
-    return costs, [_row_of(spec) for spec in specs.values()]
+    # Trials take their steps plainly: what they measured is no measure of other ones.
+    measured = _read_measured(store.trials) if settings == StepSettings() else {}
+    return costs, [_row_of(spec)._replace(measured_bytes=measured.get(key)) for key, spec in specs.items()]
+
+
+def _read_measured(trials: Sequence[Trial]) -> dict[str, int]:
+    """Peaks by configuration; of one that ran out of memory none is known."""
+    return {
+        trial.spec.cost_key(): trial.cost.peak_vram_bytes
+        for trial in trials
+        if trial.cost is not None and trial.cost.vram_source == "measured" and trial.state != "failed"
+    }

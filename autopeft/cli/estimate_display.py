@@ -21,6 +21,8 @@ class EstimateRow(NamedTuple):
     """None where the settings are refused already."""
     estimate: Estimate | None = None
     refused: str | None = None
+    measured_bytes: int | None = None
+    """Of a study's trial, on its GPU."""
 
 
 def to_json(row: EstimateRow, settings: StepSettings, most: int | None) -> dict[str, Any]:
@@ -35,6 +37,7 @@ def to_json(row: EstimateRow, settings: StepSettings, most: int | None) -> dict[
         "estimate": to_record(row.estimate),
         "peak_bytes": row.estimate.peak_bytes,
         "device_bytes": row.estimate.device_bytes,
+        "measured_bytes": row.measured_bytes,
         "fits": None if most is None else _need(row.estimate) <= most,
     }
 
@@ -68,6 +71,8 @@ def print_one(row: EstimateRow, settings: StepSettings, costs: HfCostModel, most
     for name, num_bytes in parts.items():
         print(f"{name:<32}{format_bytes(num_bytes):>10}")
     print(f"{'peak while training':<32}{format_bytes(estimate.peak_bytes):>10}")
+    if row.measured_bytes is not None:
+        print(f"{'measured by the study':<32}{format_bytes(row.measured_bytes):>10}")
     print(
         f"{'peak of the evaluation pass':<32}{format_bytes(estimate.scoring_bytes):>10}"
         f"  {say_count(estimate.scoring_batch_size, 'example')} at a time"
@@ -100,25 +105,26 @@ def _tell_writing(costs: HfCostModel) -> str:
 def print_table(rows: Sequence[EstimateRow], most: int | None) -> None:
     from autopeft.report.words import format_bytes, format_count
 
-    columns = f"{'trainable':>10} {'training':>10} {'evaluation':>11} {'GPU, free':>10} {'checkpoint':>11}"
-    print(f"{columns}  configuration")
+    columns = {"trainable": 10, "training": 10, "measured": 10, "evaluation": 11, "GPU, free": 10, "checkpoint": 11}
+    if all(row.measured_bytes is None for row in rows):
+        del columns["measured"]
+    print(" ".join(f"{name:>{width}}" for name, width in columns.items()) + "  configuration")
     for row in rows:
         words, estimate = describe_row(row, rows), row.estimate
         if estimate is None:
-            print(f"{'-':>10} {'-':>10} {'-':>11} {'-':>10} {'-':>11}  {words}: {row.refused}")
+            print(" ".join(f"{'-':>{width}}" for width in columns.values()) + f"  {words}: {row.refused}")
             continue
-        figures = [
-            estimate.peak_bytes,
-            estimate.scoring_bytes,
-            estimate.device_bytes if estimate.context_bytes else None,
-            estimate.checkpoint_bytes,
-        ]
-        texts = ["-" if number is None else format_bytes(number) for number in figures]
+        figures = {
+            "training": estimate.peak_bytes,
+            "measured": row.measured_bytes,
+            "evaluation": estimate.scoring_bytes,
+            "GPU, free": estimate.device_bytes if estimate.context_bytes else None,
+            "checkpoint": estimate.checkpoint_bytes,
+        }
+        texts = {name: "-" if number is None else format_bytes(number) for name, number in figures.items()}
+        texts["trainable"] = format_count(estimate.trainable_parameters)
         fits = "" if most is None else f" ({_fit(estimate, most)} {format_bytes(most)})"
-        print(
-            f"{format_count(estimate.trainable_parameters):>10} {texts[0]:>10} {texts[1]:>11} {texts[2]:>10} "
-            f"{texts[3]:>11}  {words}{fits}"
-        )
+        print(" ".join(f"{texts[name]:>{width}}" for name, width in columns.items()) + f"  {words}{fits}")
     estimates = [row.estimate for row in rows if row.estimate is not None]
     if estimates:
         print(f"\nModelled for {estimates[0].device}.")

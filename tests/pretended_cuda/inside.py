@@ -22,7 +22,7 @@ from autopeft.backends.hf.build import build_trial_model, trainable_parameters
 from autopeft.backends.hf.health import examine_bitsandbytes, examine_torch
 from autopeft.backends.hf.steps import bind_after_step, build_optimizer, checkpoint_activations, score_batch, train_step
 from autopeft.backends.hf.trial import HfBackend
-from autopeft.errors import ModelError
+from autopeft.errors import ModelError, SpecError
 from autopeft.methods import METHODS, refuse_spec
 from autopeft.methods.faults import make_recipe_spec
 from autopeft.records import TrialSpec
@@ -167,7 +167,9 @@ def test_a_trial_on_a_gpu_measures_its_peak_and_one_that_goes_on_keeps_it(backen
     "spec",
     [
         make_spec("lora", dropout=0.1),
-        replace(make_spec("adalora", bits=4, rank=2, dropout=0.1), optimizer="adamw_8bit"),
+        pytest.param(
+            replace(make_spec("adalora", bits=4, rank=2, dropout=0.1), optimizer="adamw_8bit"), marks=pytest.mark.slow
+        ),
         pytest.param(make_spec("lora", bits=8, dropout=0.1), marks=pytest.mark.slow),
         pytest.param(make_spec("lora", init="pissa"), marks=pytest.mark.slow),
         pytest.param(make_spec("lora", init="eva"), marks=pytest.mark.slow),
@@ -252,6 +254,7 @@ def test_a_base_too_large_for_the_gpu_is_no_reason_to_give_up_before_it_is_quant
         make_backend(tiny_bert, tmp_path, latency=True).ready()
 
 
+@pytest.mark.slow
 def test_the_resident_base_is_aside_while_a_trial_trains_weights_of_its_own(backend: HfBackend) -> None:
     assert isinstance(run(backend, make_spec("lora"), 0, 2), Finished)
     before = digest_model(backend._bases[16].model)
@@ -265,6 +268,7 @@ def test_the_resident_base_is_aside_while_a_trial_trains_weights_of_its_own(back
 
 @pytest.mark.slow
 def test_a_configuration_is_timed_beside_its_base(backend: HfBackend) -> None:
+    backend.ready()
     finished = run(backend, make_spec("bottleneck", bits=4), 0, 2, measure_inference=True)
     assert isinstance(finished, Finished)
     assert finished.inference is not None
@@ -304,7 +308,10 @@ CHANGED = [
 def test_every_method_trains_and_answers_on_a_gpu(backend: HfBackend, spec: TrialSpec, checkpointed: bool) -> None:
     writes = METHODS[spec.method].writes_base(spec)
     base = backend._base(spec.bits, aside=writes)
-    model = build_trial_model(base, spec, device="cuda:0")
+    try:
+        model = build_trial_model(base, spec, device="cuda:0")
+    except SpecError as exc:
+        pytest.skip(str(exc))
     if checkpointed:
         if spec.method in ("prefix_tuning", "p_tuning_v2", "cartridge"):
             pytest.skip("keeps what it trains in cached keys, which checkpointed layers go without")
@@ -320,4 +327,5 @@ def test_every_method_trains_and_answers_on_a_gpu(backend: HfBackend, spec: Tria
     model.eval()
     losses, _ = score_batch(model, backend.data.collate(backend.data.validation, rows, "cuda:0"), device="cuda:0")
     assert losses.dtype == torch.float32
-    assert find_places(model) == {"cuda"}
+    # peft keeps BOFT's permutations on the CPU, and takes a layer's along whenever they are needed.
+    assert find_places(model) == ({"cuda", "cpu"} if spec.method == "boft" else {"cuda"})

@@ -13,8 +13,8 @@ them is marked too. What this shows:
 - files whose tensors were on a GPU, which load where there is one or where `map_location` is given.
 
 What it cannot show: CUDA's own kernels, their numbers, temporaries and speed; anything asynchronous; more than one GPU
-in a process; paged memory. Peaks are those of the CPU's kernels. Python functions of torch that torch functions call
-run as on the CPU.
+in a process; paged memory. Peaks are those of the CPU's kernels, but for dropout and attention, which keep what CUDA's
+keep; attention drops nothing out. Python functions of torch that torch functions call run as on the CPU.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.utils.checkpoint
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -317,6 +318,22 @@ def _make_new(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
 
 
+def _drop(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """CUDA's fused kernel keeps a mask of one byte a number, a CPU all the noise."""
+    given = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
+    rate = given.get("p", 0.5)
+    if not _gpu.holds(given["input"]) or not given.get("training", True) or not 0 < rate < 1:
+        return func(*args, **kwargs)
+    return torch.native_dropout(given["input"], rate, True)[0]
+
+
+def _attend(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """CUDA's fused kernels drop out without keeping attention weights, so here nothing is dropped."""
+    if _gpu.holds(args[0]) and "dropout_p" in kwargs:
+        kwargs["dropout_p"] = 0.0
+    return func(*args, **kwargs)
+
+
 def _take_over(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """as_tensor and asarray, which keep what is already where it is wanted."""
     wanted = _is_cuda(kwargs.pop("device", None))
@@ -342,6 +359,8 @@ _HANDLERS: dict[Any, _Handler] = {
     torch.Tensor.is_pinned: lambda func, args, kwargs: False,
     torch.Tensor.record_stream: lambda func, args, kwargs: None,
     torch.Tensor.new_tensor: _make_new,
+    F.dropout: _drop,
+    F.scaled_dot_product_attention: _attend,
     torch.as_tensor: _take_over,
     torch.asarray: _take_over,
 }
