@@ -18,6 +18,7 @@ from torch.utils.checkpoint import noop_context_fn
 from autopeft.backends.hf.build import trainable_parameters
 from autopeft.backends.hf.data import Batch
 from autopeft.backends.hf.language import count_counted, score_completions
+from autopeft.backends.hf.paged import build_paged_adamw
 from autopeft.errors import SpecError
 from autopeft.methods import find_method
 from autopeft.records import TrialSpec
@@ -51,11 +52,12 @@ def build_optimizer(model: nn.Module, spec: TrialSpec) -> torch.optim.Optimizer:
     if spec.optimizer == "adamw":
         # Fused, as in transformers' Trainer: no temporaries on GPUs, and a third of a full fine-tuning step on CPUs.
         return torch.optim.AdamW(groups, **arguments, fused=True)
+    if spec.optimizer == "paged_adamw_8bit":
+        return build_paged_adamw(groups, **arguments)
     # Only here: without it everything but 4 and 8 bits works.
     import bitsandbytes
 
-    paged = spec.optimizer == "paged_adamw_8bit"
-    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, **arguments, is_paged=paged)
+    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, **arguments)
     return optimizer
 
 

@@ -15,6 +15,7 @@ from autopeft.backends.base import Ended, Event, Finished, Stretch, WorkerSetup
 from autopeft.backends.hf.base_model import BaseModel, digest_model, lend_model, load_base
 from autopeft.backends.hf.build import build_trial_model, count_trainable, trainable_parameters
 from autopeft.backends.hf.data import plan_batches, scoring_batches
+from autopeft.backends.hf.paged import build_paged_adamw
 from autopeft.backends.hf.steps import learning_rate_at, restore_optimizer
 from autopeft.backends.hf.trial import HfBackend
 from autopeft.methods import METHODS, refuse_spec
@@ -346,3 +347,36 @@ def test_paged_states_are_paged_again_after_a_pause(monkeypatch: pytest.MonkeyPa
         assert torch.equal(kept[name], before.state[parameter][name])
     assert kept["state1"].any()
     assert kept["step"] == 1
+
+
+def test_pages_of_an_optimizer_that_is_gone_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bitsandbytes
+
+    pages = []
+
+    def get_state_buffer(self: Any, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> Any:
+        # In place of CUDA's unified memory, which a CPU does not have; nobody frees it.
+        pages.append(torch.zeros_like(p, dtype=dtype))
+        pages[-1].is_paged, pages[-1].page_deviceid = True, 0
+        return pages[-1]
+
+    monkeypatch.setattr(bitsandbytes.optim.AdamW8bit, "get_state_buffer", get_state_buffer)
+    monkeypatch.setattr(bitsandbytes.optim.AdamW8bit, "prefetch_state", lambda self, p: None)
+    shapes = ((64, 128), (128, 64), (8192,))
+    for shape in shapes:
+        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 8192).view(shape))
+        optimizer: Any = build_paged_adamw([{"params": [parameter]}], lr=1e-3)
+        parameter.grad = torch.linspace(1, 2, 8192).view(shape)
+        optimizer.step()
+        state = optimizer.state[parameter]
+        assert state["state1"].shape == shape
+        assert state["state1"].is_paged
+        # The states of one parameter never share a page.
+        assert len({state[name].data_ptr() for name in ("state1", "state2")}) == 2
+        first = {name: state[name].flatten().clone() for name in ("state1", "state2")}
+        if shape == shapes[0]:
+            expected = first
+        assert all(torch.equal(first[name], expected[name]) for name in first)
+        del optimizer, state
+        gc.collect()
+    assert len(pages) == 2
