@@ -81,7 +81,7 @@ def search_arguments(folder: Path, model: str) -> list[str]:
     (folder / "full.yaml").write_text("method: full\n")
     return [
         *("search", "--task", "demo", "--model", model, "--methods", "lora,ia3,full", "--include", "full.yaml"),
-        *("--budget", "4trials", "--max-steps", "40", "--seed", "7", "--name", "run", "--fix", "bits=unquantized"),
+        *("--budget", "4trials", "--max-steps", "8", "--seed", "7", "--name", "run", "--fix", "bits=unquantized"),
     ]
 
 
