@@ -61,7 +61,8 @@ def run_study(store: StudyStore, executor: Executor, space: SearchSpace, limit: 
     from autopeft.search.results import build_record
     from autopeft.search.study import Search
 
-    free_bytes = find_free_bytes(store.config.workers) if store.config.device_kind == "cuda" else None
+    # Not by the study's workers: it may be resumed where there are fewer GPUs.
+    free_bytes = find_free_bytes(executor.num_workers) if store.config.device_kind == "cuda" else None
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         with store.lock(), show_progress(store.config) as display:

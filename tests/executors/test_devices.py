@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from autopeft.backends.hf import cuda_rules
 from autopeft.backends.hf.cuda_rules import find_gpu
+from autopeft.cli.session import run_study
+from autopeft.errors import StudyError
 from autopeft.executors.devices import Gpu, find_gpus, find_memory
 from autopeft.search.plan import Plan, make_plan
 from autopeft.search.request import Request
+from autopeft.spaces.space import SearchSpace
 
 LINES = (
     "0, GPU-aaaa, NVIDIA H100, 81559, 80000\n",
@@ -96,3 +102,19 @@ def test_the_modelled_gpu_is_the_one_that_trains(monkeypatch):
     monkeypatch.setattr("subprocess.run", answer)
     assert find_gpu() == cuda_rules.Gpu("NVIDIA H100", (9, 0))
     assert find_gpu("1") == cuda_rules.Gpu("NVIDIA A100", (8, 0))
+
+
+def test_a_study_that_is_resumed_on_fewer_gpus_is_limited_by_what_those_have_free(tell, monkeypatch):
+    tell(LINES[0])
+    known = []
+
+    def search(*arguments: object, free_bytes: int | None, **options: object) -> None:
+        known.append(free_bytes)
+        raise StudyError("far enough")
+
+    monkeypatch.setattr("autopeft.search.study.Search", search)
+    store: Any = SimpleNamespace(config=SimpleNamespace(device_kind="cuda", workers=2), lock=nullcontext)
+    executor: Any = SimpleNamespace(num_workers=1)
+    with pytest.raises(StudyError, match="far enough"):
+        run_study(store, executor, SearchSpace(name="", device_kind="cuda", methods={}, recipes=()), 1.0)
+    assert known == [80000 * 2**20]

@@ -327,5 +327,5 @@ def test_every_method_trains_and_answers_on_a_gpu(backend: HfBackend, spec: Tria
     model.eval()
     losses, _ = score_batch(model, backend.data.collate(backend.data.validation, rows, "cuda:0"), device="cuda:0")
     assert losses.dtype == torch.float32
-    # peft keeps BOFT's permutations on the CPU, and takes a layer's along whenever they are needed.
-    assert find_places(model) == ({"cuda", "cpu"} if spec.method == "boft" else {"cuda"})
+    # On an unquantized base, peft keeps BOFT's permutations on the CPU and takes a layer's along where it needs them.
+    assert find_places(model) - ({"cpu"} if spec.method == "boft" else set()) == {"cuda"}
