@@ -73,8 +73,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_tiny_bert(tmp_path_factory.mktemp("tiny-bert"))
 
 
-CROWDED = "24576:0:24548,24576:0:24548"
-"""28 MiB are left by the time that workers load the model, of which nvidia-smi knew nothing."""
+CROWDED = "24576:0:24544,24576:0:24544"
+"""32 MiB are left by the time that workers load the model, of which nvidia-smi knew nothing."""
 
 
 def search_arguments(folder: Path, model: str) -> list[str]:
@@ -106,7 +106,7 @@ def test_a_trial_that_does_not_fit_ends_out_of_memory_and_the_study_goes_on(
     assert full.outcome.reason == "out_of_memory"
     assert full.cost is not None
     # What it had allocated by then is kept, and is not taken for its peak.
-    assert 10 * 2**20 < full.cost.peak_vram_bytes < 28 * 2**20
+    assert 10 * 2**20 < full.cost.peak_vram_bytes < 32 * 2**20
     assert {trial.state for trial in others if trial.spec.method != "full"} == {"complete"}
     refused = [trial.outcome.rule for trial in others if isinstance(trial.outcome, Refused)]
     assert all("trial 0 ran out of memory" in rule for rule in refused)
@@ -121,7 +121,8 @@ def test_a_study_on_gpus_measures_memory_and_corrects_its_estimates_by_it(
     for trial in complete:
         assert trial.cost is not None
         assert trial.cost.vram_source == "measured"
-        assert trial.cost.estimated_vram_bytes
+        # Both count bytes: of the steps that the probe took, and of one on fake tensors.
+        assert trial.cost.peak_vram_bytes == pytest.approx(trial.cost.estimated_vram_bytes, rel=0.02)
         assert trial.cost.reserved_vram_bytes
     assert study.trials[-1].cost is not None
     assert study.trials[-1].cost.corrected_vram_bytes

@@ -51,7 +51,7 @@ class _Gpu:
         self.storages: dict[int, weakref.ref[Any]] = {}
         self.live_bytes = 0
         self.peak_bytes = 0
-        self.has_cublas = False
+        self.cublas_handles: set[bool] = set()
         self.random = torch.Generator().manual_seed(1).get_state()
 
     def holds(self, tensor: torch.Tensor) -> bool:
@@ -89,8 +89,10 @@ class _Gpu:
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
     def count_cublas(self) -> None:
-        if not self.has_cublas:
-            self.has_cublas = True
+        """Autograd computes its products in a thread of its own, which has a handle of its own."""
+        is_backward = getattr(_place, "is_backward", False)
+        if is_backward not in self.cublas_handles:
+            self.cublas_handles.add(is_backward)
             self.allocate(_CUBLAS_BYTES)
 
     @contextlib.contextmanager
@@ -114,7 +116,7 @@ _gpus: list[tuple[int, int]] = []
 _gpu: _Gpu
 _is_hidden = False
 _place = threading.local()
-"""`.on_gpu` is where what is made right now belongs; None or absent: where what it is made of is."""
+"""`.on_gpu` is where what is made right now belongs; None or absent: where what it is made of is. `.is_backward`."""
 
 
 @contextlib.contextmanager
@@ -592,8 +594,12 @@ def _patch_backward() -> None:
     run = graph._engine_run_backward
 
     def run_inside(*args: Any, **kwargs: Any) -> Any:
-        with _Functions():
-            return run(*args, **kwargs)
+        _place.is_backward = True
+        try:
+            with _Functions():
+                return run(*args, **kwargs)
+        finally:
+            _place.is_backward = False
 
     graph._engine_run_backward = run_inside
     torch.autograd._engine_run_backward = run_inside  # type: ignore[attr-defined]
