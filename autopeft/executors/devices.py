@@ -32,12 +32,25 @@ class KnownGpu(NamedTuple):
 
 
 KNOWN_GPUS = {
+    "rtx3090": KnownGpu("GeForce RTX 3090", 24 * 2**30, 71e12, (8, 6)),
     "rtx4090": KnownGpu("GeForce RTX 4090", 24 * 2**30, 165e12, (8, 9)),
+    "rtx5090": KnownGpu("GeForce RTX 5090", 32 * 2**30, 209e12, (12, 0)),
+    "a6000": KnownGpu("RTX A6000", 48 * 2**30, 155e12, (8, 6)),
     "l4": KnownGpu("L4", 24 * 2**30, 121e12, (8, 9)),
+    "a10": KnownGpu("A10", 24 * 2**30, 125e12, (8, 6)),
+    "l40s": KnownGpu("L40S", 48 * 2**30, 362e12, (8, 9)),
     "a100": KnownGpu("A100 80GB", 80 * 2**30, 312e12, (8, 0)),
     "h100": KnownGpu("H100 80GB", 80 * 2**30, 989e12, (9, 0)),
     "h200": KnownGpu("H200 141GB", 141 * 2**30, 989e12, (9, 0)),
+    "b200": KnownGpu("B200 180GB", 180 * 2**30, 2250e12, (10, 0)),
 }
+
+
+def find_known(name: str) -> KnownGpu:
+    """Of a GPU by the name that its driver gives it, such as `NVIDIA GeForce RTX 4090`; an A100 where it is none of
+    them, for rough plans."""
+    words = name.lower().replace("rtx ", "rtx").replace("rtxa", "a").replace("-", " ").split()
+    return next((known for short, known in KNOWN_GPUS.items() if short in words), KNOWN_GPUS["a100"])
 
 
 def find_gpus() -> list[Gpu]:

@@ -29,6 +29,7 @@ from autopeft.executors.devices import (
     count_cores,
     describe_cpu,
     find_gpus,
+    find_known,
     plan_cpu_workers,
     plan_gpu_workers,
 )
@@ -295,10 +296,8 @@ def _choose_devices(request: Request, budget: Budget, *, dry_run: bool) -> _Devi
     if gpus and budget.device_kind != "cpu":
         devices = plan_gpu_workers(request.workers, gpus)
         names = Counter(gpu.name for device in devices for gpu in gpus if device == f"cuda:{gpu.number}")
-        first = next(iter(names)).lower().replace(" ", "")
-        known = next((k for name, k in KNOWN_GPUS.items() if name in first), KNOWN_GPUS["a100"])
         title = ", ".join(f"{count} x {name}" for name, count in names.items())
-        return _Devices("cuda", devices, 1, known, title)
+        return _Devices("cuda", devices, 1, find_known(next(iter(names))), title)
     if budget.device_kind == "cuda":
         if dry_run:
             # Somebody planning on a laptop for the machine at work; the plan says so in its first line.

@@ -14,7 +14,7 @@ from autopeft.backends.hf import cuda_rules
 from autopeft.backends.hf.cuda_rules import find_gpu
 from autopeft.cli.session import run_study
 from autopeft.errors import StudyError
-from autopeft.executors.devices import Gpu, find_gpus, find_memory
+from autopeft.executors.devices import Gpu, find_gpus, find_known, find_memory
 from autopeft.search.plan import Plan, make_plan
 from autopeft.search.request import Request
 from autopeft.spaces.space import SearchSpace
@@ -118,3 +118,20 @@ def test_a_study_that_is_resumed_on_fewer_gpus_is_limited_by_what_those_have_fre
     with pytest.raises(StudyError, match="far enough"):
         run_study(store, executor, SearchSpace(name="", device_kind="cuda", methods={}, recipes=()), 1.0)
     assert known == [80000 * 2**20]
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("NVIDIA GeForce RTX 4090", "GeForce RTX 4090"),
+        ("NVIDIA RTX A6000", "RTX A6000"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA A10", "A10"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA H100 80GB HBM3", "H100 80GB"),
+        ("NVIDIA of next year", "A100 80GB"),
+    ],
+)
+def test_a_gpu_is_known_by_its_drivers_name(name, title):
+    assert find_known(name).title == title
