@@ -53,11 +53,15 @@ def say_stopped(study: StudyRecord) -> str:
     searched = study.ledger.search_seconds
     share = f" ({outlook.stopped_seconds / searched:.0%} of the search)" if searched > 0 else ""
     one = len(stopped) == 1
+    fate = (
+        f"By its last scores it would have been on the front with a probability of {outlook.stopped_members:.0%}."
+        if one
+        else f"By their last scores {_about(outlook.stopped_members)} of the {len(stopped)} would have been on the front."
+    )
     return (
         f"{len(stopped)} {'trial was' if one else 'trials were'} stopped before the full length, having taken "
         f"{format_seconds(outlook.stopped_seconds)} of device time{share}; to the end {'it' if one else 'they'} would "
-        f"have taken {format_seconds(outlook.saved_seconds)} more. By {'its' if one else 'their'} last scores "
-        f"{_about(outlook.stopped_members)} of {'1' if one else f'the {len(stopped)}'} would have been on the front."
+        f"have taken {format_seconds(outlook.saved_seconds)} more. {fate}"
     )
 
 

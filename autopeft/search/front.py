@@ -28,8 +28,8 @@ LATENCY_STEP = 0.05
 
 _RESAMPLES = 400
 _SEED_SHARE = 0.5
-"""What retraining changes, in standard errors by examples, before it has been seen: 0.5 pooled over the five trials with
-more seeds of the 40 core-minutes on sst2 that are in reports/."""
+"""What retraining changes, in standard errors by examples, before it has been seen: 0.53 over the five trials with more
+seeds in reports/sst2-minilm.html."""
 
 
 class Run(NamedTuple):
