@@ -53,10 +53,11 @@ def say_stopped(study: StudyRecord) -> str:
     searched = study.ledger.search_seconds
     share = f" ({outlook.stopped_seconds / searched:.0%} of the search)" if searched > 0 else ""
     one = len(stopped) == 1
+    members = outlook.stopped_members
     fate = (
-        f"By its last scores it would have been on the front with a probability of {outlook.stopped_members:.0%}."
+        f"By its last scores it would have been on the front with a probability of {members:.0%}."
         if one
-        else f"By their last scores {_about(outlook.stopped_members)} of the {len(stopped)} would have been on the front."
+        else f"By their last scores {_about(members)} of the {len(stopped)} would have been on the front."
     )
     return (
         f"{len(stopped)} {'trial was' if one else 'trials were'} stopped before the full length, having taken "
