@@ -78,6 +78,11 @@ def find_gpus() -> list[Gpu]:
     return gpus
 
 
+def names_part_of_gpu() -> bool:
+    """Whether CUDA_VISIBLE_DEVICES names an instance that a GPU was divided into, which `find_gpus` does not find."""
+    return any(part.strip().startswith("MIG-") for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))
+
+
 def _read_memory(cells: Sequence[str]) -> tuple[int, int] | None:
     """(total, free) bytes from nvidia-smi's cells in MiB; None of a GPU that it cannot read, which has fallen off."""
     try:

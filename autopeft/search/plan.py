@@ -30,6 +30,7 @@ from autopeft.executors.devices import (
     describe_cpu,
     find_gpus,
     find_known,
+    names_part_of_gpu,
     plan_cpu_workers,
     plan_gpu_workers,
 )
@@ -287,6 +288,11 @@ class _Devices(NamedTuple):
 
 def _choose_devices(request: Request, budget: Budget, *, dry_run: bool) -> _Devices:
     gpus = find_gpus()
+    if not gpus and budget.device_kind != "cpu" and request.plan_for is None and names_part_of_gpu():
+        raise DeviceError(
+            "Trials take whole GPUs, but CUDA_VISIBLE_DEVICES names a part of one (MIG), whose memory "
+            "nvidia-smi does not tell. Name whole GPUs there, or give a budget of core time such as 40cpu-min."
+        )
     if request.plan_for is not None:
         if not dry_run:
             raise DeviceError("--plan-for plans for a GPU that is not here, so it goes with --dry-run only.")

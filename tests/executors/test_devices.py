@@ -13,7 +13,7 @@ import pytest
 from autopeft.backends.hf import cuda_rules
 from autopeft.backends.hf.cuda_rules import find_gpu
 from autopeft.cli.session import run_study
-from autopeft.errors import StudyError
+from autopeft.errors import DeviceError, StudyError
 from autopeft.executors.devices import Gpu, find_gpus, find_known, find_memory
 from autopeft.search.plan import Plan, make_plan
 from autopeft.search.request import Request
@@ -69,10 +69,9 @@ def test_a_gpu_that_cannot_be_read_is_left_out_and_the_others_stay(tell):
     assert [gpu.number for gpu in find_gpus()] == ["0"]
 
 
-def plan_on(workers: int | None) -> Plan:
-    return make_plan(
-        Request(task="demo", budget="1gpu-h", model="minilm", workers=workers), studies=Path("nowhere"), dry_run=True
-    )
+def plan_on(workers: int | None, budget: str = "1gpu-h") -> Plan:
+    request = Request(task="demo", budget=budget, model="minilm", workers=workers)
+    return make_plan(request, studies=Path("nowhere"), dry_run=True)
 
 
 def test_a_plan_names_the_gpus_that_it_uses_and_the_one_that_holds_the_others_back(tell):
@@ -135,3 +134,11 @@ def test_a_study_that_is_resumed_on_fewer_gpus_is_limited_by_what_those_have_fre
 )
 def test_a_gpu_is_known_by_its_drivers_name(name, title):
     assert find_known(name).title == title
+
+
+def test_a_part_of_a_gpu_is_no_device_and_no_reason_to_take_the_cpu(tell, monkeypatch):
+    tell("".join(LINES))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1234-5678")
+    with pytest.raises(DeviceError, match=r"a part of one \(MIG\)"):
+        plan_on(1, "5trials")
+    assert plan_on(1, "5cpu-min").config.device_kind == "cpu"

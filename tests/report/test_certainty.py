@@ -68,7 +68,7 @@ def test_the_cost_of_what_was_stopped_is_told_with_what_it_might_have_been(uncer
     assert say_stopped(uncertain) == (
         "1 trial was stopped before the full length, having taken 9.8 min of device time (50% of the search); to the "
         "end it would have taken 30 min more. By its last scores it would have been on the front with a probability "
-        "of 30%."
+        "of 31%."
     )
 
 
