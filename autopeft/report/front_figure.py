@@ -152,9 +152,9 @@ def _references(study: StudyRecord) -> tuple[list[dict[str, Any]], list[dict[str
     head = None if study.baseline is None else study.baseline.quality
     if head is not None and kind == "classification":
         lines.append((head, f"trained head alone {format_quality(head, scorer)}"))
-    lines = [(y, text) for y, text in lines if math.isfinite(y)]
-    top = max((y for y, _ in lines), default=0.0)
-    drawn = [reference_line(y, text, above=y == top) for y, text in lines]
+    # Sorted, so that of two at the same height one is labelled above and one below.
+    lines = sorted((y, text) for y, text in lines if math.isfinite(y))
+    drawn = [reference_line(y, text, above=place == len(lines) - 1) for place, (y, text) in enumerate(lines)]
     return [shape for shape, _ in drawn], [label for _, label in drawn]
 
 

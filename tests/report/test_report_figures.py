@@ -1,6 +1,7 @@
 """The figures, as the data that plotly.js is given."""
 
 import copy
+import dataclasses
 import json
 
 import plotly.graph_objects as go
@@ -94,6 +95,14 @@ def test_both_baselines_are_reference_lines_with_labels(study):
     labels = [a["text"] for a in front_figure(study, "vram", marks_of(study))["layout"]["annotations"]]
     assert any(label.startswith("always the most frequent label 50.9%") for label in labels)
     assert any(label.startswith("trained head alone") for label in labels)
+
+
+def test_baselines_at_the_same_height_are_labelled_on_either_side_of_the_line(study):
+    head = dataclasses.replace(study.baseline, rungs=(dataclasses.replace(study.baseline.rungs[-1], quality=0.5),))
+    alike = dataclasses.replace(study, baseline=head, config=dataclasses.replace(study.config, majority_quality=0.5))
+    labels = front_figure(alike, "vram", marks_of(alike))["layout"]["annotations"]
+    sides = [label["yanchor"] for label in labels if label["text"].startswith(("always", "trained"))]
+    assert sorted(sides) == ["bottom", "top"]
 
 
 def test_picks_of_one_trial_share_an_arrow(study_of, trial_of):
