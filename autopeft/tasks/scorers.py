@@ -71,8 +71,8 @@ def _load_hub_metric(name: str) -> Any:
     except Exception as exc:  # an unrelated type for each way in which a metric cannot be had
         raise TaskError(
             f"The scorer 'hub:{name}' is a metric that is fetched from the hub, evaluate-metric/{name} there, but it "
-            f"cannot be loaded ({type(exc).__name__}). Check the name, install what the metric imports, connect once, "
-            f"or take another scorer, such as {', '.join(SCORERS)}."
+            f"cannot be loaded ({type(exc).__name__}: {next(iter(str(exc).splitlines()), '')}). Check the name, "
+            f"install what the metric imports, connect once, or take another scorer, such as {', '.join(SCORERS)}."
         ) from exc
 
 
