@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -20,10 +21,11 @@ from urllib.request import getproxies
 
 from autopeft.errors import ModelError
 
-_DESCRIPTION = ("*.json", "*.txt", "*.model", "*.jinja")
-"""Configuration and tokenizer, at the root of a repository."""
+_DESCRIPTION = ("*.json", "*.txt", "*.model", "*.jinja", "bpe.codes")
+"""Configuration and tokenizer, at the root of a repository; BERTweet's and PhoBERT's merges are in bpe.codes."""
 _WEIGHTS = (("model.safetensors", "model-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*.bin"))
 """What transformers loads: in one file or in parts, and the first kind that there is."""
+_PART = re.compile(r"-\d+-of-(\d+)\.")
 _CONNECT_SECONDS, _ANSWER_SECONDS = 5.0, 10.0
 """A first packet that is lost is sent again after 1 and after 3 seconds, so that a slow network connects by then."""
 
@@ -44,9 +46,9 @@ def look_for_hub() -> str:
     is left to the client: only the proxy knows.
     """
     if is_set_offline():
-        return "HF_HUB_OFFLINE is set"
+        return "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"
     address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    if address.hostname is None or address.scheme in getproxies():
+    if address.hostname is None or getproxies().keys() & {address.scheme, "all"}:
         return ""
     try:
         port = address.port or (80 if address.scheme == "http" else 443)
@@ -62,7 +64,9 @@ def look_for_hub() -> str:
 
 
 def is_set_offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
+    """By either of the two variables that the hub's client reads."""
+    said = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or "0"
+    return said.upper() in ("1", "ON", "YES", "TRUE")
 
 
 def is_hub_id(model: str) -> bool:
@@ -86,7 +90,12 @@ def find_cached(model: str) -> Path | None:
 def is_cached(model: str) -> bool:
     """Whether the local cache has the model whole."""
     folder = find_cached(model)
-    return folder is not None and bool(find_weights(folder))
+    if folder is None:
+        return False
+    names = [path.name for path in find_weights(folder)]
+    # A download that was cut short leaves some of the parts.
+    parts = [int(part[1]) for name in names if (part := _PART.search(name))]
+    return len(names) > len(parts) or (bool(parts) and len(parts) == max(parts))
 
 
 def find_weights(folder: Path) -> list[Path]:
@@ -119,8 +128,8 @@ def fetch_model(model: str, say: Callable[[str], None]) -> None:
     _fetch(model, wanted)
     if not is_cached(model):
         raise ModelError(
-            f"A base model has its weights in model.safetensors or pytorch_model.bin, whole or in parts, but of "
-            f"'{model}' there are none {'on the hub' if files else 'in the cache, and the hub cannot be reached'}. "
+            f"A base model has its weights in model.safetensors or pytorch_model.bin, whole or in parts, but those of "
+            f"'{model}' are not {'on the hub' if files else 'all in the cache, and the hub cannot be reached'}. "
             "Name another with --model."
         )
 

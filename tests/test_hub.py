@@ -110,7 +110,20 @@ def test_what_is_cached_needs_no_hub(hub: Hub, tmp_path: Path) -> None:
 def test_a_description_alone_is_no_model(hub: Hub, tmp_path: Path) -> None:
     fetch(tmp_path, hub.url, "acme/tiny", "description")
     refusal, _ = fetch(tmp_path, "http://127.0.0.1:9", "acme/tiny", "model")
-    assert re.match(r"refused: .* none in the cache, and the hub cannot be reached\. Name another", refusal)
+    assert re.match(r"refused: .* not all in the cache, and the hub cannot be reached\. Name another", refusal)
+
+
+def test_a_download_that_was_cut_short_is_no_model(hub: Hub, root: Path, tmp_path: Path) -> None:
+    folder = root / "models/acme/tiny"
+    first = (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    second = shutil.copy(first, folder / "model-00002-of-00002.safetensors")
+    assert fetch(tmp_path, hub.url, "acme/tiny", "model")[-1].startswith("True")
+    (cached,) = (tmp_path / "home").rglob(f"snapshots/*/{second.name}")
+    cached.unlink()
+    refusal, found = fetch(tmp_path, "http://127.0.0.1:9", "acme/tiny", "model")
+    assert "are not all in the cache" in refusal
+    assert found.startswith("False")
+    assert fetch(tmp_path, hub.url, "acme/tiny", "model")[-1].startswith("True")
 
 
 def test_what_cannot_be_fetched_says_why(hub: Hub, root: Path, tmp_path: Path) -> None:
@@ -121,7 +134,7 @@ def test_what_cannot_be_fetched_says_why(hub: Hub, root: Path, tmp_path: Path) -
         ("acme/tiny", hub.url, "accepted its terms.*hf auth login"),
         ("acme/other", hub.url, "Check the name; for a private one"),
         ("acme/wrong name", hub.url, "Check the name"),
-        ("acme/empty", hub.url, "there are none on the hub"),
+        ("acme/empty", hub.url, "those of 'acme/empty' are not on the hub"),
         ("acme/tiny", "http://127.0.0.1:9", r"\(127.0.0.1 does not answer: Connection refused\).* --model minilm"),
     ):
         (line,) = (line for line in fetch(tmp_path, endpoint, model, "model") if line.startswith("refused"))

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from autopeft.hub import is_set_offline, look_for_hub
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Addresses that were tried; nothing answers."""
     addresses: list[Any] = []
 
@@ -26,12 +27,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "create_connection", refuse)
-    for name in ("HF_HUB_OFFLINE", "HF_ENDPOINT", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+    proxies = [f"{kind}_proxy" for kind in ("http", "https", "all")]
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT", *proxies, *map(str.upper, proxies)):
         # Set first, so that whatever the code does to it is undone.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     look_for_hub.cache_clear()
-    return addresses
+    yield addresses
+    look_for_hub.cache_clear()
 
 
 def test_without_a_network_the_client_is_told_once(asked: list[Any]) -> None:
@@ -53,11 +56,19 @@ def test_a_mirror_is_looked_for_where_it_is(
     assert asked == [address]
 
 
-def test_a_proxy_is_left_to_the_client(asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.local:3128")
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "all_proxy"])
+def test_a_proxy_is_left_to_the_client(name: str, asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "http://proxy.local:3128")
     look_for_hub()
     assert asked == []
     assert not is_set_offline()
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_who_is_set_offline_is_not_looked_for(name: str, asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "yes")
+    assert name in look_for_hub()
+    assert asked == []
 
 
 def test_a_hub_that_answers_is_asked(asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,8 +76,8 @@ def test_a_hub_that_answers_is_asked(asked: list[Any], monkeypatch: pytest.Monke
         monkeypatch.undo()
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
-        monkeypatch.delenv("http_proxy", raising=False)
-        monkeypatch.delenv("HTTP_PROXY", raising=False)
+        for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.delenv(proxy, raising=False)
         look_for_hub()
         assert not is_set_offline()
 

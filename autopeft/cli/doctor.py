@@ -200,12 +200,12 @@ def _look_at_the_hub() -> list[Finding]:
     import urllib.error
     import urllib.request
 
-    from autopeft.hub import is_set_offline
+    from autopeft.hub import is_set_offline, look_for_hub
 
     findings = []
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     if is_set_offline():
-        findings.append(Finding("hub", None, "not asked: HF_HUB_OFFLINE is set", "Unset it to download models."))
+        findings.append(Finding("hub", None, f"not asked: {look_for_hub()}", "Unset it to download models."))
     else:
         try:
             with urllib.request.urlopen(f"{endpoint}/api/models/gpt2", timeout=5):
