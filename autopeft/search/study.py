@@ -372,11 +372,11 @@ class Search:
             trial.state = "paused"
         self.store.save(trial)
         self.store.drop_checkpoints(trial, keep=trial.checkpoint)
-        if stretch.purpose == "search" and rule is None:
+        if stretch.purpose == "search":
             if trial.cost != cost and len(trial.rungs) > 1:
                 # A new measurement changes what was compared at earlier rungs.
                 self._carry_out(self.race.judge_all())
-            else:
+            elif rule is None:
                 self._carry_out(self.race.judge_newcomer(trial))
 
     def _record_end(self, running: _Running, ended: Ended) -> None:
