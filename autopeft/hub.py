@@ -108,6 +108,10 @@ def fetch_description(model: str) -> int:
 
     Raises ModelError where they are neither to be fetched nor in the cache.
     """
+    folder = find_cached(model)
+    if folder is not None and is_cached(model):
+        # A newer configuration would part the cache from its weights, which a study that is begun goes on with.
+        return sum(path.stat().st_size for path in find_weights(folder))
     files = _list_files(model)
     _fetch(model, _choose(files, _DESCRIPTION))
     return sum(file.num_bytes for file in _choose_weights(files))

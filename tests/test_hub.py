@@ -101,10 +101,21 @@ def test_a_plan_fetches_little_and_a_study_what_is_loaded(hub: Hub, root: Path, 
     assert lines == [str(weights), f"False {small}", said, "None", f"True {whole}", "None", f"True {whole}"]
 
 
-def test_what_is_cached_needs_no_hub(hub: Hub, tmp_path: Path) -> None:
+def test_what_is_cached_needs_no_hub(hub: Hub, root: Path, tmp_path: Path) -> None:
+    weights = (root / "models/acme/tiny/model.safetensors").stat().st_size
     fetch(tmp_path, hub.url, "acme/tiny", "model")
     lines = fetch(tmp_path, "http://127.0.0.1:9", "acme/tiny", "description", "model")
-    assert [line.split()[0] for line in lines] == ["0", "True", "None", "True"]
+    assert [line.split()[0] for line in lines] == [str(weights), "True", "None", "True"]
+
+
+def test_a_plan_leaves_what_is_cached_as_a_study_began_with_it(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch(tmp_path, hub.url, "acme/tiny", "model")
+    monkeypatch.setattr("hub_stub.COMMIT", "b" * 40)
+    assert fetch(tmp_path, hub.url, "acme/tiny", "description")[-1].startswith("True")
+    assert fetch(tmp_path, hub.url, "acme/tiny", "model")[-1].startswith("True")
+    assert {path.name for path in (tmp_path / "home").rglob("snapshots/*")} == {"a" * 40, "b" * 40}
 
 
 def test_a_description_alone_is_no_model(hub: Hub, tmp_path: Path) -> None:
