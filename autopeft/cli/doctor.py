@@ -158,6 +158,8 @@ def _look_at_libraries() -> list[Finding]:
 
 
 def _torch(facts: TorchFacts, *, has_gpu: bool) -> Finding:
+    from autopeft.executors.devices import names_part_of_gpu
+
     judged = _judge_version("torch")
     if not judged.good:
         return judged
@@ -171,6 +173,8 @@ def _torch(facts: TorchFacts, *, has_gpu: bool) -> Finding:
             )
     if facts.has_cuda and not has_gpu:
         remedy = "Searches find GPUs by nvidia-smi, which lists none that torch sees: put it on PATH (nvidia-utils)."
+        if names_part_of_gpu():
+            remedy = "Searches take whole GPUs, but CUDA_VISIBLE_DEVICES names a part of one (MIG): name whole ones."
     return Finding("torch", not remedy, facts.detail, remedy)
 
 

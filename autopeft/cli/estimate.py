@@ -317,8 +317,10 @@ def _read_study(name: str, settings: StepSettings) -> tuple[HfCostModel, Sequenc
 
 def _read_measured(trials: Sequence[Trial]) -> dict[str, int]:
     """Peaks by configuration; of one that ran out of memory none is known."""
+    from autopeft.search.limits import ran_out
+
     return {
         trial.spec.cost_key(): trial.cost.peak_vram_bytes
         for trial in trials
-        if trial.cost is not None and trial.cost.vram_source == "measured" and trial.state != "failed"
+        if trial.cost is not None and trial.cost.vram_source == "measured" and not ran_out(trial)
     }

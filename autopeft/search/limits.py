@@ -49,7 +49,7 @@ def measured_pairs(trials: Sequence[Trial], bits: Bits | None = None) -> list[tu
         if (cost := trial.cost) is not None
         and cost.vram_source == "measured"
         and cost.estimated_vram_bytes is not None
-        and not _ran_out(trial)
+        and not ran_out(trial)
         and bits in (None, trial.spec.bits)
     ]
 
@@ -141,7 +141,7 @@ class Limits:
         return {name: float(most) for name, most in {"vram": room, "params": params}.items() if most is not None}
 
     def _least_that_ran_out(self, but: Trial | None = None) -> Trial | None:
-        failed = [trial for trial in self._trials if _ran_out(trial) and trial.cost is not None and trial is not but]
+        failed = [trial for trial in self._trials if ran_out(trial) and trial.cost is not None and trial is not but]
         return min(failed, key=self._need_of, default=None)
 
     def _need_of(self, trial: Trial) -> int:
@@ -161,7 +161,8 @@ def needed_bytes(cost: Cost) -> int:
     return peak + surplus
 
 
-def _ran_out(trial: Trial) -> bool:
+def ran_out(trial: Trial) -> bool:
+    """Whether it failed for want of memory, so that its peak is not known."""
     return isinstance(trial.outcome, Failed) and trial.outcome.reason == "out_of_memory"
 
 

@@ -222,9 +222,12 @@ def test_a_gpu_that_only_torch_sees_is_told_with_the_way_to_use_it(monkeypatch):
     monkeypatch.setattr(
         "autopeft.backends.hf.health.examine_torch", lambda: TorchFacts(True, "2.13.0", built_for="13.0")
     )
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     found = finding("torch")
     assert not found.good
     assert "nvidia-smi" in found.remedy
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-0c757cd7-e942-5726-a0b8-0e8fb7067135")
+    assert "names a part of one (MIG)" in finding("torch").remedy
 
 
 def test_a_package_that_is_too_old_is_told_with_the_version_to_install(monkeypatch):
