@@ -97,7 +97,7 @@ def _render(config: StudyConfig, status: Status):  # type: ignore[no-untyped-def
     elif not math.isinf(status.trials_left):
         grid.add_row("budget", f"{config.budget}, {status.trials_left:.0f} to start")
     grid.add_row("trials", ", ".join(f"{counts[state]} {state}" for state in _STATES if counts[state]) or "none yet")
-    scored = [trial for trial in status.trials if trial.rungs]
+    scored = [trial for trial in status.trials if trial.rungs and trial.state != "refused"]
     if scored:
         best = max(scored, key=lambda trial: trial.rungs[-1].quality)
         quality = format_quality(best.rungs[-1].quality, config.scorer)
