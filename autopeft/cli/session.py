@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from autopeft.errors import NothingFeasibleError, UsageError
+from autopeft.errors import BudgetError, NothingFeasibleError, UsageError
 from autopeft.wording import say_count
 
 if TYPE_CHECKING:
@@ -33,14 +34,22 @@ def run_new_study(plan: Plan) -> int:
     from autopeft.search.store import StudyStore, delete_study
 
     check_outputs()
+    started = time.monotonic()
     if is_hub_id(plan.model_argument):
         fetch_model(plan.model_argument, print)
+    # A time of day comes no later for a download.
+    limit = plan.wall_seconds_limit - (time.monotonic() - started)
+    if limit <= 0:
+        raise BudgetError(
+            f"The study was to end by {plan.config.until}, which has passed while '{plan.model_argument}' was fetched. "
+            "It is in the cache now, so run this again."
+        )
     store = StudyStore.create(STUDIES, plan.config, make_provenance(plan), plan.validation_labels())
     local = {"model": plan.model_argument, "data_dir": str(Path(plan.data_dir).resolve()) if plan.data_dir else None}
     (store.folder / _LOCAL).write_text(json.dumps(local), encoding="utf-8")
     executor = LocalExecutor(plan.setup(STUDIES), list(plan.devices))
     try:
-        return run_study(store, executor, plan.space, plan.wall_seconds_limit)
+        return run_study(store, executor, plan.space, limit)
     except UsageError:
         # It ended before it began: a model that cannot be had must not leave the name taken.
         if not store.trials:
