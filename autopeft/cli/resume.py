@@ -29,18 +29,20 @@ def run(args: argparse.Namespace) -> int:
 
     check_outputs()
     store = StudyStore.open(STUDIES, args.study)
-    changed = store.config
-    if args.budget:
-        changed = with_budget(changed, args.budget)
-    elif store.finished and changed.least_gain is not None:
-        # It may have ended early; whoever resumes it all the same wants the rest.
-        changed = replace(changed, least_gain=None)
     local = read_local(store)
     assert local["model"] is not None
     check_rows(store.config, store.provenance, local["data_dir"])
     # What the cache has is what the study began with; the hub may have something newer by now.
     if is_hub_id(local["model"]) and not is_cached(local["model"]):
         fetch_model(local["model"], print)
+    # Anew, because that takes time, in which another process may have gone on with it.
+    store = StudyStore.open(STUDIES, args.study)
+    changed = store.config
+    if args.budget:
+        changed = with_budget(changed, args.budget)
+    elif store.finished and changed.least_gain is not None:
+        # It may have ended early; whoever resumes it all the same wants the rest.
+        changed = replace(changed, least_gain=None)
     if changed != store.config:
         # Not while another process runs it by the settings that it read.
         with store.lock():

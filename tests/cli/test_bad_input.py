@@ -324,6 +324,24 @@ def test_a_study_that_another_process_runs_keeps_its_budget(refuse: Refusal, stu
     assert StudyStore.open(Path("studies"), study).config.budget == "3trials"
 
 
+def test_a_study_that_another_process_went_on_with_is_resumed_as_it_is_then(
+    study: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from autopeft.search.plan import restore_space
+    from autopeft.search.store import StudyStore
+
+    def go_on(*args: object) -> None:
+        other = StudyStore.open(Path("studies"), study)
+        space = restore_space(other.config)
+        other.add(space.recipes[0], "recipe", space)
+
+    resumed = []
+    monkeypatch.setattr("autopeft.search.plan.check_rows", go_on)
+    monkeypatch.setattr("autopeft.cli.session.run_study", lambda store, *args: resumed.append(store) or 0)
+    assert main(["resume", study]) == 0
+    assert len(resumed[0].trials) == 1
+
+
 def test_what_the_system_refuses_is_told_without_a_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
