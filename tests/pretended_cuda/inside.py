@@ -204,7 +204,7 @@ def test_a_checkpoint_of_a_gpu_loads_where_there_is_none(backend: HfBackend) -> 
 
 @pytest.mark.parametrize(
     "function",
-    ["_train", *(pytest.param(name, marks=pytest.mark.slow) for name in ("_probe", "_start_from_rows", "_score"))],
+    ["_train", *(pytest.param(name, marks=pytest.mark.slow) for name in ("_probe", "start_from_rows", "_score"))],
 )
 def test_running_out_of_memory_anywhere_ends_the_trial_and_not_the_worker(
     backend: HfBackend, function: str, monkeypatch: pytest.MonkeyPatch
@@ -214,7 +214,7 @@ def test_running_out_of_memory_anywhere_ends_the_trial_and_not_the_worker(
     with monkeypatch.context() as patch:
         patch.setattr(pretended_gpus, "_failure", pretended_gpus._Failure(function, 5))
         patch.setattr(pretended_gpus, "_allocations_there", 0)
-        ended = run(backend, make_spec("lora", init="eva" if function == "_start_from_rows" else "default"), 0, 6)
+        ended = run(backend, make_spec("lora", init="eva" if function == "start_from_rows" else "default"), 0, 6)
     assert isinstance(ended, Ended)
     assert ended.reason == "out_of_memory"
     assert "CUDA out of memory" in ended.detail
