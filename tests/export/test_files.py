@@ -176,6 +176,24 @@ def test_the_readme_names_what_has_no_settings_and_rounds_its_epochs(tmp_path: P
     assert f"rows {recipe.epochs:.3g} times" in text
 
 
+@pytest.mark.parametrize(
+    ("scorer", "packages"),
+    [
+        ("accuracy", ""),
+        ("f1_macro", " scikit-learn"),
+        ("matthews_correlation", " scikit-learn"),
+        ("hub:precision", " evaluate scikit-learn"),
+    ],
+)
+def test_the_script_is_installed_with_what_its_score_is_computed_with(
+    scorer: str, packages: str, spec: TrialSpec, bundle_of: Callable[..., Bundle]
+) -> None:
+    bundle = bundle_of(spec)
+    bundle = dataclasses.replace(bundle, task=dataclasses.replace(bundle.task, scorer=scorer))
+    install, _ = TARGETS["trainer"].write(bundle).commands
+    assert install == f"pip install torch transformers==5.23.0 accelerate peft==0.21.2{packages}"
+
+
 def test_what_no_target_has_is_left_to_autopeft(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"peft has no bottleneck adapter.*autopeft train evening --pick 3"):
         export(tmp_path, "peft", method="bottleneck")
