@@ -28,7 +28,8 @@ def write(bundle: Bundle) -> Export:
     if start is not None and start.count_tokens(spec):
         notes.append(
             "EVA begins with rows: before the first step of such a loop, call `peft.initialize_lora_eva_weights(model, "
-            "batches)` with batches of inputs without labels. `autopeft train` shows it 10 batches at most."
+            "batches)` with batches of inputs without labels. `autopeft train` shows it 10 batches at most, or as much "
+            "in smaller ones where memory is short."
         )
     return Export(
         files={"adapter_config.json": config, **neutral_rows(bundle)},

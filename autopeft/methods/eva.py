@@ -25,7 +25,7 @@ _TOKENS_A_DIRECTION = 8
 
 
 def count_tokens(spec: TrialSpec) -> int:
-    """That each batch must have at least; 0 without EVA."""
+    """That a batch should have; 0 without EVA. It can do with an eighth, a token for each direction."""
     return _TOKENS_A_DIRECTION * int(spec.settings["rank"]) if spec.settings["init"] == "eva" else 0
 
 

@@ -140,7 +140,8 @@ LORA = Method(
     layer_choice=True,
     merges=True,
     needs="PiSSA and OLoRA: an unquantized base with no target narrower than the rank; OLoRA: no Conv1D (GPT-2); "
-    "EVA: up to 10 batches of training rows before the first step, no target with fewer inputs than the rank",
+    "EVA: up to 10 batches of training rows before the first step, or as much in smaller ones, no target with fewer "
+    "inputs than the rank",
     recipe=Recipe(
         settings={
             "rank": 8,

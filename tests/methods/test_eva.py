@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 
 from autopeft.backends.hf.build import build_trial_model
 from autopeft.backends.hf.data import Rows
-from autopeft.backends.hf.row_start import MOST_BATCHES, plan_start, start_from_rows
+from autopeft.backends.hf.row_start import NUM_BATCHES, plan_start, start_from_rows
 from autopeft.errors import SpecError
 from autopeft.methods import METHODS
 from autopeft.methods.eva import begin_with_activations
@@ -115,7 +115,7 @@ def test_no_number_of_the_start_is_drawn_from_the_trials_random_state() -> None:
     drawn = {name: tensor.clone() for name, tensor in directions_of(model).items()}
     start_from_rows(model, spec_of(), Rows([12] * 8, collate, "cpu"))
     assert torch.equal(torch.get_rng_state(), before)
-    assert 2 <= len(shown) <= MOST_BATCHES
+    assert 2 <= len(shown) <= NUM_BATCHES
     assert model.training
     assert all(not torch.equal(tensor, drawn[name]) for name, tensor in directions_of(model).items())
 
@@ -132,7 +132,7 @@ def test_other_starts_read_no_row() -> None:
 def test_a_batch_has_the_rows_of_a_step_or_more_where_those_have_too_few_tokens() -> None:
     lengths = [3, 5, 4, 6]
     steps = list(plan_start(lengths, batch_size=2, fewest_tokens=1, seed=0))
-    assert len(steps) == MOST_BATCHES
+    assert len(steps) == NUM_BATCHES
     assert {len(rows) for rows in steps} == {2}
     assert sorted(steps[0] + steps[1]) == [0, 1, 2, 3]
     for rows in plan_start(lengths, batch_size=2, fewest_tokens=30, seed=0):
@@ -145,8 +145,8 @@ def test_a_batch_that_is_read_is_bounded_by_those_to_train_on_and_there_are_more
     steps = list(plan_start(lengths, batch_size=2, fewest_tokens=300, seed=0))
     # 4 times the 2 rows of a step, were all of them as long as the longest.
     assert all(len(rows) * max(lengths[row] for row in rows) <= 4 * 2 * 30 for rows in steps)
-    assert len(steps) > MOST_BATCHES
-    assert sum(lengths[row] for rows in steps for row in rows) >= MOST_BATCHES * 300
+    assert len(steps) > NUM_BATCHES
+    assert sum(lengths[row] for rows in steps for row in rows) >= NUM_BATCHES * 300
     # However little fits, EVA has a token for each direction.
     for rows in plan_start([3, 5, 4], batch_size=1, fewest_tokens=400, seed=0):
         assert sum([3, 5, 4][row] for row in rows) >= 50

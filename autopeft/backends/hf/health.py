@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from autopeft.wording import say_count
+
 
 class TorchFacts(NamedTuple):
     has_cuda: bool
@@ -18,8 +20,7 @@ class TorchFacts(NamedTuple):
 def examine_torch() -> TorchFacts:
     has_cuda = torch.cuda.is_available()
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    count = torch.cuda.device_count()
-    seen = f", sees {count} GPU{'s' if count > 1 else ''}" if has_cuda else ""
+    seen = f", sees {say_count(torch.cuda.device_count(), 'GPU')}" if has_cuda else ""
     return TorchFacts(has_cuda, f"{torch.__version__}, {build}{seen}", torch.version.cuda)
 
 

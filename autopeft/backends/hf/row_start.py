@@ -13,9 +13,9 @@ from autopeft.backends.hf.steps import autocast
 from autopeft.methods import find_method
 from autopeft.records import TrialSpec
 
-MOST_BATCHES = 10
-"""peft's EVA goes on until the last direction of the last layer has settled: 39 batches of sst2 for MiniLM at rank 8,
-which took as long as 70 training steps."""
+NUM_BATCHES = 10
+"""And more where they have to be small, until as much was shown. peft's EVA goes on until the last direction of the
+last layer has settled: 39 batches of sst2 for MiniLM at rank 8, which took as long as 70 training steps."""
 _READING_SHARE = 4
 """Tokens, padding included, in a batch that is only read, for one of the largest batch to train on. Reading keeps a few
 tensors at a time and logits in bfloat16, of 2 bytes. Training keeps about ten tensors of every layer, and of a language
@@ -47,7 +47,7 @@ def plan_start(lengths: Sequence[int], *, batch_size: int, fewest_tokens: int, s
     size = min(batch_size, len(order))
     most_tokens = _READING_SHARE * size * max(lengths)
     position = batches = seen = 0
-    while batches < MOST_BATCHES or seen < MOST_BATCHES * fewest_tokens:
+    while batches < NUM_BATCHES or seen < NUM_BATCHES * fewest_tokens:
         rows: list[int] = []
         tokens = longest = 0
         while True:
