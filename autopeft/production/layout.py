@@ -31,13 +31,14 @@ def complete_folder(folder: Path, tokenizer: Any, model: str) -> None:
     """Adds the tokenizer to a folder with saved weights, and makes both readable for others. `model` is the base as
     transformers loads it, and `tokenizer` was loaded from there."""
     tokenizer.save_pretrained(folder)
+    saved = _read(folder / _TOKENIZER_CONFIG)
     # These have what older readers want and transformers no longer writes, and no trace of how rows were cut.
     base = _find_base(model)
     for name in _TOKENIZER_FILES:
         if base is not None and (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
     settings = _read(folder / _TOKENIZER_CONFIG)
-    _write(folder / _TOKENIZER_CONFIG, _name_tokenizer(settings, tokenizer))
+    _write(folder / _TOKENIZER_CONFIG, _name_tokenizer(settings, tokenizer, saved))
     config = folder / "config.json"
     if config.is_file():
         _write(config, _name_config(_read(config), {} if base is None else _read(base / "config.json")))
@@ -46,12 +47,17 @@ def complete_folder(folder: Path, tokenizer: Any, model: str) -> None:
         shutil.copymode(folder / _TOKENIZER_CONFIG, path)
 
 
-def _name_tokenizer(settings: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+def _name_tokenizer(settings: dict[str, Any], tokenizer: Any, saved: dict[str, Any]) -> dict[str, Any]:
     settings = {name: value for name, value in settings.items() if name not in _OF_LOADING}
     if not settings.get("pad_token"):
         settings["pad_token"] = tokenizer.pad_token
-    if settings.get("tokenizer_class") == "TokenizersBackend":
+    # The class that rows were read with. The base's settings may name none (BERT, GPT-2) or another (OLMo 2): there
+    # transformers goes by its config.json, which an adapter does not have beside it.
+    settings["tokenizer_class"] = saved["tokenizer_class"]
+    if settings["tokenizer_class"] == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # Of this class transformers 4 would make token types, which decoders refuse.
+        settings.setdefault("model_input_names", tokenizer.model_input_names)
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     return settings

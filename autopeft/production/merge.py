@@ -1,9 +1,10 @@
 """A finished training folded into one plain model, checked against the model that it came from.
 
-What is written is what `save_pretrained` of plain transformers writes: config, safetensors under the names that the
-base's own checkpoint has, generation settings, tokenizer; nothing of peft. A base of 4 or 8 bits is dequantized first:
-the adapter was trained on rounded weights, so it is those, not the original ones, that it is merged into. Rounding the
-sum again would change small weights by more than was learned, so that is not offered.
+What is written is what `save_pretrained` of plain transformers writes, and what older readers want beside it: config,
+safetensors under the names that the base's own checkpoint has, generation settings, tokenizer; nothing of peft. A base
+of 4 or 8 bits is dequantized first: the adapter was trained on rounded weights, so it is those, not the original ones,
+that it is merged into. Rounding the sum again would change small weights by more than was learned, so that is not
+offered.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import transformers
-from tiny_models import make_tiny_llama
+from tiny_models import make_tiny_bert, make_tiny_llama
 
 from autopeft.backends.hf.base_model import load_tokenizer
 from autopeft.production.layout import complete_folder
@@ -135,6 +135,35 @@ def test_a_tokenizer_of_transformers_5_gets_names_that_4_knows(base: Path, tmp_p
     assert after.extra_special_tokens == before.extra_special_tokens == ["serves", "area"]
     assert after.all_special_tokens == before.all_special_tokens
     assert after("name : a | area")["input_ids"] == before("name : a | area")["input_ids"]
+
+
+def complete_adapter(base: Path, folder: Path) -> Path:
+    """A folder without a config.json, as adapters are."""
+    folder.mkdir()
+    complete_folder(folder, load_tokenizer(str(base)), str(base))
+    return folder
+
+
+def test_a_tokenizer_whose_class_only_the_bases_configuration_says_stays_of_that_class(tmp_path: Path) -> None:
+    base = Path(make_tiny_bert(tmp_path / "base"))
+    # As bert-base-uncased has it.
+    (base / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True, "model_max_length": 512}))
+    folder = complete_adapter(base, tmp_path / "adapter")
+    before, after = load_tokenizer(str(base)), transformers.AutoTokenizer.from_pretrained(folder)
+    assert type(after) is type(before)
+    assert dict(after("a b", "c d")) == dict(before("a b", "c d"))
+
+
+def test_a_tokenizer_that_is_read_otherwise_than_the_base_declares_is_read_so_again(base: Path, tmp_path: Path) -> None:
+    # OLMo 2 declares GPT-2's class, which would divide texts by GPT-2's rule instead of the file's.
+    (base / "config.json").write_text(json.dumps({"model_type": "olmo2"}))
+    change(base / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    folder = complete_adapter(base, tmp_path / "adapter")
+    before, after = load_tokenizer(str(base)), transformers.AutoTokenizer.from_pretrained(folder)
+    assert after("name : a | area")["input_ids"] == before("name : a | area")["input_ids"]
+    settings = read(folder / "tokenizer_config.json")
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "token_type_ids" not in settings["model_input_names"]
 
 
 def test_others_than_the_owner_can_read_the_weights(base: Path, tmp_path: Path) -> None:
