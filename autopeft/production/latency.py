@@ -52,7 +52,7 @@ def _time(models: list[Any], data: TaskData, batch_size: int, device: str) -> li
     """None where there is too little memory."""
     try:
         return measure_latencies(models, data.rows(data.test, device), batch_size=batch_size)
-    except RuntimeError as exc:
+    except (MemoryError, RuntimeError) as exc:
         if not is_out_of_memory(exc):
             raise
         return None
@@ -66,7 +66,7 @@ def _find_unquantized(base: BaseModel | None, name: str, data: TaskData, device:
             return base.model.to(device)
         bits: Bits = 16 if device.startswith("cuda") else 32
         return load_base(name, num_labels=data.task.num_labels, bits=bits, device=device).model
-    except RuntimeError as exc:
+    except (MemoryError, RuntimeError) as exc:
         if not is_out_of_memory(exc):
             raise
     if base is not None:

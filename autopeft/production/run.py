@@ -55,11 +55,12 @@ def explaining_memory() -> Iterator[None]:
     """Raises TrainingError in place of PyTorch's own where there is too little memory."""
     try:
         yield
-    except RuntimeError as exc:
+    except (MemoryError, RuntimeError) as exc:
         if not is_out_of_memory(exc):
             raise
+        said = str(exc).split(". GPU")[0] or type(exc).__name__
         raise TrainingError(
-            f"Training must fit into the device's memory, but ran out of it: {str(exc).split('. GPU')[0]:.200}. Make "
+            f"Training must fit into the device's memory, but ran out of it: {said:.200}. Make "
             "room (nvidia-smi lists who uses a GPU) and give the same command again, which goes on from the last "
             "checkpoint; or begin anew under another --out with a smaller --micro-batch or --gradient-checkpointing."
         ) from exc

@@ -258,6 +258,8 @@ def test_running_out_of_memory_is_told_with_what_needs_less() -> None:
     full = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 24.00 GiB"
     with pytest.raises(TrainingError, match=r"allocate 2\.00 GiB\. Make room.*--micro-batch"), explaining_memory():
         raise torch.OutOfMemoryError(full)
+    with pytest.raises(TrainingError, match="ran out of it"), explaining_memory():
+        raise MemoryError
     with pytest.raises(RuntimeError, match="illegal memory access"), explaining_memory():
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
