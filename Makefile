@@ -60,10 +60,11 @@ LLAMA_CPP := llama-cpp-python==0.3.36
 .venvs/llama-cpp/source: .venvs/llama-cpp/.installed
 	PATH="$(CURDIR)/.venvs/llama-cpp/bin:$$PATH" .venvs/llama-cpp/bin/python -m pip download --quiet --no-deps \
 		--no-build-isolation --no-binary llama-cpp-python --dest .venvs/llama-cpp $(LLAMA_CPP)
-	rm -rf $@
-	mkdir $@
-	tar xzf .venvs/llama-cpp/llama_cpp_python-*.tar.gz -C $@ --strip-components=3 --wildcards \
+	rm -rf $@ $@.part
+	mkdir $@.part
+	tar xzf .venvs/llama-cpp/llama_cpp_python-*.tar.gz -C $@.part --strip-components=3 --wildcards \
 		'*/vendor/llama.cpp/conversion' '*/vendor/llama.cpp/gguf-py' '*/vendor/llama.cpp/convert_*.py'
+	mv $@.part $@
 
 serving-check: $(STAMP) .venvs/llama-cpp/source .venvs/vllm/.installed
 	rm -rf .venvs/serving
