@@ -144,7 +144,8 @@ class Search:
 
     def _note_workers(self, ready: list[Ready]) -> None:
         first = ready[0]
-        self.store.save_provenance(complete_provenance(self.store.provenance, first, self.config))
+        for each in ready:
+            self.store.save_provenance(complete_provenance(self.store.provenance, each, self.config))
         if "latency" in self.config.objectives:
             assert first.latency is not None
             # A resumed study goes on comparing with what it began with.
@@ -310,7 +311,10 @@ class Search:
             self._bury(event)
             return
         running = self._running.get(event.worker)
-        if isinstance(event.event, Ready) or running is None:
+        if isinstance(event.event, Ready):
+            complete_provenance(self.store.provenance, event.event, self.config)
+            return
+        if running is None:
             return
         if isinstance(event.event, Progress):
             self._running[event.worker] = running._replace(step=event.event.step)

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import gc
 import hashlib
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -39,6 +40,7 @@ from autopeft.backends.hf.steps import (
     train_step,
 )
 from autopeft.errors import ModelError
+from autopeft.hub import find_cached, find_weights
 from autopeft.methods import find_method
 from autopeft.methods.targets import GROUPS, explain_targets
 from autopeft.records import Bits, Inference, Latency, TrialSpec
@@ -406,19 +408,21 @@ def describe_device(device: str) -> str:
 def digest_weights(model: str) -> str:
     """First 16 digits of the SHA-256 over the weight files of a folder or cached hub model; `` where none is found."""
     folder = Path(resolve_model(model))
-    if not folder.is_dir():
-        return _cached_commit(model)
+    if folder.is_dir():
+        files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    else:
+        cached = find_cached(model)
+        files = [] if cached is None else find_weights(cached)
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        digest.update(digest_file(path).encode())
-    return digest.hexdigest()[:16]
+    for path in sorted(files):
+        digest.update(_digest_cached(path).encode())
+    return digest.hexdigest()[:16] if files else ""
 
 
-def _cached_commit(model: str) -> str:
-    """A hub model's commit, which names its weights as surely as their digest."""
-    from transformers import AutoConfig
-
-    return str(getattr(AutoConfig.from_pretrained(model), "_commit_hash", "") or "")[:16]
+def _digest_cached(path: Path) -> str:
+    """Of a file's content: the cache of the hub names large files so, and links to them."""
+    name = path.resolve().name
+    return name if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", name) else digest_file(path)
 
 
 def _has(package: str) -> bool:
