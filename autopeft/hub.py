@@ -140,7 +140,7 @@ def fetch_model(model: str, say: Callable[[str], None]) -> None:
 
 def explain(model: str, error: BaseException) -> ModelError:
     """Why a model cannot be had."""
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     causes = _walk_causes(error)
     if any(isinstance(cause, GatedRepoError) for cause in causes):
@@ -156,8 +156,9 @@ def explain(model: str, error: BaseException) -> ModelError:
     if isinstance(error, ValueError) or not is_hub_id(model):
         said = str(error).strip().splitlines() or [type(error).__name__]
         return ModelError(f"The base model '{model}' must be one that transformers can load, but it cannot: {said[0]}")
-    strings = (cause.strerror for cause in causes if isinstance(cause, OSError) and cause.strerror)
-    why = look_for_hub() or next(strings, type(error).__name__)
+    codes = [f"HTTP {cause.response.status_code}" for cause in causes if isinstance(cause, HfHubHTTPError)]
+    strings = [cause.strerror for cause in causes if isinstance(cause, OSError) and cause.strerror]
+    why = look_for_hub() or [*codes, *strings, type(error).__name__][0]
     return ModelError(
         f"The base model '{model}' is neither a folder on this machine nor in the local cache, and from the hub, if "
         f"it is there, it cannot be fetched ({why}). Check the name, connect, or train the "

@@ -90,6 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
         return _refuse(404, "nothing here")
 
     def _describe(self, folder: Path, name: str, rest: str, sent: bytes) -> _Answer:
+        if name.endswith("/busy"):
+            return _refuse(503, "too many requests")
         if not folder.is_dir():
             # The hub does not say whether a repository is private or does not exist.
             return _refuse(401, "Repository not found", "RepoNotFound")

@@ -145,6 +145,7 @@ def test_what_cannot_be_fetched_says_why(hub: Hub, root: Path, tmp_path: Path) -
         ("acme/tiny", hub.url, "accepted its terms.*hf auth login"),
         ("acme/other", hub.url, "Check the name; for a private one"),
         ("acme/wrong name", hub.url, "Check the name"),
+        ("acme/busy", hub.url, r"cannot be fetched \(HTTP 503\)"),
         ("acme/empty", hub.url, "those of 'acme/empty' are not on the hub"),
         ("acme/tiny", "http://127.0.0.1:9", r"\(127.0.0.1 does not answer: Connection refused\).* --model minilm"),
     ):

@@ -55,6 +55,7 @@ def run_inside(*arguments: str) -> None:
         env=make_environment(),
         capture_output=True,
         text=True,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
