@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import re
+import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     from autopeft.production.files import LocalPlaces
@@ -79,14 +81,30 @@ class _Source(NamedTuple):
 def run(args: argparse.Namespace) -> int:
     from autopeft.errors import AutopeftError
 
-    if is_main_process():
-        return _run(args)
     try:
-        return _run(args)
+        code = _run(args)
     except AutopeftError as exc:
+        if is_main_process():
+            raise
         # The first process says it. A launcher ends all when one has ended, so let it speak first.
         time.sleep(_SECONDS_TO_SPEAK)
         return exc.exit_code
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _leave(code)
+    return code
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends one of several processes whose training is done, without taking the interpreter apart.
+
+    There gloo's threads abort the process now and then (PyTorch 2.13, in three of some fifty launches on busy cores),
+    and a launcher takes the whole training for failed and ends the others.
+    """
+    # Trackers finish there.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def is_main_process() -> bool:
