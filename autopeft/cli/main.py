@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from autopeft import __version__
 from autopeft.cli import doctor, estimate, export, listings, merge, push, report, resume, search, train, verify
 from autopeft.errors import AutopeftError
+from autopeft.wording import in_one_line
 
 COMMANDS = (search, resume, report, export, train, merge, verify, push, estimate, listings, doctor)
 
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         # One paragraph, whatever a library's message within it looked like.
-        print(f"autopeft: {' '.join(str(exc).split())}", file=sys.stderr)
+        print(f"autopeft: {in_one_line(exc)}", file=sys.stderr)
         return exc.exit_code
     except KeyboardInterrupt:
         return 130

@@ -145,7 +145,7 @@ def plan_cpu_workers(workers: int | None) -> tuple[int, int]:
     return workers, cores // workers
 
 
-def plan_gpu_workers(workers: int | None, gpus: list[Gpu]) -> list[str]:
+def plan_gpu_workers(workers: int | None, gpus: Sequence[Gpu]) -> list[str]:
     """One worker a GPU, the emptiest GPUs first."""
     if workers is not None and not 1 <= workers <= len(gpus):
         raise DeviceError(f"--workers takes 1 to {len(gpus)}, one a GPU, but was given {workers}.")

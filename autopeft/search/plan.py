@@ -140,11 +140,11 @@ def make_plan(
     objectives = parse_objectives(request.objectives)
     task_text = find_task_text(request.task)
     task = parse_task(task_text, request.task)
-    device_kind, devices, threads, gpu, title = _choose_devices(request, budget, dry_run=dry_run)
+    gpus = find_gpus()
+    device_kind, devices, threads, gpu, title = _choose_devices(request, budget, gpus, dry_run=dry_run)
     price = parse_price(request.price, device_kind) if request.price else None
-    present = find_gpus() if device_kind == "cuda" else []
-    notes = [f"Planned for {title}: no GPU is on this machine."] if gpu and not present else []
-    used = [] if request.plan_for else [each for each in present if f"cuda:{each.number}" in devices]
+    notes = [f"Planned for {title}: no GPU is on this machine."] if gpu and not gpus else []
+    used = [] if request.plan_for else [each for each in gpus if f"cuda:{each.number}" in devices]
     notes += _note_crowded(used)
     model = _choose_model(request.model, device_kind, task)
     data_dir = request.data_dir or os.environ.get("AUTOPEFT_DATA_DIR")
@@ -286,8 +286,8 @@ class _Devices(NamedTuple):
     """All of them, as the plan prints it."""
 
 
-def _choose_devices(request: Request, budget: Budget, *, dry_run: bool) -> _Devices:
-    gpus = find_gpus()
+def _choose_devices(request: Request, budget: Budget, gpus: Sequence[Gpu], *, dry_run: bool) -> _Devices:
+    """`gpus` are those that are here."""
     if not gpus and budget.device_kind != "cpu" and request.plan_for is None and names_part_of_gpu():
         raise DeviceError(
             "Trials take whole GPUs, but CUDA_VISIBLE_DEVICES names a part of one (MIG), whose memory "

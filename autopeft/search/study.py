@@ -144,8 +144,11 @@ class Search:
 
     def _note_workers(self, ready: list[Ready]) -> None:
         first = ready[0]
+        provenance = self.store.provenance
         for each in ready:
-            self.store.save_provenance(complete_provenance(self.store.provenance, each, self.config))
+            provenance = complete_provenance(provenance, each, self.config)
+        if provenance != self.store.provenance:
+            self.store.save_provenance(provenance)
         if "latency" in self.config.objectives:
             assert first.latency is not None
             # A resumed study goes on comparing with what it began with.

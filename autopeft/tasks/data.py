@@ -18,6 +18,7 @@ from autopeft.errors import DataError, TaskError, suggest_nearest
 from autopeft.hub import look_for_hub
 from autopeft.tasks.demo import generate_demo
 from autopeft.tasks.spec import TaskSpec, list_fields
+from autopeft.wording import first_line
 
 VALIDATION_SHARE = 0.1
 TEST_SHARE_OF_OWN = 0.15
@@ -190,7 +191,7 @@ def _load_hub(task: TaskSpec, folder: Path | None) -> _Rows:
         train = datasets.load_dataset(task.hub.path, task.hub.config, split=task.hub.train)
         test = datasets.load_dataset(task.hub.path, task.hub.config, split=task.hub.test) if task.hub.test else None
     except Exception as exc:  # the hub's client raises a dozen unrelated types when there is no network
-        said = next(iter(str(exc).splitlines()), "").rstrip(".")
+        said = first_line(exc).rstrip(".")
         raise DataError(
             f"The rows of task '{task.name}' are not on this machine. {looked}, and from the hub, where they are "
             f"'{task.hub.path}', they cannot be loaded ({type(exc).__name__}: {said}). Connect once; or {remedy}"

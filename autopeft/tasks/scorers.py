@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from autopeft.errors import TaskError, suggest_nearest
 from autopeft.records import TaskKind
+from autopeft.wording import first_line
 
 _MOST_COUNTS = 4_000_000
 """At a time, so that a task with hundreds of classes takes megabytes."""
@@ -71,7 +72,7 @@ def _load_hub_metric(name: str) -> Any:
     except Exception as exc:  # an unrelated type for each way in which a metric cannot be had
         raise TaskError(
             f"The scorer 'hub:{name}' is a metric that is fetched from the hub, evaluate-metric/{name} there, but it "
-            f"cannot be loaded ({type(exc).__name__}: {next(iter(str(exc).splitlines()), '')}). Check the name, "
+            f"cannot be loaded ({type(exc).__name__}: {first_line(exc)}). Check the name, "
             f"install what the metric imports, connect once, or take another scorer, such as {', '.join(SCORERS)}."
         ) from exc
 
@@ -159,10 +160,6 @@ def resample_scores(scorer: str, labels: Labels, predictions: Numbers, rows: npt
 
 def _measure_influences(scorer: str, labels: Labels, predictions: Numbers) -> Numbers:
     """(N,) that sum to 0: how far the quality of all lies above that without the example, times N - 1."""
-    if scorer == "accuracy" or scorer in GENERATION_SCORERS:
-        scores = predictions if scorer in GENERATION_SCORERS else labels == predictions
-        centred: Numbers = scores - np.mean(scores)
-        return centred
     pairs = np.column_stack([labels, predictions])
     _, places, inverse = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
     without = np.array([score_predictions(scorer, *np.delete(pairs, place, axis=0).T) for place in places])
