@@ -51,7 +51,7 @@ vpath requirements-%.txt tests/export tests/serving
 export-check: $(STAMP) $(EXPORT_CHECKS:%=.venvs/%/.installed)
 	rm -rf .venvs/cases
 	PYTHONPATH=.:tests $(BIN)/python tests/export/make_cases.py .venvs/cases > .venvs/cases.log
-	$(BIN)/python tests/export/run_checks.py .venvs > benchmarks/results/export-check.md
+	PYTHONPATH=tests $(BIN)/python tests/export/run_checks.py .venvs > benchmarks/results/export-check.md
 
 # Merged models and adapters, loaded by transformers 4, llama.cpp and vLLM in environments of their own (5 GB), and compared
 # with plain transformers token by token; writes benchmarks/results/serving-check.md.
@@ -69,7 +69,7 @@ LLAMA_CPP := llama-cpp-python==0.3.36
 serving-check: $(STAMP) .venvs/llama-cpp/source .venvs/vllm/.installed
 	rm -rf .venvs/serving
 	$(BIN)/python tests/serving/make_models.py .venvs/serving > .venvs/serving.log
-	$(BIN)/python tests/serving/run_checks.py .venvs > benchmarks/results/serving-check.md
+	PYTHONPATH=tests $(BIN)/python tests/serving/run_checks.py .venvs > benchmarks/results/serving-check.md
 
 docs: $(STAMP)
 	$(BIN)/python -m autopeft.methods.document > docs/methods.md

@@ -1,8 +1,8 @@
-"""Numbers and their nouns."""
+"""Numbers and their nouns, and errors in a line."""
 
 from __future__ import annotations
 
-from autopeft.wording import say_count
+from autopeft.wording import first_line, in_one_line, say_count
 
 
 def test_one_is_singular_and_everything_else_is_not() -> None:
@@ -11,3 +11,9 @@ def test_one_is_singular_and_everything_else_is_not() -> None:
 
 def test_a_plural_of_its_own_is_taken_whole() -> None:
     assert [say_count(number, "entry", "entries") for number in (1, 2)] == ["1 entry", "2 entries"]
+
+
+def test_errors_are_told_in_a_line() -> None:
+    error = ValueError("\nfirst of\n  two lines")
+    assert (first_line(error), in_one_line(error)) == ("first of", "first of two lines")
+    assert first_line(ValueError()) == ""

@@ -1,16 +1,17 @@
 """Runs the checks of tests/export in the trainers' environments and prints what they said, as Markdown.
 
-    python tests/export/run_checks.py VENVS
+    PYTHONPATH=tests python tests/export/run_checks.py VENVS
 
 `make export-check` makes the environments and the cases. Exits with 1 where a check failed.
 """
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+from own_environments import run_check
 
 HERE = Path(__file__).resolve().parent
 
@@ -38,25 +39,18 @@ CHECKS = (
     Check("ms-swift", "ms-swift", "check_ms_swift.py", (), ("ms-swift", "transformers", "peft", "torch")),
     Check("unsloth", "unsloth", "check_unsloth.py", (), ("unsloth", "pydantic")),
 )
-_VERSIONS = (
-    "import sys; from importlib.metadata import version; print(*(f'{n} {version(n)}' for n in sys.argv[1:]), sep=', ')"
-)
 
 
 def run(check: Check, venvs: Path) -> tuple[int, list[str], str]:
     """(exit code, lines that the check printed of itself, versions)."""
-    python = venvs / check.environment / "bin" / "python"
-    command = [python, HERE / check.script, venvs / "cases", *check.arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    script = HERE / check.script
+    answer = run_check(venvs / check.environment, script, venvs / "cases", *check.arguments, packages=check.packages)
     heads = (
         "FAILED",
         *(f"{name}:" for name in ("peft", "trainer", "TRL", "LLaMA-Factory", "Axolotl", "ms-swift", "Unsloth")),
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith(heads)]
-    if done.returncode:
-        sys.stderr.write(done.stdout + done.stderr)
-    versions = subprocess.run([python, "-c", _VERSIONS, *check.packages], capture_output=True, text=True, check=True)
-    return done.returncode, lines or [done.stderr.strip().splitlines()[-1]], versions.stdout.strip()
+    lines = [line for line in answer.lines if line.startswith(heads)]
+    return answer.code, lines or [answer.last_error], answer.versions
 
 
 def main(venvs: Path) -> int:

@@ -1,17 +1,18 @@
 """Runs the checks of tests/serving in the servers' environments and prints what they said, as Markdown.
 
-    python tests/serving/run_checks.py VENVS
+    PYTHONPATH=tests python tests/serving/run_checks.py VENVS
 
 `make serving-check` makes the environments and the cases. Exits with 1 where a check failed.
 """
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
+
+from own_environments import run_check
 
 from autopeft.executors.devices import count_cores, describe_cpu
 
@@ -45,26 +46,19 @@ Prompts are given as texts, so tokenizers are compared too. Alike means as plain
 that trained: every token of a greedy continuation, and the logarithms of the likeliest first tokens' or all classes'
 probabilities.
 """
-_VERSIONS = (
-    "import sys; from importlib.metadata import version; print(*(f'{n} {version(n)}' for n in sys.argv[1:]), sep=', ')"
-)
 
 
 def run(check: Check, venvs: Path) -> tuple[int, list[list[str]], str]:
     """(exit code, [case, way, words] that the check printed, versions)."""
-    python = venvs / check.environment / "bin" / "python"
     source = [venvs / "llama-cpp" / "source"] if check.needs_source else []
-    command = [python, HERE / check.script, venvs / "serving", *source]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
-    lines = [line.split(": ", 2) for line in done.stdout.splitlines()]
+    script = HERE / check.script
+    answer = run_check(venvs / check.environment, script, venvs / "serving", *source, packages=check.packages)
+    lines = [line.split(": ", 2) for line in answer.lines]
     lines = [line for line in lines if len(line) == 3 and line[1] in (*WAYS, "FAILED")]
-    if done.returncode:
-        sys.stderr.write(done.stdout + done.stderr)
-    versions = subprocess.run([python, "-c", _VERSIONS, *check.packages], capture_output=True, text=True, check=True)
-    said = versions.stdout.strip()
+    said = answer.versions
     if check.needs_source:
         said = f"the converters that llama-cpp-python {_find_version(venvs)} brings, {said}"
-    return done.returncode or int(not lines), lines, said
+    return answer.code or int(not lines), lines, said
 
 
 def _find_version(venvs: Path) -> str:
