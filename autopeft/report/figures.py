@@ -20,7 +20,7 @@ PURPOSES = {"search": "#64748b", "confirm": "#009e73", "baseline": "#a9b4c2", "l
 
 
 def curves_figure(study: StudyRecord, curve: Curve, marks: dict[str, Mark]) -> Figure:
-    """A line for each trial through its rungs; those stopped or failed end with a cross."""
+    """A line for each trial through its rungs; those stopped, failed or refused at last end with a cross."""
     scored = [trial for trial in all_trials(study) if trial.rungs]
     members = {member.number for member in study.front}
     traces = []
@@ -30,7 +30,7 @@ def curves_figure(study: StudyRecord, curve: Curve, marks: dict[str, Mark]) -> F
         rest = [trial for trial in group if trial.number not in members]
         traces += [_lines(study, rest, curve, mark, opacity=0.4, width=1.3)] if rest else []
         traces += [_lines(study, best, curve, mark, opacity=1.0, width=2.4)] if best else []
-        if ended := [trial for trial in group if trial.state in ("stopped", "failed")]:
+        if ended := [trial for trial in group if trial.state in ("stopped", "failed", "refused")]:
             traces.append(_crosses(ended, curve, mark))
     shapes, labels = [], []
     if curve == "quality" and math.isfinite(study.config.majority_quality):

@@ -52,7 +52,8 @@ class GainModel:
     """
 
     def __init__(self, trials: Sequence[Trial], reference: dict[str, float]) -> None:
-        begun = _sort(trial for trial in trials if trial.state not in ("waiting", "refused", "running"))
+        # What was refused before it began took no time; what measured too dear did.
+        begun = _sort(t for t in trials if t.state not in ("waiting", "running") and (t.rungs or t.state != "refused"))
         self.num_trials = len(begun)
         self.spent_seconds = sum(trial.device_seconds for trial in begun)
         completed, self._work = _list_completed(begun, reference)

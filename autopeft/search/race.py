@@ -88,12 +88,13 @@ class Race:
         return base_losses is None or paired_z(base_losses, losses) > 2
 
     def _find_field(self, step: int) -> list[tuple[Trial, Contender]]:
-        """All that were ever scored at a rung, but for what measured too dear: on no front, it stops nobody."""
+        """All that were ever scored at a rung, but for what failed since or measured too dear: on no front, it stops
+        nobody."""
         objectives = self._store.config.objectives
         field = []
         for trial in self._store.trials:
             score = next((score for score in trial.rungs if score.step == step), None)
-            if score is None or trial.state == "refused":
+            if score is None or trial.state in ("failed", "refused"):
                 continue
             assert trial.cost is not None
             contender = Contender(

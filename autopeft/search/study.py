@@ -394,13 +394,19 @@ class Search:
         if ended.peak_vram_bytes is not None and trial.cost is not None:
             trial.cost = measured_cost(trial.cost, ended.peak_vram_bytes, None)
         trial.state, trial.outcome = "failed", Failed(reason=ended.reason, detail=ended.detail)
-        self.store.save(trial)
-        self.store.drop_checkpoints(trial)
+        self._give_up(trial)
         if running.stretch.purpose == "baseline" and self._is_generation:
             self._note(
                 f"The untrained base could not be scored ({ended.reason}), so trials are compared with 0 instead."
             )
             self._set_floor(0.0, 0.0)
+
+    def _give_up(self, failed: Trial) -> None:
+        self.store.save(failed)
+        self.store.drop_checkpoints(failed)
+        if failed.rungs:
+            # On no front now: what it alone had stopped goes on.
+            self._carry_out(self.race.judge_all())
 
     def _set_floor(self, quality: float, test_quality: float) -> None:
         """What trials of a generation task must beat, known once the untrained base was scored."""
@@ -426,8 +432,7 @@ class Search:
             if trial.deaths >= _MOST_DEATHS:
                 trial.state = "failed"
                 trial.outcome = Failed(reason="worker_died", detail=detail[-300:])
-                self.store.save(trial)
-                self.store.drop_checkpoints(trial)
+                self._give_up(trial)
             else:
                 requeue(trial, self.store, self.account.ledger)
         elif running.stretch.purpose == "confirm":

@@ -122,6 +122,15 @@ def test_stopped_trials_end_with_a_cross(study):
     assert sum(len(t["x"]) for t in crosses) == sum(t.state == "stopped" for t in study.trials)
 
 
+@pytest.mark.parametrize("state", ["stopped", "failed", "refused"])
+def test_whatever_ended_below_its_full_length_ends_with_a_cross(study, state):
+    first, *others = study.trials
+    rest = tuple(dataclasses.replace(trial, state="complete") for trial in others)
+    ended = dataclasses.replace(study, trials=(dataclasses.replace(first, state=state), *rest))
+    figure = curves_figure(ended, "quality", marks_of(ended))
+    assert sum(len(t["x"]) for t in figure["data"] if t["marker"]["symbol"] == "x-thin") == 1
+
+
 def test_three_hundred_curves_take_few_traces(study_of):
     study = study_of(300)
     assert len(curves_figure(study, "loss", marks_of(study))["data"]) <= 3 * len(marks_of(study))

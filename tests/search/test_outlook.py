@@ -140,6 +140,13 @@ def test_a_trial_that_failed_takes_none_of_what_came_after_it(make_trial: MakeTr
     assert grow(failed).estimate_trials(8).expected > 0.05
 
 
+def test_what_was_refused_for_its_measured_memory_took_its_time(make_trial: MakeTrial) -> None:
+    trials = [make_trial(0.5, 0.5, 0.6 + place / 50) for place in range(8)]
+    measured, never_begun = make_trial(0.6, state="refused", seconds=7.0), make_trial(state="refused", seconds=0.0)
+    assert model([*trials, measured, never_begun]).spent_seconds == model(trials).spent_seconds + 7.0
+    assert model([*trials, measured, never_begun]).num_trials == 9
+
+
 def test_paused_trials_go_on_though_no_new_one_may_be_begun(make_trial: MakeTrial) -> None:
     trials = [make_trial(0.5, 0.5, 0.6 + place / 50) for place in range(10)]
     assert model(trials).estimate_trials(0).expected == 0.0

@@ -82,8 +82,9 @@ def test_what_nothing_would_stop_now_goes_on(studied: Studied) -> None:
     assert numbers(studied.race().judge_all()) == [(stopped.number, None)]
 
 
-def test_what_is_over_a_limit_stops_nobody_and_what_it_stopped_goes_on(studied: Studied) -> None:
-    studied.add(0.5, 0.5, state="refused")
+@pytest.mark.parametrize("state", ["refused", "failed"])
+def test_what_is_over_a_limit_or_failed_stops_nobody_and_what_it_stopped_goes_on(studied: Studied, state: str) -> None:
+    studied.add(0.5, 0.5, state=state)
     studied.add(0.9)
     stopped = studied.add(0.9, state="stopped")
     assert numbers(studied.race().judge_all()) == [(stopped.number, None)]

@@ -341,6 +341,31 @@ class OutOfMemory(InlineExecutor):
             self._due.append((due, job, WorkerEvent(worker, ended, due)))
 
 
+class LaterOutOfMemory(InlineExecutor):
+    """What learns fast runs out of memory once it goes on after its first rung."""
+
+    def assign(self, worker: int, pack: Pack) -> None:
+        super().assign(worker, pack)
+        stretch = pack.stretches[0]
+        if stretch.spec.learning_rate > 1e-5 and stretch.from_step > 0:
+            due, job, _ = self._due.pop()
+            ended = Ended(job=stretch.job, reason="out_of_memory", detail="CUDA out of memory", peak_vram_bytes=None)
+            self._due.append((due, job, WorkerEvent(worker, ended, due)))
+
+
+def test_what_fails_after_a_rung_gives_back_what_it_stopped(studies: FakeStudies, make_spec: MakeSpec) -> None:
+    good, worse = make_spec(), make_spec(learning_rate=1e-6, settings={"rank": 16})
+    store = studies.create(budget="2trials", included=(good, worse))
+    states = []
+    search = Search(
+        store, LaterOutOfMemory(studies.executor(store)._setup, 1), restore_space(store.config),
+        on_change=lambda status: states.append([trial.state for trial in status.trials]),
+    )  # fmt: skip
+    search.run()
+    assert any(state[:2] in (["paused", "stopped"], ["running", "stopped"]) for state in states), "nothing was stopped"
+    assert [trial.state for trial in store.trials] == ["failed", "complete"]
+
+
 def test_out_of_memory_is_an_outcome_and_its_peak_is_kept(studies: FakeStudies) -> None:
     store = studies.create(budget="6trials")
     record = Search(store, OutOfMemory(studies.executor(store)._setup, 1), restore_space(store.config)).run()
