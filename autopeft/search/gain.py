@@ -23,8 +23,11 @@ QUANTILES = np.array([-1.645, -1.036, -0.674, -0.385, -0.126, 0.126, 0.385, 0.67
 """Standard normal quantiles at 5%, 15%, ..., 95%: a mean over them stands for the expectation."""
 _PRIOR_GAIN_DEVIATION = 0.1
 """Spread of how much quality changes from one rung to the next, before any trial has shown it; counts as one trial."""
-_SLOPE_PRIOR = 2.0
-"""Trials a standard deviation off in loss that have to show a slope before half of it is believed."""
+_PRIOR_SLOPE = -0.05
+"""What quality is expected to gain up to the next rung for each standard deviation that a trial's loss is above the
+mean."""
+_PRIOR_SLOPE_COUNT = 3.0
+"""Trials a standard deviation off in loss that have to show another slope before half of it is believed."""
 _LEAST_SCORES = 8
 """Below, a line through scores says less than the scores themselves."""
 
@@ -112,9 +115,8 @@ class GrowthModel:
     """How quality grows from rung to rung, learned from every trial that has reached the next one.
 
     Losses differ before qualities do: on a hard task all answers are the most frequent label's for long, and the loss
-    tells who is about to learn. So growth goes along a line with a trial's standing in loss at its rung, drawn towards
-    none until several have shown it. On the recording of cola, where halving by loss did well, half the budget then
-    finds 0.82 of the hypervolume instead of 0.77; on sst2 and trec it changes nothing.
+    tells who is about to learn. So growth goes along a line with a trial's standing in loss at its rung: what has the
+    lower loss is expected to gain more, until several have shown otherwise.
     """
 
     def __init__(self, trials: Sequence[Trial], rungs: Sequence[int]) -> None:
@@ -167,10 +169,10 @@ def _measure_losses(scores: Sequence[RungScore]) -> Forecast:
 def _fit_growth(pairs: Sequence[tuple[float, float]]) -> _Growth:
     """Of (place in loss, growth)."""
     if not pairs:
-        return _Growth(_pool([]), 0.0)
+        return _Growth(_pool([]), _PRIOR_SLOPE)
     places, growths = (np.array(values) for values in zip(*pairs, strict=True))
     off = places - places.mean()
-    slope = float(off @ growths / (off @ off + _SLOPE_PRIOR))
+    slope = float((off @ growths + _PRIOR_SLOPE * _PRIOR_SLOPE_COUNT) / (off @ off + _PRIOR_SLOPE_COUNT))
     return _Growth(_pool(list(growths - slope * places)), slope)
 
 

@@ -79,6 +79,11 @@ class Race:
             return self._beats_base(self._read_losses(last.scores_file))
         return beats_majority(last.quality, self._store.config.majority_quality, last.num_examples)
 
+    def has_learned_nothing(self) -> bool:
+        """Whether trials have been scored, and none of them clearly beats what no learning gives."""
+        scored = [trial for trial in self._store.trials if trial.rungs]
+        return bool(scored) and not any(self.beats_floor(trial) for trial in scored)
+
     def _beats_base(self, losses: npt.NDArray[np.float64] | None) -> bool:
         """Whether by more than two standard errors of the paired differences in loss."""
         baseline = self._store.baseline

@@ -236,6 +236,7 @@ class Search:
             self.store.reference,
             self.speed,
             is_clocked=self.account.budget.is_clocked,
+            nothing_learned=self.race.has_learned_nothing(),
             rows=self.sampler.encode_trials(),
             most=self.limits.most(),
         )

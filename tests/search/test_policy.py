@@ -130,7 +130,7 @@ def test_only_paused_trials_are_promoted(make_trial: MakeTrial, state: str) -> N
 
 def test_the_cheap_end_is_promoted_beside_the_accurate_end(make_trial: MakeTrial) -> None:
     # The middle one is dominated by the accurate one at equal cost.
-    trials = [make_trial(0, [0.9], vram=500), make_trial(1, [0.8], vram=500), make_trial(2, [0.6], vram=50)]
+    trials = [make_trial(0, [0.9], vram=500), make_trial(1, [0.8], vram=500), make_trial(2, [0.7], vram=50)]
     assert order(trials) == [0, 2, 1]
 
 
@@ -179,9 +179,20 @@ def test_some_stretches_go_by_quality_whatever_it_costs(make_trial: MakeTrial) -
     assert chosen.count(1) == QUALITY_EVERY - 1
 
 
+def test_while_nothing_is_learned_quality_alone_decides(make_trial: MakeTrial) -> None:
+    # As dear as the reference, so it adds nothing to the hypervolume.
+    dearest, cheap = make_trial(0, [0.52], vram=1000), make_trial(1, [0.51], vram=100)
+    prices = [appraise([dearest, cheap], nothing_learned=flag).price_paused([dearest, cheap]) for flag in (False, True)]
+    assert prices[0][0] < prices[0][1]
+    assert prices[1][0] > prices[1][1]
+    newcomers = [make_newcomer(vram=1000), make_newcomer(vram=100)]
+    dear, small = appraise([cheap], nothing_learned=True).price_new(newcomers)
+    assert dear == pytest.approx(small)
+
+
 def test_what_a_running_trial_will_bring_is_not_sought_twice(make_trial: MakeTrial) -> None:
     # The best forecast costs as much as what runs already; the cheap one adds more beside it.
-    trials = [make_trial(0, [0.95], vram=300), make_trial(1, [0.5], vram=100)]
+    trials = [make_trial(0, [0.95], vram=300), make_trial(1, [0.72], vram=100)]
     assert order(trials)[0] == 0
     running = make_trial(2, [0.95, 0.95], state="running", vram=300)
     prices = appraise([*trials, running]).price_paused(trials)

@@ -107,3 +107,13 @@ def test_the_last_rung_stops_nobody(studied: Studied) -> None:
     newcomer = studied.add(0.5, 0.5, 0.5, state="complete")
     assert numbers(studied.race().judge_newcomer(newcomer)) == []
     assert worse.state == "complete"
+
+
+@pytest.mark.parametrize(("losses", "has_learned_nothing"), [((), False), ((0.96, 0.97), True), ((0.97, 0.5), False)])
+def test_nothing_is_learned_while_no_score_clearly_beats_the_majority(
+    studied: Studied, losses: tuple[float, ...], has_learned_nothing: bool
+) -> None:
+    # The majority's quality is 0.5, its margin on 300 examples 0.06; a quality is 1.5 less the loss.
+    for loss in losses:
+        studied.add(loss)
+    assert studied.race().has_learned_nothing() == has_learned_nothing

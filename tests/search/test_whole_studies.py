@@ -277,6 +277,22 @@ def test_time_that_is_left_goes_to_what_was_stopped(studies: FakeStudies, make_s
     assert {trial.state for trial in by_the_clock.trials} == {"complete"}
 
 
+@pytest.mark.parametrize(("floor", "by_quality"), [(0.5, 1), (0.999, 4)])
+def test_until_something_is_learned_every_turn_is_qualitys(studies: FakeStudies, floor: float, by_quality: int) -> None:
+    search = studies.search(studies.create(budget="5trials", majority_quality=floor))
+    turns: list[bool] = []
+    make = search._make_appraiser
+
+    def note() -> Any:
+        appraiser = make()
+        turns.append(appraiser.is_turn_of_quality)
+        return appraiser
+
+    search._make_appraiser = note  # type: ignore[method-assign]
+    search.run()
+    assert sum(turns[:5]) == by_quality
+
+
 # --- infeasible and failed trials
 
 
