@@ -24,8 +24,8 @@ from autopeft.wording import first_line
 
 _DESCRIPTION = ("*.json", "*.txt", "*.model", "*.jinja", "bpe.codes")
 """Configuration and tokenizer, at the root of a repository; BERTweet's and PhoBERT's merges are in bpe.codes."""
-_WEIGHTS = (("model.safetensors", "model-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*.bin"))
-"""What transformers loads: in one file or in parts, and the first kind that there is."""
+_WEIGHTS = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
+"""What transformers loads: in one file or in parts, the first of these that there is."""
 _PART = re.compile(r"-\d+-of-(\d+)\.")
 _CONNECT_SECONDS, _ANSWER_SECONDS = 5.0, 10.0
 """A first packet that is lost is sent again after 1 and after 3 seconds, so that a slow network connects by then."""
@@ -205,7 +205,7 @@ def _choose(files: Sequence[_File], patterns: Sequence[str]) -> list[_File]:
 
 
 def _choose_weights(files: Sequence[_File]) -> list[_File]:
-    return next((found for kind in _WEIGHTS if (found := _choose(files, kind))), [])
+    return next((found for kind in _WEIGHTS if (found := _choose(files, (kind,)))), [])
 
 
 def _walk_causes(error: BaseException | None) -> list[BaseException]:

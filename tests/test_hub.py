@@ -137,6 +137,18 @@ def test_a_download_that_was_cut_short_is_no_model(hub: Hub, root: Path, tmp_pat
     assert fetch(tmp_path, hub.url, "acme/tiny", "model")[-1].startswith("True")
 
 
+def test_of_weights_that_are_there_whole_and_in_parts_the_whole_alone_is_fetched(
+    hub: Hub, root: Path, tmp_path: Path
+) -> None:
+    whole = root / "models/acme/tiny/model.safetensors"
+    for number in (1, 2):
+        shutil.copy(whole, whole.with_name(f"model-{number:05}-of-00002.safetensors"))
+    (found,) = (line for line in fetch(tmp_path, hub.url, "acme/tiny", "description") if line.isdigit())
+    assert int(found) == whole.stat().st_size
+    assert fetch(tmp_path, hub.url, "acme/tiny", "model")[-1].startswith("True")
+    assert [path.name for path in (tmp_path / "home").rglob("snapshots/*/*.safetensors")] == [whole.name]
+
+
 def test_what_cannot_be_fetched_says_why(hub: Hub, root: Path, tmp_path: Path) -> None:
     (root / "models/acme/empty").mkdir()
     shutil.copy(root / "models/acme/tiny/config.json", root / "models/acme/empty")
