@@ -8,14 +8,14 @@ from autopeft.search.store import StudyStore
 
 
 class EarlyEnd:
-    """Asks the outlook anew whenever a trial has paused or ended: where a running one then adds more than was expected,
-    the search goes on."""
+    """Asks the outlook anew whenever a trial has paused, ended or gone on after all: where a running one then adds more
+    than was expected, the search goes on."""
 
     def __init__(self, store: StudyStore, account: Account) -> None:
         self._store = store
         self._account = account
-        self._num_told = -1
-        """Scores and ends that `expected` knows of."""
+        self._told: list[tuple[int, bool]] | None = None
+        """How many scores of each trial `expected` knows of, and whether of its end."""
         self.expected: float | None = None
         """Growth of the front's hypervolume with the rest of the budget, as a share of it; None where too little was
         tried to say."""
@@ -24,9 +24,9 @@ class EarlyEnd:
         least, trials = self._store.config.least_gain, self._store.trials
         if least is None or any(trial.state == "waiting" for trial in trials):
             return False
-        num_told = sum(len(trial.rungs) + (trial.outcome is not None) for trial in trials)
-        if num_told != self._num_told:
-            self._num_told = num_told
+        told = [(len(trial.rungs), trial.outcome is not None) for trial in trials]
+        if told != self._told:
+            self._told = told
             self.expected = expect_rest(
                 trials,
                 self._store.reference,

@@ -25,7 +25,8 @@ _PRIOR_GAIN_DEVIATION = 0.1
 """Spread of how much quality changes from one rung to the next, before any trial has shown it; counts as one trial."""
 _PRIOR_SLOPE = -0.05
 """What quality is expected to gain up to the next rung for each standard deviation that a trial's loss is above the
-mean."""
+mean. With -0.03 to -0.08 a fifth of the budget finds 0.57 to 0.65 of the hypervolume of the first forty configurations
+recorded on cola, without it 0.54; on sst2 and trec either way less than 0.02 more or less."""
 _PRIOR_SLOPE_COUNT = 3.0
 """Trials a standard deviation off in loss that have to show another slope before half of it is believed."""
 _LEAST_SCORES = 8
@@ -65,7 +66,7 @@ class QualityModel:
                 self._lines[step] = _fit_line(here)
 
     def estimate(self, score: RungScore) -> Forecast:
-        noise = _sampling_variance(score)
+        noise = sampling_variance(score)
         line = self._lines.get(score.step)
         if line is None or not _has_loss(score):
             return Forecast(score.quality, math.sqrt(noise))
@@ -81,7 +82,7 @@ def _has_loss(score: RungScore) -> bool:
 def _fit_line(scores: Sequence[RungScore]) -> _Line:
     x = np.log([score.loss for score in scores])
     y = np.array([score.quality for score in scores])
-    noise = np.array([_sampling_variance(score) for score in scores])
+    noise = np.array([sampling_variance(score) for score in scores])
     spread = float(np.var(x))
     slope = float(np.mean((x - x.mean()) * (y - y.mean()))) / spread if spread > 0 else 0.0
     offset = float(y.mean() - slope * x.mean())
@@ -90,7 +91,7 @@ def _fit_line(scores: Sequence[RungScore]) -> _Line:
     return _Line(offset, slope, max(float(np.mean(squares - noise)), float(np.mean(squares)) / len(scores)))
 
 
-def _sampling_variance(score: RungScore) -> float:
+def sampling_variance(score: RungScore) -> float:
     """Of an accuracy, by Laplace's estimate: a score of 0 or 1 on few examples is not certain.
 
     So it is where a spread was recorded: that of a model which gives everything one class is 0.
@@ -133,7 +134,7 @@ class GrowthModel:
                 growth = self._quality.estimate(later).mean - self._quality.estimate(score).mean
                 pairs[score.step].append((self._place(score), growth))
         self._growths = {step: _fit_growth(found) for step, found in pairs.items()}
-        noises = [_sampling_variance(trial.rungs[-1]) for trial in trials if trial.rungs]
+        noises = [sampling_variance(trial.rungs[-1]) for trial in trials if trial.rungs]
         self._noise = statistics.median(noises) if noises else 0.0
 
     def forecast(self, trial: Trial) -> Forecast:

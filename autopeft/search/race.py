@@ -9,8 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from autopeft.records import RungScore, Stopped
 from autopeft.search.front import cost_vector
-from autopeft.search.racing import Contender, LossCurve, RacingRule, Verdict, beats_majority, paired_z
+from autopeft.search.gain import sampling_variance
+from autopeft.search.racing import Contender, LossCurve, RacingRule, Verdict, paired_z
 from autopeft.search.store import StudyStore, Trial
 
 
@@ -19,7 +21,7 @@ class Decision(NamedTuple):
 
     trial: Trial
     verdict: Verdict | None
-    """What stops a paused trial; None for a stopped one that goes on after all."""
+    """What stops it; None for a stopped one that goes on after all."""
 
 
 class Race:
@@ -62,6 +64,18 @@ class Race:
                     decisions.append(Decision(trial, verdict))
         return decisions
 
+    def judge_beaten_by(self, failed: Trial) -> list[Decision]:
+        """What a trial had stopped that is on no front now: stopped by another, or going on."""
+        decisions = []
+        for trial in self._store.trials:
+            if not isinstance(trial.outcome, Stopped) or trial.outcome.rival != failed.number:
+                continue
+            if self._store.may_revive(trial):
+                field = self._find_field(trial.step)
+                own = next(contender for other, contender in field if other is trial)
+                decisions.append(Decision(trial, self.judge(own, [contender for _, contender in field])))
+        return decisions
+
     def judge(self, contender: Contender, rivals: Sequence[Contender]) -> Verdict | None:
         """`rivals` were scored at the contender's rung, which they may have left behind."""
         floor = self._store.config.majority_quality
@@ -74,15 +88,18 @@ class Race:
 
     def beats_floor(self, trial: Trial) -> bool:
         """Whether a scored trial is clearly better than what no learning gives."""
-        last = trial.rungs[-1]
-        if self._is_generation:
-            return self._beats_base(self._read_losses(last.scores_file))
-        return beats_majority(last.quality, self._store.config.majority_quality, last.num_examples)
+        return self._beats_floor(trial.rungs[-1])
 
     def has_learned_nothing(self) -> bool:
-        """Whether trials have been scored, and none of them clearly beats what no learning gives."""
-        scored = [trial for trial in self._store.trials if trial.rungs]
-        return bool(scored) and not any(self.beats_floor(trial) for trial in scored)
+        """Whether trials have been scored, and none has ever been clearly better than what no learning gives."""
+        scores = [score for trial in self._store.trials for score in trial.rungs]
+        return bool(scores) and not any(map(self._beats_floor, scores))
+
+    def _beats_floor(self, score: RungScore) -> bool:
+        """By more than two standard errors."""
+        if self._is_generation:
+            return self._beats_base(self._read_losses(score.scores_file))
+        return score.quality - self._store.config.majority_quality > 2 * math.sqrt(sampling_variance(score))
 
     def _beats_base(self, losses: npt.NDArray[np.float64] | None) -> bool:
         """Whether by more than two standard errors of the paired differences in loss."""

@@ -405,9 +405,7 @@ class Search:
     def _give_up(self, failed: Trial) -> None:
         self.store.save(failed)
         self.store.drop_checkpoints(failed)
-        if failed.rungs:
-            # On no front now: what it alone had stopped goes on.
-            self._carry_out(self.race.judge_all())
+        self._carry_out(self.race.judge_beaten_by(failed))
 
     def _set_floor(self, quality: float, test_quality: float) -> None:
         """What trials of a generation task must beat, known once the untrained base was scored."""
@@ -436,6 +434,8 @@ class Search:
                 self._give_up(trial)
             else:
                 requeue(trial, self.store, self.account.ledger)
+                if not trial.rungs:
+                    self._carry_out(self.race.judge_beaten_by(trial))
         elif running.stretch.purpose == "confirm":
             if trial.deaths >= _MOST_DEATHS:
                 self._note(f"A confirmation of trial {trial.number} was given up: its workers died.")

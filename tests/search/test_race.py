@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from autopeft.records import Cost, RungScore
+from autopeft.records import Cost, RungScore, Stopped
 from autopeft.search.plan import restore_space
 from autopeft.search.race import Race
 from autopeft.search.racing import PairedRacing
@@ -109,11 +109,38 @@ def test_the_last_rung_stops_nobody(studied: Studied) -> None:
     assert worse.state == "complete"
 
 
-@pytest.mark.parametrize(("losses", "has_learned_nothing"), [((), False), ((0.96, 0.97), True), ((0.97, 0.5), False)])
+@pytest.mark.parametrize(
+    ("losses", "has_learned_nothing"),
+    [((), False), ((0.96, 0.97), True), ((0.97, 0.5), False)],
+    ids=["nothing scored", "about the majority's", "one better"],
+)
 def test_nothing_is_learned_while_no_score_clearly_beats_the_majority(
     studied: Studied, losses: tuple[float, ...], has_learned_nothing: bool
 ) -> None:
-    # The majority's quality is 0.5, its margin on 300 examples 0.06; a quality is 1.5 less the loss.
+    # The majority's quality is 0.5, two standard errors on 300 examples 0.06; a quality is 1.5 less the loss.
     for loss in losses:
         studied.add(loss)
     assert studied.race().has_learned_nothing() == has_learned_nothing
+
+
+def test_what_has_been_learned_once_can_be_learned(studied: Studied) -> None:
+    studied.add(0.6, 1.0, state="failed")
+    assert not studied.race().has_learned_nothing()
+
+
+def test_a_majority_that_leaves_little_to_learn_can_be_beaten(studied: Studied) -> None:
+    studied.config = replace(studied.config, majority_quality=0.96)
+    studied.add(0.55)
+    assert studied.race().has_learned_nothing()
+    studied.add(0.505)
+    assert not studied.race().has_learned_nothing()
+
+
+def test_what_a_failed_trial_had_stopped_goes_on_or_is_stopped_by_another(studied: Studied) -> None:
+    failed, middle = studied.add(0.5, state="failed"), studied.add(0.7)
+    by_it, too, by_another = (studied.add(loss, state="stopped") for loss in (0.7, 0.9, 0.9))
+    for trial, rival in ((by_it, failed), (too, failed), (by_another, middle)):
+        trial.outcome = Stopped(rung=0, rival=rival.number, detail="")
+    assert numbers(studied.race().judge_beaten_by(failed)) == [(by_it.number, None), (too.number, middle.number)]
+    studied.told.add(by_it.number)
+    assert numbers(studied.race().judge_beaten_by(failed)) == [(too.number, middle.number)]
