@@ -78,6 +78,7 @@ class Asked(NamedTuple):
     methods: tuple[str, ...] | None = None
     bits: int | None = None
     workers: int | None = None
+    budget: str = "1trials"
 
 
 def plan_listed(asked: Asked) -> Plan:
@@ -85,7 +86,7 @@ def plan_listed(asked: Asked) -> Plan:
     return make_plan(
         Request(
             task=asked.task,
-            budget="1trials",
+            budget=asked.budget,
             model="minilm",
             methods=",".join(asked.methods) if asked.methods else None,
             fix=() if asked.bits is None else (f"bits={asked.bits}",),

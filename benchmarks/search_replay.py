@@ -29,7 +29,7 @@ from machine import describe_machine
 from peers import PEERS, is_installed, play
 from searchers import OurSearch, Source, Trace
 from svg import draw_lines
-from tables import PART, Table, draw_part, read_metamathqa, read_table
+from tables import PART, Table, choose_since, draw_part, read_metamathqa, read_table
 
 from autopeft.records import to_record
 from autopeft.search.front import parse_objectives
@@ -59,6 +59,8 @@ def main() -> None:
     else:
         rows = compare(table, arguments.seeds, arguments.peers)
         text, record = describe_table(table, rows, arguments.seeds), to_record(rows)
+        if arguments.since:
+            text = f"The recipes, and what was recorded after the first {arguments.since}: {text}"
     print(text)
     if arguments.out:
         _write(arguments.out, text, record)
@@ -77,6 +79,8 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--objectives", default=None, help="of a study; quality,vram for metamathqa")
     parser.add_argument("--seeds", type=int, default=20, metavar="K")
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=None, help="all that are installed")
+    parser.add_argument("--since", type=int, default=0, metavar="N",
+                        help="only recipes and what was recorded after the first N configurations")  # fmt: skip
     parser.add_argument("--halves", action="store_true", help="choose settings on random halves of the table")
     parser.add_argument("--out", metavar="NAME", help="write results/NAME.json and results/NAME.md")
     parser.add_argument("--docs", metavar="NAME", help="fill the place NAME in docs/search.md, and its figure")
@@ -89,6 +93,8 @@ def _parse_arguments() -> argparse.Namespace:
         parser.error(f"not installed: {', '.join(missing)}. Say pip install syne-tune, or name other --peers")
     if arguments.table == "metamathqa" and arguments.data_dir is None:
         parser.error("name the folder that holds peft_metamathqa with --data-dir or AUTOPEFT_DATA_DIR")
+    if arguments.since < 0 or (arguments.since and arguments.table == "metamathqa"):
+        parser.error("--since takes a number of configurations, of a recording made by racing.py record")
     if arguments.halves and arguments.table != "metamathqa":
         parser.error("--halves is for tables without per-example losses, whose noise scale has settings")
     return arguments
@@ -99,9 +105,10 @@ def _read(arguments: argparse.Namespace) -> Table:
         objectives = parse_objectives(arguments.objectives or "quality,vram")
         return read_metamathqa(Path(arguments.data_dir), objectives=objectives, rungs=METAMATHQA_RUNGS)
     path = Path(arguments.table)
-    return read_table(
+    table = read_table(
         path, path.stem, objectives=parse_objectives(arguments.objectives) if arguments.objectives else None
     )
+    return choose_since(table, arguments.since) if arguments.since else table
 
 
 # --- measure

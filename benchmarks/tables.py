@@ -16,6 +16,7 @@ import numpy.typing as npt
 from autopeft.backends.replay import Curve, Curves, Recording, even_pace, read_recording
 from autopeft.records import Cost, Provenance, RungScore, StudyConfig, TrialSpec
 from autopeft.search.front import cost_vector, find_nondominated, hypervolume, scale_point
+from autopeft.search.plan import restore_space
 
 Floats = npt.NDArray[np.float64]
 
@@ -134,6 +135,14 @@ def draw_part(table: Table, seed: int) -> Table:
         return table
     count = len(table.curves)
     return table.choose(sorted(random.Random(seed).sample(range(count), round(PART * count))), table.name)
+
+
+def choose_since(table: Table, count: int) -> Table:
+    """The recipes, and what was recorded after the first `count`: but for the recipes, new to whatever was chosen with
+    those in view."""
+    recipes = {spec.key() for spec in restore_space(table.recording.curves.config).recipes}
+    places = [place for place, curve in enumerate(table.curves) if place >= count or curve.spec.key() in recipes]
+    return table.choose(places, f"{table.name}, since {count}")
 
 
 def read_table(path: Path, name: str, *, objectives: Sequence[str] | None = None) -> Table:

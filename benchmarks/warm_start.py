@@ -4,7 +4,8 @@
     python benchmarks/warm_start.py benchmarks/results/table-trec-minilm.npz --sources leaderboards/sst2/minilm.json
 
 Each table is searched in turn, the other tables being the sources, all that was trained to its end on them, or the
-leaderboards that `--sources` names. Both searches are the product's, on one worker with a simulated clock; a
+leaderboards that `--sources` names; and with an earlier study of the same task as the source, which is what the part of
+the table that a seed does not search comes to. The searches are the product's, on one worker with a simulated clock; a
 configuration that was not recorded is answered by the nearest that was. Every seed searches another random part of the
 table. Hypervolumes are shares of what training everything gives, budgets shares of what that takes.
 """
@@ -46,12 +47,18 @@ def main() -> None:
         sources = read_sources(arguments.sources, Path()) if arguments.sources else []
         sources = sources or [make_source(other) for other in tables if other is not table]
         parts = [draw_part(table, seed) for seed in range(arguments.seeds)]
+        earlier = [make_source(_leave_out(table, part)) for part in parts]
         cold = OurSearch(source="chosen")
-        warm = [replace(cold, warm_start=choose_recorded(part, sources)) for part in parts]
-        for title, searches in (("recipes", [cold] * len(parts)), ("warm", warm)):
+        same = [
+            replace(cold, warm_start=choose_recorded(part, [one])) for part, one in zip(parts, earlier, strict=True)
+        ]
+        others = ", ".join(source.title for source in sources)
+        rows = [("recipes", "", [cold] * len(parts)), ("warm", f"the other {1 - PART:.0%} of {table.name}", same)]
+        if sources:
+            rows.append(("warm", others, [replace(cold, warm_start=choose_recorded(part, sources)) for part in parts]))
+        for title, names, searches in rows:
             volumes = [measure(parts, searches, share) for share in SHARES]
             cells = " | ".join(f"{volume:.3f}" for volume in volumes)
-            names = ", ".join(source.title for source in sources)
             lines.append(f"| {_name(table)} | {names} | {title} | {cells} |")
             record.append({"searched": _name(table), "sources": names, "start": title, "volumes": volumes})
             print(f"{lines[-1]}", file=sys.stderr, flush=True)
@@ -72,10 +79,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=20, metavar="K")
     parser.add_argument("--out", metavar="NAME", help="write results/NAME.json and results/NAME.md")
     parser.add_argument("--sources", nargs="+", metavar="JSON", help="leaderboards instead of the other tables")
-    arguments = parser.parse_args()
-    if len(arguments.tables) < 2 and not arguments.sources:
-        parser.error("a warm start takes another table than the one that is searched, or --sources")
-    return arguments
+    return parser.parse_args()
 
 
 def make_source(table: Table) -> Source:
@@ -95,6 +99,10 @@ def make_source(table: Table) -> Source:
             if curve.failed is None
         ),
     )  # fmt: skip
+
+
+def _leave_out(table: Table, part: Table) -> Table:
+    return table.choose([place for key, place in table.index_of.items() if key not in part.index_of], table.name)
 
 
 def choose_recorded(table: Table, sources: Sequence[Source]) -> WarmStart:

@@ -1,0 +1,194 @@
+"""Real searches in the whole space, beside the random ones that a recording holds.
+
+    python benchmarks/open_search.py benchmarks/results/table-sst2-minilm.npz --runs 3 --out open-sst2
+
+A recording by `racing.py record` is a random search that trained everything to its end: recipes, then configurations
+drawn at random from the default space. Replays of it cannot show what a search gains by choosing freely, since there it
+may only have what was recorded. Here the product searches for real, with workers and a clock, on the same rows at the
+same length, for a share of the device time that the recording took. Its front is measured as the recording's is, with
+the same reference, as a share of the hypervolume of everything recorded.
+
+Every run has the recording's seed, for its rows; runs differ as any two with a clock and several workers do. Finished
+ones in --work are not run again: empty it after a change of the search. Run it on a quiet machine, since the
+recording's time is that of its fastest stretches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from configurations import limit_rows
+from listed_search import Asked, plan_listed
+from machine import describe_machine
+from peers import PEERS, play
+from tables import Table, read_table
+
+from autopeft.executors.local import LocalExecutor
+from autopeft.records import StudyRecord, TrialRecord, to_record
+from autopeft.search.front import find_nondominated, hypervolume, scale_point
+from autopeft.search.plan import Plan, make_provenance
+from autopeft.search.results import build_record
+from autopeft.search.store import StudyStore
+from autopeft.search.study import Search
+
+RESULTS = Path(__file__).parent / "results"
+SHARES = (1 / 20, 1 / 10, 1 / 6, 1 / 5, 1 / 3, 1 / 2, 1.0)
+"""Of the device time of training everything recorded."""
+ORDERS = 200
+"""Of the recorded configurations, for random search."""
+VALIDATION_ROWS = 1000
+"""As in the recordings."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One search, or random search's medians."""
+
+    title: str
+    volumes: tuple[float | None, ...]
+    """At each of SHARES, of everything recorded; None beyond the budget."""
+    share_for_all: float | None
+    """Of the recording's device time, when the hypervolume of everything recorded was reached."""
+    num_begun: int | None
+    num_complete: int | None
+    best_quality: float | None
+    """Of the search-validation split."""
+
+
+def main() -> None:
+    arguments = _parse_arguments()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    table = read_table(arguments.table, arguments.table.stem)
+    plan = _make_plan(arguments, table)
+    rows = [_measure(_search(plan, arguments.work, run), table, f"autopeft, run {run + 1}", arguments.share)
+            for run in range(arguments.runs)]  # fmt: skip
+    rows.append(_measure_random(table))
+    text = describe(table, rows, plan)
+    print(text)
+    if arguments.out:
+        data = {"made_at": datetime.now(UTC).isoformat(timespec="seconds"), "machine": describe_machine(),
+                "result": to_record(rows)}  # fmt: skip
+        (RESULTS / f"{arguments.out}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        (RESULTS / f"{arguments.out}.md").write_text(text + "\n", encoding="utf-8")
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path, help="a recording made by racing.py record")
+    parser.add_argument("--share", type=float, default=1 / 5, help="of the recording's device time, as the budget")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--data-dir", type=Path, default=os.environ.get("AUTOPEFT_DATA_DIR"))
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "autopeft-open", metavar="DIR",
+                        help="the studies")  # fmt: skip
+    parser.add_argument("--out", metavar="NAME", help="write results/NAME.json and results/NAME.md")
+    arguments = parser.parse_args()
+    if arguments.data_dir is None:
+        parser.error("name the folder that holds TASK/train.jsonl with --data-dir or AUTOPEFT_DATA_DIR")
+    return arguments
+
+
+def _make_plan(arguments: argparse.Namespace, table: Table) -> Plan:
+    """What the command line would plan with this budget, but for confirmation: nothing is kept for it."""
+    recorded = table.recording.curves.config
+    task, seed = recorded.task_name, recorded.seed
+    rows = limit_rows(arguments.data_dir.resolve(), task, VALIDATION_ROWS, arguments.work / "data", seed=seed)
+    seconds = arguments.share * table.total_seconds
+    plan = plan_listed(Asked(task, str(rows), table.rungs[-1], seed, budget=f"{seconds / 60:.2f}cpu-min"))
+    if make_provenance(plan).task_digest != table.recording.curves.provenance.task_digest:
+        sys.exit(f"The recording is of other rows of '{task}' than those in {arguments.data_dir}: they do not compare.")
+    return replace(plan, config=replace(plan.config, confirm_share=0.0, confirm_seeds=0))
+
+
+def _search(plan: Plan, root: Path, run: int) -> StudyRecord:
+    name = f"{plan.config.task_name}-{plan.config.budget}-{run}"
+    if (root / name / "study.db").exists():
+        store = StudyStore.open(root, name)
+        if store.finished:
+            return build_record(store)
+    else:
+        store = StudyStore.create(
+            root, replace(plan.config, name=name), make_provenance(plan), plan.validation_labels()
+        )
+    executor = LocalExecutor(replace(plan.setup(root), study_dir=str((root / name).resolve())), list(plan.devices))
+    with store.lock():
+        return Search(store, executor, plan.space).run()
+
+
+def _measure(record: StudyRecord, table: Table, title: str, share: float) -> Row:
+    """By the clock, all workers counted busy from the start."""
+    ended_at = {segment.trial: segment.end_seconds for segment in record.segments if segment.purpose == "search"}
+    complete = [trial for trial in record.trials if trial.state == "complete"]
+    complete.sort(key=lambda trial: ended_at[trial.number])
+    rate = record.config.workers * record.provenance.threads
+    ends = [ended_at[trial.number] * rate / table.total_seconds for trial in complete]
+    volumes = [_count_volume(complete[: place + 1], table) for place in range(len(complete))]
+    reached = [end for end, volume in zip(ends, volumes, strict=True) if volume >= 1]
+    return Row(
+        title=title,
+        volumes=tuple(
+            max((volume for end, volume in zip(ends, volumes, strict=True) if end <= at), default=0.0)
+            if at <= share * (1 + 1e-9)
+            else None
+            for at in SHARES
+        ),
+        share_for_all=min(reached, default=None),
+        num_begun=sum(bool(trial.rungs) for trial in record.trials),
+        num_complete=len(complete),
+        best_quality=max((trial.rungs[-1].quality for trial in complete), default=None),
+    )
+
+
+def _count_volume(trials: Sequence[TrialRecord], table: Table) -> float:
+    reference = table.recording.curves.reference
+    points = np.array(
+        [scale_point(trial.rungs[-1].quality, trial.cost, reference) for trial in trials if trial.cost is not None]
+    )
+    return hypervolume(points[find_nondominated(points)], [1.0] * points.shape[1]) / table.total_volume
+
+
+def _measure_random(table: Table) -> Row:
+    volumes = []
+    for order in range(ORDERS):
+        ended = play(PEERS["random search"], table, order).ended
+        places = [[e.place for e in ended if e.at_seconds <= at * table.total_seconds * (1 + 1e-9)] for at in SHARES]
+        volumes.append([table.volume(had) / table.total_volume for had in places])
+    qualities = [quality for curve in table.curves if (quality := curve.final_quality) is not None]
+    return Row(
+        title=f"random search, median of {ORDERS} orders",
+        volumes=tuple(statistics.median(column) for column in zip(*volumes, strict=True)),
+        share_for_all=None, num_begun=None, num_complete=len(qualities), best_quality=max(qualities),
+    )  # fmt: skip
+
+
+def describe(table: Table, rows: Sequence[Row], plan: Plan) -> str:
+    config = table.recording.curves.config
+    lines = [
+        f"{len(table.curves)} configurations recorded, {config.model} on {config.task_name}, {table.rungs[-1]} steps, "
+        f"{table.total_seconds / 3600:.2f} device-hours for all; {plan.device_title}. Hypervolumes are shares of what "
+        f"all of it gives, over {', '.join(config.objectives)}.",
+        "",
+        "| search | " + " | ".join("all" if share == 1 else f"at 1/{round(1 / share)}" for share in SHARES)
+        + " | budget for the recording's | begun | to the end | best quality |",
+        "|---|" + "--:|" * (len(SHARES) + 4),
+    ]  # fmt: skip
+    for row in rows:
+        cells = ["-" if volume is None else f"{volume:.3f}" for volume in row.volumes]
+        cells.append("-" if row.share_for_all is None else f"{row.share_for_all:.3f}")
+        cells += ["-" if count is None else str(count) for count in (row.num_begun, row.num_complete)]
+        cells.append("-" if row.best_quality is None else f"{row.best_quality:.3f}")
+        lines.append(f"| {row.title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
