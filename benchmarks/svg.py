@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from xml.sax.saxutils import escape
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 760, 400, 60, 190, 36, 48
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 800, 400, 60, 230, 36, 48
 _COLOURS = ("#000000", "#0072b2", "#56b4e9", "#d55e00", "#cc79a7", "#009e73", "#e69f00", "#999999", "#8c564b")
 """Okabe and Ito's, told apart by colour-blind readers too, and one more."""
 
