@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from configurations import draw_specs
-from machine import describe_machine
 from memory_study import MemoryStore
+from written import write_result
 
 from autopeft.backends.replay import Curves, Recording, ReplayBackend, ReplayCostModel
 from autopeft.executors.inline import InlineExecutor
@@ -32,7 +29,6 @@ from autopeft.search.store import Trial
 from autopeft.search.study import Search
 from autopeft.spaces.load import find_space, parse_space
 
-RESULTS = Path(__file__).parent / "results"
 _RUNGS = (40, 80, 160)
 _NUM_EXAMPLES = 1000
 
@@ -69,9 +65,7 @@ def main() -> None:
         )
     print("\n".join(lines))
     if arguments.out:
-        made = {"made_at": datetime.now(UTC).isoformat(timespec="seconds"), "machine": describe_machine()}
-        (RESULTS / f"{arguments.out}.json").write_text(json.dumps(made | {"result": record}, indent=1) + "\n")
-        (RESULTS / f"{arguments.out}.md").write_text("\n".join(lines) + "\n")
+        write_result(arguments.out, "\n".join(lines), record)
 
 
 def measure(count: int, repeat: int) -> dict[str, float]:

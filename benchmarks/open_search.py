@@ -16,32 +16,29 @@ recording's time is that of its fastest stretches.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 from configurations import limit_rows
 from listed_search import Asked, plan_listed
-from machine import describe_machine
 from peers import PEERS, play
+from searchers import volume_at
 from tables import Table, read_table
+from written import write_result
 
 from autopeft.executors.local import LocalExecutor
 from autopeft.records import StudyRecord, TrialRecord, to_record
-from autopeft.search.front import find_nondominated, hypervolume, scale_point
+from autopeft.search.front import hypervolume, scaled_points
 from autopeft.search.plan import Plan, make_provenance
 from autopeft.search.results import build_record
 from autopeft.search.store import StudyStore
 from autopeft.search.study import Search
 
-RESULTS = Path(__file__).parent / "results"
 SHARES = (1 / 20, 1 / 10, 1 / 6, 1 / 5, 1 / 3, 1 / 2, 1.0)
 """Of the device time of training everything recorded."""
 ORDERS = 200
@@ -76,10 +73,7 @@ def main() -> None:
     text = describe(table, rows, plan)
     print(text)
     if arguments.out:
-        data = {"made_at": datetime.now(UTC).isoformat(timespec="seconds"), "machine": describe_machine(),
-                "result": to_record(rows)}  # fmt: skip
-        (RESULTS / f"{arguments.out}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        (RESULTS / f"{arguments.out}.md").write_text(text + "\n", encoding="utf-8")
+        write_result(arguments.out, text, to_record(rows))
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -111,15 +105,14 @@ def _make_plan(arguments: argparse.Namespace, table: Table) -> Plan:
 
 def _search(plan: Plan, root: Path, run: int) -> StudyRecord:
     name = f"{plan.config.task_name}-{plan.config.budget}-{run}"
+    plan = replace(plan, config=replace(plan.config, name=name))
     if (root / name / "study.db").exists():
         store = StudyStore.open(root, name)
         if store.finished:
             return build_record(store)
     else:
-        store = StudyStore.create(
-            root, replace(plan.config, name=name), make_provenance(plan), plan.validation_labels()
-        )
-    executor = LocalExecutor(replace(plan.setup(root), study_dir=str((root / name).resolve())), list(plan.devices))
+        store = StudyStore.create(root, plan.config, make_provenance(plan), plan.validation_labels())
+    executor = LocalExecutor(plan.setup(root), list(plan.devices))
     with store.lock():
         return Search(store, executor, plan.space).run()
 
@@ -150,18 +143,14 @@ def _measure(record: StudyRecord, table: Table, title: str, share: float) -> Row
 
 def _count_volume(trials: Sequence[TrialRecord], table: Table) -> float:
     reference = table.recording.curves.reference
-    points = np.array(
-        [scale_point(trial.rungs[-1].quality, trial.cost, reference) for trial in trials if trial.cost is not None]
-    )
-    return hypervolume(points[find_nondominated(points)], [1.0] * points.shape[1]) / table.total_volume
+    return hypervolume(scaled_points(trials, reference), [1.0] * len(reference)) / table.total_volume
 
 
 def _measure_random(table: Table) -> Row:
     volumes = []
     for order in range(ORDERS):
-        ended = play(PEERS["random search"], table, order).ended
-        places = [[e.place for e in ended if e.at_seconds <= at * table.total_seconds * (1 + 1e-9)] for at in SHARES]
-        volumes.append([table.volume(had) / table.total_volume for had in places])
+        trace = play(PEERS["random search"], table, order)
+        volumes.append([volume_at(table, trace, share) for share in SHARES])
     qualities = [quality for curve in table.curves if (quality := curve.final_quality) is not None]
     return Row(
         title=f"random search, median of {ORDERS} orders",

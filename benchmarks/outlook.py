@@ -9,25 +9,22 @@ worker with a simulated clock. What became of the trials that it had stopped is 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from machine import describe_machine
 from searchers import OurSearch, Source
 from tables import Table, draw_part, read_metamathqa, read_table
+from written import write_result
 
 from autopeft.search.front import scale_point
 from autopeft.search.outlook import GainModel, count_lost_members
 from autopeft.search.store import Trial
 
-RESULTS = Path(__file__).parent / "results"
 SHARES = (1 / 10, 1 / 6, 1 / 4, 1 / 3)
 """Budgets, of what training everything takes."""
 MORE = (0.25, 0.5, 1.0)
@@ -69,10 +66,7 @@ def main() -> None:
     text = f"{arguments.seeds} seeds.\n\n" + "\n\n".join(lines)
     print(text)
     if arguments.out:
-        data = {"made_at": datetime.now(UTC).isoformat(timespec="seconds"), "machine": describe_machine(),
-                "result": record}  # fmt: skip
-        (RESULTS / f"{arguments.out}.json").write_text(json.dumps(data) + "\n", encoding="utf-8")
-        (RESULTS / f"{arguments.out}.md").write_text(text + "\n", encoding="utf-8")
+        write_result(arguments.out, text, record)
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -13,29 +13,26 @@ on one table it would be measured once. `--docs` writes the table and the figure
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from machine import describe_machine
 from peers import PEERS, is_installed, play
-from searchers import OurSearch, Source, Trace
+from searchers import OurSearch, Source, Trace, ended_by, volume_at
 from svg import draw_lines
 from tables import PART, Table, choose_since, draw_part, read_metamathqa, read_table
+from written import write_result
 
 from autopeft.records import to_record
 from autopeft.search.front import parse_objectives
 from autopeft.search.racing import LearnedRacing
 
-RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parent.parent / "docs"
 SHARES = (1 / 20, 1 / 10, 1 / 6, 1 / 5, 1 / 3, 1 / 2)
 """Budgets."""
@@ -63,7 +60,7 @@ def main() -> None:
             text = f"The recipes, and what was recorded after the first {arguments.since}: {text}"
     print(text)
     if arguments.out:
-        _write(arguments.out, text, record)
+        write_result(arguments.out, text, record)
     if arguments.docs:
         put_into_docs(DOCS / "search.md", arguments.docs, text)
         if not arguments.halves:
@@ -199,11 +196,11 @@ def _measure(name: str, played: Sequence[Played]) -> Row:
         end_front=statistics.median(end.front for end in ends),
         true_front=statistics.median(end.true_front for end in ends),
         volumes=tuple(
-            statistics.median(_volume_at(one.table, one.at[place], share) for one in played)
+            statistics.median(volume_at(one.table, one.at[place], share) for one in played)
             for place, share in enumerate(SHARES)
         ),
         fronts=tuple(
-            statistics.median(len(one.table.front & set(_ended_by(one.table, one.at[place], share))) for one in played)
+            statistics.median(len(one.table.front & set(ended_by(one.table, one.at[place], share))) for one in played)
             for place, share in enumerate(SHARES)
         ),
         enough_share=None if statistics.median(enough) > 1 else statistics.median(enough),
@@ -221,32 +218,22 @@ def _find_end(table: Table, trace: Trace) -> End:
     )
 
 
-def _ended_by(table: Table, trace: Trace, share: float) -> list[int]:
-    # Sums of the same seconds in another order may differ in the last digit.
-    within = share * table.total_seconds * (1 + 1e-9)
-    return [ended.place for ended in trace.ended if ended.at_seconds <= within]
-
-
-def _volume_at(table: Table, trace: Trace, share: float) -> float:
-    return table.volume(_ended_by(table, trace, share)) / table.total_volume
-
-
 def _gap_at(table: Table, trace: Trace, share: float) -> float:
     """To the best final quality of the table, from the majority class's where nothing has ended yet."""
     floor = table.recording.curves.config.majority_quality
     qualities = [floor if (quality := curve.final_quality) is None else quality for curve in table.curves]
-    return max(qualities) - max((qualities[place] for place in _ended_by(table, trace, share)), default=floor)
+    return max(qualities) - max((qualities[place] for place in ended_by(table, trace, share)), default=floor)
 
 
 def _find_enough(played: Played) -> float:
     """The least share at which ENOUGH was had; above 1 for never."""
     if played.whole is None:
         shares = [share for share, trace in zip(SHARES, played.at, strict=True)
-                  if _volume_at(played.table, trace, share) >= ENOUGH]  # fmt: skip
+                  if volume_at(played.table, trace, share) >= ENOUGH]  # fmt: skip
         return min(shares, default=2.0)
     for ended in played.whole.ended:
         share = ended.at_seconds / played.table.total_seconds
-        if _volume_at(played.table, played.whole, share) >= ENOUGH:
+        if volume_at(played.table, played.whole, share) >= ENOUGH:
             return share
     return 2.0
 
@@ -356,17 +343,6 @@ def put_into_docs(path: Path, place: str, text: str) -> None:
     if not found:
         sys.exit(f"{path} has no place '{place}': write {begin.strip()} and {end} where the table belongs.")
     path.write_text(before + begin + text + "\n" + end + after, encoding="utf-8")
-
-
-def _write(name: str, text: str, record: object) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    data = {
-        "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": describe_machine(),
-        "result": record,
-    }
-    (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / f"{name}.md").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -157,3 +157,15 @@ def read_trace(trials: Sequence[Trial], table: Table) -> Trace:
         if trial.state == "complete"
     )
     return Trace(tuple(ended), sum(trial.device_seconds for trial in trials))
+
+
+def ended_by(table: Table, trace: Trace, share: float) -> list[int]:
+    """Places of what reached its full length within that share of the time that training everything takes."""
+    # Sums of the same seconds in another order may differ in the last digit.
+    within = share * table.total_seconds * (1 + 1e-9)
+    return [ended.place for ended in trace.ended if ended.at_seconds <= within]
+
+
+def volume_at(table: Table, trace: Trace, share: float) -> float:
+    """Share of the whole table's hypervolume that was had by then."""
+    return table.volume(ended_by(table, trace, share)) / table.total_volume

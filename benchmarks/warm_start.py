@@ -13,25 +13,22 @@ table. Hypervolumes are shares of what training everything gives, budgets shares
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
-from machine import describe_machine
 from pool import make_pool
-from searchers import OurSearch
+from searchers import OurSearch, volume_at
 from tables import PART, Table, draw_part, read_table
+from written import write_result
 
 from autopeft.records import WarmStart
 from autopeft.report.priors import read_sources
 from autopeft.search.plan import restore_space
 from autopeft.search.warm_start import Source, Trained, choose_first
 
-RESULTS = Path(__file__).parent / "results"
 SHARES = (1 / 20, 1 / 10, 1 / 6, 1 / 5, 1 / 3, 1 / 2)
 
 
@@ -67,10 +64,7 @@ def main() -> None:
     )
     print(text)
     if arguments.out:
-        data = {"made_at": datetime.now(UTC).isoformat(timespec="seconds"), "machine": describe_machine(),
-                "result": record}  # fmt: skip
-        (RESULTS / f"{arguments.out}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        (RESULTS / f"{arguments.out}.md").write_text(text + "\n", encoding="utf-8")
+        write_result(arguments.out, text, record)
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -122,12 +116,10 @@ def choose_recorded(table: Table, sources: Sequence[Source]) -> WarmStart:
 
 def measure(parts: Sequence[Table], searches: Sequence[OurSearch], share: float) -> float:
     """The median share of the hypervolume that was had by the end of the budget, over a search of each part."""
-    volumes = []
-    for seed, (part, search) in enumerate(zip(parts, searches, strict=True)):
-        within = share * part.total_seconds * (1 + 1e-9)
-        places = [ended.place for ended in search.play(part, seed, share).ended if ended.at_seconds <= within]
-        volumes.append(part.volume(places) / part.total_volume)
-    return statistics.median(volumes)
+    return statistics.median(
+        volume_at(part, search.play(part, seed, share), share)
+        for seed, (part, search) in enumerate(zip(parts, searches, strict=True))
+    )
 
 
 def _name(table: Table) -> str:
