@@ -167,7 +167,7 @@ def _find_whole(model: str) -> list[Path]:
     weights = [] if folder is None else find_weights(folder)
     # A download that was cut short leaves some of the parts.
     parts = [int(part[1]) for path in weights if (part := _PART.search(path.name))]
-    return weights if len(weights) > len(parts) or len(parts) == max(parts, default=0) else []
+    return weights if len(parts) == max(parts, default=0) else []
 
 
 def _list_files(model: str) -> list[_File]:
