@@ -31,6 +31,7 @@ import torch
 import transformers
 from torch import nn
 
+from autopeft.backends.base import ModelledGpu
 from autopeft.backends.hf.base_model import (
     BaseModel,
     compute_dtype,
@@ -41,7 +42,7 @@ from autopeft.backends.hf.base_model import (
 )
 from autopeft.backends.hf.build import build_trial_model
 from autopeft.backends.hf.cost import HfCostModel
-from autopeft.backends.hf.cuda_rules import MODELLED_GPU, Gpu
+from autopeft.backends.hf.cuda_rules import MODELLED_GPU
 from autopeft.backends.hf.memory import Rehearsal, find_peak
 from autopeft.backends.hf.steps import bind_after_step, build_optimizer, checkpoint_activations, score_batch, train_step
 from autopeft.errors import SpecError
@@ -306,7 +307,7 @@ def read_context_bytes() -> int | None:
 # --- the table
 
 
-def run_cases(cases: Sequence[Case], device: str, gpu: Gpu) -> tuple[list[Row], list[str]]:
+def run_cases(cases: Sequence[Case], device: str, gpu: ModelledGpu) -> tuple[list[Row], list[str]]:
     """(rows, what was left out and why)."""
     rows: list[Row] = []
     left_out: list[str] = []
@@ -408,7 +409,7 @@ def main() -> int:
     transformers.utils.logging.set_verbosity_error()
     gpu = MODELLED_GPU
     if args.device == "cuda":
-        gpu = Gpu(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+        gpu = ModelledGpu(name=torch.cuda.get_device_name(), capability=torch.cuda.get_device_capability())
     cases = [case for case in CASES if args.only in case.describe() and (args.device == "cuda" or case.model in SMALL)]
     rows, left_out = run_cases(cases, args.device, gpu)
     packages = ", ".join(f"{name} {_version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes"))

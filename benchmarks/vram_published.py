@@ -24,9 +24,10 @@ import torch
 import transformers
 from torch import nn
 
+from autopeft.backends.base import ModelledGpu
 from autopeft.backends.hf.base_model import build_meta_model
 from autopeft.backends.hf.cost import make_batch, running_on_fakes
-from autopeft.backends.hf.cuda_rules import Gpu, cublas_workspace_bytes
+from autopeft.backends.hf.cuda_rules import cublas_workspace_bytes
 from autopeft.backends.hf.depth import Growth, is_shortened, leave_out_layers, plan_depths, read_signatures
 from autopeft.backends.hf.fake_base import make_fake
 from autopeft.backends.hf.memory import Rehearsal, find_peak, find_stacks
@@ -36,7 +37,7 @@ from autopeft.methods import METHODS
 from autopeft.records import TrialSpec
 
 BATCH_SIZE, TOKENS = 4, 768
-L40S = Gpu("L40S", (8, 9))
+L40S = ModelledGpu(name="L40S", capability=(8, 9))
 LONGEST_SECONDS = 90
 """A run; BOFT's block-diagonal matrices have thousands of parts."""
 RESULTS = Path(__file__).parent / "results"

@@ -39,6 +39,10 @@ def load_cost_model(setup: WorkerSetup) -> CostModel:
         prompts = [data.validation.prompt_ids(i) for i in range(len(data.validation.features))]
         writing = Writing(max(map(len, prompts)), task.max_new_tokens)
     on_gpu = setup.device.startswith("cuda")
+    gpu = setup.planned_gpu
+    if gpu is None and on_gpu:
+        # Its number is the driver's, which is nvidia-smi's.
+        gpu = find_gpu(setup.device.removeprefix("cuda:"))
     return HfCostModel(
         setup.model,
         num_labels=task.num_labels,
@@ -46,8 +50,7 @@ def load_cost_model(setup: WorkerSetup) -> CostModel:
         longest_tokens=data.longest_tokens,
         scoring_tokens=max(data.validation.lengths()),
         writing=writing,
-        # Its number is the driver's, which is nvidia-smi's.
-        gpu=(find_gpu(setup.device.removeprefix("cuda:")) if on_gpu else None) or MODELLED_GPU,
+        gpu=gpu or MODELLED_GPU,
     )
 
 

@@ -20,6 +20,15 @@ depends on driver, GPU and libraries, commonly 0.3 to 0.6 GiB; `benchmarks/vram.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelledGpu:
+    """What of a GPU memory depends on."""
+
+    name: str
+    capability: tuple[int, int]
+    """CUDA's compute capability."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSetup:
     """Everything a worker needs to know of the study, once."""
 
@@ -37,6 +46,8 @@ class WorkerSetup:
     latency: bool = False
     """Whether latency is an objective, so that workers measure what the driver has to compare."""
     role: Literal["train", "cost"] = "train"
+    planned_gpu: ModelledGpu | None = None
+    """Whose costs are asked for, where it is not the device itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from autopeft.wording import in_one_line
 
 if TYPE_CHECKING:
+    from autopeft.backends.base import ModelledGpu
     from autopeft.backends.hf.cost import HfCostModel
     from autopeft.cli.estimate_display import EstimateRow
     from autopeft.methods import Method
@@ -175,20 +176,19 @@ def _read_arguments(args: argparse.Namespace) -> tuple[HfCostModel, Sequence[Est
     _check_any(rows)
     # Slow to import, so only once the request is known to make sense.
     from autopeft.backends.hf.cost import HfCostModel
-    from autopeft.backends.hf.cuda_rules import MODELLED_GPU, Gpu, find_gpu
+    from autopeft.backends.hf.cuda_rules import MODELLED_GPU, find_gpu
 
-    chosen = Gpu(*gpu) if gpu is not None else find_gpu() or MODELLED_GPU
     costs = HfCostModel(
         args.model,
         num_labels=None if args.task_kind == "generation" else args.num_labels or 2,
         device_kind="cuda" if device_kind == "cuda" else "cpu",
         longest_tokens=args.seq_len or 512,
-        gpu=chosen,
+        gpu=gpu or find_gpu() or MODELLED_GPU,
     )
     return costs, rows
 
 
-def _parse_device(name: str) -> tuple[str, tuple[str, tuple[int, int]] | None]:
+def _parse_device(name: str) -> tuple[str, ModelledGpu | None]:
     """(device kind, GPU named)."""
     from autopeft.errors import DeviceError, suggest_nearest
     from autopeft.executors.devices import KNOWN_GPUS
@@ -197,7 +197,7 @@ def _parse_device(name: str) -> tuple[str, tuple[str, tuple[int, int]] | None]:
         return name, None
     if name not in KNOWN_GPUS:
         raise DeviceError(f"--device knows no '{name}'. {suggest_nearest(name, ['cpu', 'cuda', *KNOWN_GPUS])}")
-    return "cuda", (KNOWN_GPUS[name].title, KNOWN_GPUS[name].capability)
+    return "cuda", KNOWN_GPUS[name].modelled
 
 
 def _make_rows(args: argparse.Namespace, device_kind: str) -> list[EstimateRow]:

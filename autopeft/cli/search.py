@@ -178,7 +178,7 @@ def _print_costs(plan: Plan) -> None:
         # A note of the plan has said what is lacking.
         return
     executor = LocalExecutor(plan.setup(STUDIES), list(plan.devices))
-    free = plan.planned_gpu_bytes
+    free = plan.planned_gpu.total_bytes if plan.planned_gpu is not None else None
     if free is None and plan.config.device_kind == "cuda":
         free = find_free_bytes(plan.config.workers)
     limits = Limits(plan.config, [], free)

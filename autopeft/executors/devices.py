@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from autopeft.backends.base import ModelledGpu
 from autopeft.errors import DeviceError
 
 
@@ -26,16 +27,29 @@ class KnownGpu(NamedTuple):
     title: str
     total_bytes: int
     bf16_flops: float
-    """Dense peak, from the maker's data sheet."""
+    """Dense peak, from the maker's data sheet; of float32 where bfloat16 is emulated."""
     capability: tuple[int, int]
     """CUDA's compute capability, on which library workspaces depend."""
 
+    @property
+    def modelled(self) -> ModelledGpu:
+        return ModelledGpu(name=self.title, capability=self.capability)
+
+    @property
+    def emulates_bfloat16(self) -> bool:
+        """Before Ampere there are no units for it, and PyTorch computes in float32 instead."""
+        return self.capability < (8, 0)
+
 
 KNOWN_GPUS = {
+    "t4": KnownGpu("T4", 15 * 2**30, 8.1e12, (7, 5)),
+    "v100": KnownGpu("V100", 16 * 2**30, 15.7e12, (7, 0)),
     "rtx3090": KnownGpu("GeForce RTX 3090", 24 * 2**30, 71e12, (8, 6)),
     "rtx4090": KnownGpu("GeForce RTX 4090", 24 * 2**30, 165e12, (8, 9)),
     "rtx5090": KnownGpu("GeForce RTX 5090", 32 * 2**30, 209e12, (12, 0)),
     "a6000": KnownGpu("RTX A6000", 48 * 2**30, 155e12, (8, 6)),
+    "rtx6000-ada": KnownGpu("RTX 6000 Ada", 48 * 2**30, 364e12, (8, 9)),
+    "rtx-pro-6000": KnownGpu("RTX PRO 6000", 96 * 2**30, 503e12, (12, 0)),
     "l4": KnownGpu("L4", 24 * 2**30, 121e12, (8, 9)),
     "a10": KnownGpu("A10", 24 * 2**30, 125e12, (8, 6)),
     "a10g": KnownGpu("A10G", 24 * 2**30, 70e12, (8, 6)),
@@ -44,6 +58,7 @@ KNOWN_GPUS = {
     "a100": KnownGpu("A100 80GB", 80 * 2**30, 312e12, (8, 0)),
     "h100": KnownGpu("H100 80GB", 80 * 2**30, 989e12, (9, 0)),
     "h200": KnownGpu("H200 141GB", 141 * 2**30, 989e12, (9, 0)),
+    "gh200": KnownGpu("GH200 96GB", 96 * 2**30, 989e12, (9, 0)),
     "b200": KnownGpu("B200 180GB", 180 * 2**30, 2250e12, (10, 0)),
 }
 
@@ -51,8 +66,13 @@ KNOWN_GPUS = {
 def find_known(name: str) -> KnownGpu:
     """Of a GPU by the name that its driver gives it, such as `NVIDIA GeForce RTX 4090`; an A100 where it is none of
     them, for rough plans."""
-    words = name.lower().replace("rtx ", "rtx").replace("rtxa", "a").replace("-", " ").split()
-    return next((known for short, known in KNOWN_GPUS.items() if short in words), KNOWN_GPUS["a100"])
+    words = set(name.replace("-", " ").split())
+    # Drivers say how much memory some have, and not always as much as here.
+    return next((gpu for gpu in KNOWN_GPUS.values() if words.issuperset(_name_words(gpu))), KNOWN_GPUS["a100"])
+
+
+def _name_words(gpu: KnownGpu) -> list[str]:
+    return [word for word in gpu.title.split() if not word.endswith("GB")]
 
 
 def find_gpus() -> list[Gpu]:

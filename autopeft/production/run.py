@@ -107,7 +107,9 @@ def train(
     if start is not None:
         start.load_into(built.model, built.head)
     elif resume is None:
-        start_from_rows(built.model, recipe.training_spec(), rows)
+        start_from_rows(
+            built.model, recipe.training_spec(), rows, micro_batch=session.arguments.per_device_train_batch_size
+        )
     rhythm = plan_rhythm(recipe, options, num_scored=len(data.validation.labels))
     if rhythm.evaluate is not None and find_method(recipe.spec.method).stepping is not None:
         notes.append(

@@ -83,8 +83,8 @@ class Plan:
     """One device's, as records keep it."""
     device_title: str
     """All of them, as the plan prints it."""
-    planned_gpu_bytes: int | None
-    """Memory of the GPU that is planned for, where it is not the one that is here."""
+    planned_gpu: KnownGpu | None
+    """The one that is planned for, where it is not here."""
     data_dir: str | None
     model_argument: str
     """What workers load; the config keeps no local path."""
@@ -105,7 +105,10 @@ class Plan:
         return wall * (1 - self.config.confirm_share) * len(self.devices) / each
 
     def setup(self, studies: Path) -> WorkerSetup:
-        return make_setup(self.config, self.model_argument, self.data_dir, studies, self.threads, self.devices[0])
+        setup = make_setup(self.config, self.model_argument, self.data_dir, studies, self.threads, self.devices[0])
+        if (gpu := self.planned_gpu) is not None:
+            setup = replace(setup, planned_gpu=gpu.modelled)
+        return setup
 
 
 def make_setup(
@@ -140,23 +143,19 @@ def make_plan(
     objectives = parse_objectives(request.objectives)
     task_text = find_task_text(request.task)
     task = parse_task(task_text, request.task)
-    gpus = find_gpus()
-    device_kind, devices, threads, gpu, title = _choose_devices(request, budget, gpus, dry_run=dry_run)
-    price = parse_price(request.price, device_kind) if request.price else None
-    notes = [f"Planned for {title}: no GPU is on this machine."] if gpu and not gpus else []
-    used = [] if request.plan_for else [each for each in gpus if f"cuda:{each.number}" in devices]
-    notes += _note_crowded(used)
-    model = _choose_model(request.model, device_kind, task)
+    devices = _choose_devices(request, budget, find_gpus(), dry_run=dry_run)
+    price = parse_price(request.price, devices.kind) if request.price else None
+    notes = [*devices.notes]
+    model = _choose_model(request.model, devices.kind, task)
     data_dir = request.data_dir or os.environ.get("AUTOPEFT_DATA_DIR")
     splits = _load_splits(task, data_dir, request.seed, notes, dry_run=dry_run)
     notes += splits.notes if splits is not None else ()
     weight_bytes = _describe_on_hub(model, notes, dry_run=dry_run)
-    per_step = guess_seconds_per_step(guess_parameters(model, weight_bytes), splits, threads, gpu)
-    rate = (threads if device_kind == "cpu" else 1) * len(devices)
-    wall = min(budget.wall_bound_seconds(rate), limit)
+    per_step = guess_seconds_per_step(guess_parameters(model, weight_bytes), splits, devices.threads, devices.known_gpu)
+    wall = min(budget.wall_bound_seconds(devices.rate), limit)
     max_steps = request.max_steps
     if max_steps is None:
-        max_steps = choose_max_steps(wall * len(devices), per_step, splits)
+        max_steps = choose_max_steps(wall * len(devices.names), per_step, splits)
     if not FEWEST_STEPS <= max_steps <= MOST_STEPS:
         raise SpecError(f"--max-steps takes {FEWEST_STEPS} to {MOST_STEPS:,}, but was given {max_steps:,}.")
     least_gain = None
@@ -167,13 +166,13 @@ def make_plan(
     methods = tuple(part.strip() for part in request.methods.split(",")) if request.methods else None
     model_kind = read_model_kind(model)
     space = parse_space(
-        space_text, name=space_name, device_kind=device_kind, max_steps=max_steps, seed=request.seed,
+        space_text, name=space_name, device_kind=devices.kind, max_steps=max_steps, seed=request.seed,
         methods=methods, fixed=fixed, model_kind=model_kind, task_kind=task.kind,
     )  # fmt: skip
     notes += [f"{method} is left out of the space: {rule}" for method, rule in space.left_out.items()]
     included = tuple(
         read_included(
-            Path(path), device_kind=device_kind, max_steps=max_steps, seed=request.seed, task_kind=task.kind,
+            Path(path), device_kind=devices.kind, max_steps=max_steps, seed=request.seed, task_kind=task.kind,
             fixed=fixed,
         )
         for path in request.include
@@ -192,8 +191,8 @@ def make_plan(
         objectives=objectives,
         rungs=plan_rungs(max_steps),
         seed=request.seed,
-        workers=len(devices),
-        device_kind=device_kind,
+        workers=len(devices.names),
+        device_kind=devices.kind,
         space=space_text,
         space_name=space_name,
         methods=methods,
@@ -219,11 +218,11 @@ def make_plan(
         space=space,
         task=task,
         splits=splits,
-        devices=tuple(devices),
-        threads=threads,
-        device_name=used[0].name if used else gpu.title if gpu else describe_cpu(),
-        device_title=title,
-        planned_gpu_bytes=gpu.total_bytes if gpu and not used else None,
+        devices=tuple(devices.names),
+        threads=devices.threads,
+        device_name=devices.name,
+        device_title=devices.title,
+        planned_gpu=devices.known_gpu if devices.is_planned else None,
         data_dir=data_dir,
         model_argument=model,
         wall_seconds_limit=limit,
@@ -281,9 +280,19 @@ class _Devices(NamedTuple):
     """One a worker."""
     threads: int
     """Of each worker."""
-    gpu: KnownGpu | None
+    known_gpu: KnownGpu | None
+    name: str
+    """One device's, as records keep it."""
     title: str
     """All of them, as the plan prints it."""
+    notes: tuple[str, ...] = ()
+    is_planned: bool = False
+    """Whether the GPU is not here."""
+
+    @property
+    def rate(self) -> float:
+        """Device-seconds that a second takes."""
+        return len(self.names) * (self.threads if self.kind == "cpu" else 1)
 
 
 def _choose_devices(request: Request, budget: Budget, gpus: Sequence[Gpu], *, dry_run: bool) -> _Devices:
@@ -298,33 +307,40 @@ def _choose_devices(request: Request, budget: Budget, gpus: Sequence[Gpu], *, dr
             raise DeviceError("--plan-for plans for a GPU that is not here, so it goes with --dry-run only.")
         if request.plan_for.lower() not in KNOWN_GPUS:
             raise DeviceError(f"There is no GPU '{request.plan_for}'. {suggest_nearest(request.plan_for, KNOWN_GPUS)}")
-        return _imagine_gpus(KNOWN_GPUS[request.plan_for.lower()], request.workers)
+        return _imagine_gpus(KNOWN_GPUS[request.plan_for.lower()], request.workers, have_gpu=bool(gpus))
     if gpus and budget.device_kind != "cpu":
         devices = plan_gpu_workers(request.workers, gpus)
-        names = Counter(gpu.name for device in devices for gpu in gpus if device == f"cuda:{gpu.number}")
-        title = ", ".join(f"{count} x {name}" for name, count in names.items())
-        return _Devices("cuda", devices, 1, find_known(next(iter(names))), title)
+        used = [gpu for device in devices for gpu in gpus if device == f"cuda:{gpu.number}"]
+        title = ", ".join(f"{count} x {name}" for name, count in Counter(gpu.name for gpu in used).items())
+        known = [find_known(gpu.name) for gpu in used]
+        notes = (*_note_crowded(used), *_note_emulated(known))
+        return _Devices("cuda", devices, 1, known[0], used[0].name, title, notes)
     if budget.device_kind == "cuda":
         if dry_run:
             # Somebody planning on a laptop for the machine at work; the plan says so in its first line.
-            imagined = _imagine_gpus(KNOWN_GPUS["h100"], request.workers)
-            return imagined._replace(title=f"{imagined.title} (name yours: --plan-for)")
+            return _imagine_gpus(KNOWN_GPUS["h100"], request.workers, have_gpu=False, hint=" (name yours: --plan-for)")
         raise BudgetError(
             f"The budget '{budget.text}' is in GPU time, but no GPU was found on this machine. On its "
             f"{count_cores()} CPU cores run: autopeft search --task {request.task} --budget 40cpu-min --model minilm. "
             "To see what a GPU would do, add --dry-run --plan-for h100."
         )
     workers, threads = plan_cpu_workers(request.workers)
-    title = f"{say_count(workers, 'worker')} x {say_count(threads, 'core')} of {describe_cpu()}"
-    return _Devices("cpu", ["cpu"] * workers, threads, None, title)
+    cpu = describe_cpu()
+    title = f"{say_count(workers, 'worker')} x {say_count(threads, 'core')} of {cpu}"
+    return _Devices("cpu", ["cpu"] * workers, threads, None, cpu, title)
 
 
-def _imagine_gpus(gpu: KnownGpu, workers: int | None) -> _Devices:
-    """GPUs that are not here, one for each worker."""
+def _imagine_gpus(gpu: KnownGpu, workers: int | None, *, have_gpu: bool, hint: str = "") -> _Devices:
+    """GPUs that are not here, one for each worker; `have_gpu` is whether others are."""
     count = 1 if workers is None else workers
     if not 1 <= count <= _MOST_IMAGINED:
         raise DeviceError(f"--workers takes 1 to {_MOST_IMAGINED:,} for a plan, one a GPU, but was given {count}.")
-    return _Devices("cuda", [f"cuda:{i}" for i in range(count)], 1, gpu, f"{count} x {gpu.title}")
+    title = f"{count} x {gpu.title}{hint}"
+    notes = [] if have_gpu else [f"Planned for {title}: no GPU is on this machine."]
+    return _Devices(
+        "cuda", [f"cuda:{i}" for i in range(count)], 1, gpu, gpu.title, title, (*notes, *_note_emulated([gpu])),
+        is_planned=True,
+    )  # fmt: skip
 
 
 def _note_crowded(gpus: Sequence[Gpu]) -> list[str]:
@@ -338,6 +354,16 @@ def _note_crowded(gpus: Sequence[Gpu]) -> list[str]:
     return [
         f"GPU {fullest.number} has {free:.1f} of {total:.1f} GiB free, which is the limit for every trial, as any of "
         f"them may come to it. To use the emptiest alone: --workers {len(empty)}."
+    ]
+
+
+def _note_emulated(gpus: Sequence[KnownGpu]) -> list[str]:
+    title = next((gpu.title for gpu in gpus if gpu.emulates_bfloat16), None)
+    if title is None:
+        return []
+    return [
+        f"Trials compute in bfloat16, which a {title} has no units for: PyTorch emulates it, slowly, and attention to "
+        "long texts may take more memory than is planned."
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -243,6 +244,28 @@ def test_a_full_disk_is_told(monkeypatch):
     for name in ("disk", "cache"):
         assert not finding(name).good
         assert "make room" in finding(name).remedy
+
+
+def test_a_dry_run_for_a_gpu_that_is_not_here_goes_by_its_workspaces(tmp_path, monkeypatch, capsys):
+    from autopeft.testing.tiny_models import tiny_folder
+
+    monkeypatch.chdir(tmp_path)
+    # One of another kind is here, and has nothing to do with the plan.
+    script = Path("bin/nvidia-smi")
+    script.parent.mkdir()
+    script.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *compute_cap*) echo "NVIDIA H200, 9.0";; *) echo "0, GPU-a, NVIDIA H200, 143771, 143000";; esac\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent.resolve()}:{os.environ['PATH']}")
+    asked = ["search", "--task", "demo", "--model", str(tiny_folder("bert")), "--budget", "1gpu-h", "--methods", "ia3"]
+    peaks = []
+    for gpu in ("rtx4090", "h100"):
+        assert main([*asked, "--dry-run", "--plan-for", gpu]) == 0
+        peaks.append(float(re.findall(r"([0-9.]+) MiB", capsys.readouterr().out)[0]))
+    # cuBLAS keeps 64 MiB on an H100, and 2 * (2 * 4096 + 8 * 16) KiB on what is no Hopper.
+    assert peaks[1] - peaks[0] == pytest.approx(64 - 16.25, abs=0.2)
 
 
 def test_a_dry_run_for_a_gpu_that_is_not_here_goes_by_its_memory(tmp_path, monkeypatch, capsys):

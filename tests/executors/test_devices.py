@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from autopeft.backends.hf import cuda_rules
+from autopeft.backends.base import ModelledGpu
 from autopeft.backends.hf.cuda_rules import find_gpu
 from autopeft.cli.session import run_study
 from autopeft.errors import DeviceError, StudyError
@@ -90,7 +90,7 @@ def test_a_plan_for_the_emptiest_gpu_alone_says_nothing_of_the_others(tell):
     assert plan.device_title == "1 x NVIDIA L4"
     assert plan.device_name == "NVIDIA L4"
     assert plan.notes == ()
-    assert plan.planned_gpu_bytes is None
+    assert plan.planned_gpu is None
 
 
 def test_the_modelled_gpu_is_the_one_that_trains(monkeypatch):
@@ -99,8 +99,8 @@ def test_the_modelled_gpu_is_the_one_that_trains(monkeypatch):
         return CompletedProcess([], 0, stdout=lines.get(query[-1], "NVIDIA H100, 9.0\nNVIDIA A100, 8.0\n"))
 
     monkeypatch.setattr("subprocess.run", answer)
-    assert find_gpu() == cuda_rules.Gpu("NVIDIA H100", (9, 0))
-    assert find_gpu("1") == cuda_rules.Gpu("NVIDIA A100", (8, 0))
+    assert find_gpu() == ModelledGpu(name="NVIDIA H100", capability=(9, 0))
+    assert find_gpu("1") == ModelledGpu(name="NVIDIA A100", capability=(8, 0))
 
 
 def test_a_study_that_is_resumed_on_fewer_gpus_is_limited_by_what_those_have_free(tell, monkeypatch):
@@ -129,11 +129,25 @@ def test_a_study_that_is_resumed_on_fewer_gpus_is_limited_by_what_those_have_fre
         ("NVIDIA L4", "L4"),
         ("NVIDIA L40S", "L40S"),
         ("NVIDIA H100 80GB HBM3", "H100 80GB"),
+        ("NVIDIA H100 PCIe", "H100 80GB"),
+        ("NVIDIA GH200 480GB", "GH200 96GB"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX PRO 6000"),
+        ("Tesla T4", "T4"),
+        ("Tesla V100-SXM2-16GB", "V100"),
         ("NVIDIA of next year", "A100 80GB"),
     ],
 )
 def test_a_gpu_is_known_by_its_drivers_name(name, title):
     assert find_known(name).title == title
+
+
+def test_a_plan_for_a_gpu_without_bfloat16_says_so(tell):
+    tell("0, GPU-aaaa, Tesla T4, 15360, 15000\n")
+    (note,) = plan_on(None).notes
+    assert "a T4 has no units" in note
+    tell(LINES[0])
+    assert plan_on(None).notes == ()
 
 
 def test_a_part_of_a_gpu_is_no_device_and_no_reason_to_take_the_cpu(tell, monkeypatch):

@@ -152,6 +152,19 @@ def test_a_batch_that_is_read_is_bounded_by_those_to_train_on_and_there_are_more
         assert sum([3, 5, 4][row] for row in rows) >= 50
 
 
+def test_small_micro_batches_bound_what_is_read() -> None:
+    lengths = [13, 14, 15, 30] * 8
+    for micro_batch, most in ((1, 4 * 30), (4, 4 * 4 * 30), (16, 4 * 16 * 30)):
+        steps = list(plan_start(lengths, batch_size=16, micro_batch=micro_batch, fewest_tokens=400, seed=0))
+        assert all(len(rows) * max(lengths[row] for row in rows) <= most for rows in steps)
+        assert sum(lengths[row] for rows in steps for row in rows) >= NUM_BATCHES * 400
+    whole = list(plan_start(lengths, batch_size=16, fewest_tokens=1, seed=0))
+    assert whole == list(plan_start(lengths, batch_size=16, micro_batch=16, fewest_tokens=1, seed=0))
+    small = list(plan_start(lengths, batch_size=16, micro_batch=1, fewest_tokens=1, seed=0))
+    assert {len(rows) for rows in small} == {4}
+    assert sum(map(len, small)) == sum(map(len, whole))
+
+
 def test_more_directions_than_inputs_are_refused(make_spec: MakeSpec) -> None:
     # Half of its layers have 64 inputs.
     with pytest.raises(SpecError, match=r"EVA finds.*at most 64 on .*but is 65"):

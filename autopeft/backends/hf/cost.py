@@ -24,10 +24,10 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
 )
 
-from autopeft.backends.base import CONTEXT_BYTES
+from autopeft.backends.base import CONTEXT_BYTES, ModelledGpu
 from autopeft.backends.hf.base_model import BaseModel, count_positions, load_config
 from autopeft.backends.hf.build import ParameterCount, build_trial_model, count_trainable
-from autopeft.backends.hf.cuda_rules import MODELLED_GPU, Gpu, cublas_workspace_bytes
+from autopeft.backends.hf.cuda_rules import MODELLED_GPU, cublas_workspace_bytes
 from autopeft.backends.hf.data import Batch
 from autopeft.backends.hf.depth import Depths, Growth, is_shortened, leave_out_layers, plan_depths, read_signatures
 from autopeft.backends.hf.fake_base import (
@@ -81,7 +81,7 @@ class HfCostModel:
         longest_tokens: int,
         scoring_tokens: int | None = None,
         writing: Writing | None = None,
-        gpu: Gpu = MODELLED_GPU,
+        gpu: ModelledGpu = MODELLED_GPU,
     ) -> None:
         """`num_labels` is None for a language model. `longest_tokens` is the longest sequence to train on,
         `scoring_tokens` to score (by default the same), `writing` what it writes meanwhile, if it does.

@@ -13,7 +13,7 @@ import re
 import subprocess
 from collections.abc import Callable
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from autopeft.backends.base import ModelledGpu
 from autopeft.backends.hf.live_bytes import cpu_workspaces, round_up_bytes, workspace_of_8bit_matmul
 
 _IN_FLOAT32 = frozenset({
@@ -108,21 +109,14 @@ def cuda_workspaces() -> dict[Any, Callable[..., int]]:
 # --- what the libraries keep
 
 
-class Gpu(NamedTuple):
-    """What of a GPU memory depends on."""
-
-    name: str
-    capability: tuple[int, int]
-
-
-MODELLED_GPU = Gpu("H100", (9, 0))
+MODELLED_GPU = ModelledGpu(name="H100", capability=(9, 0))
 """Modelled where no GPU is at hand and none is named."""
 
 _NUM_HANDLES = 2
 """The forward pass runs in the caller's thread and the backward pass in autograd's, each with a cuBLAS handle."""
 
 
-def cublas_workspace_bytes(gpu: Gpu) -> int:
+def cublas_workspace_bytes(gpu: ModelledGpu) -> int:
     """Of both handles, allocated through PyTorch's allocator at the first product and kept, so part of every peak.
 
     ATen/cuda/CublasHandlePool.cpp of PyTorch 2.8 to 2.13, parseChosenWorkspaceSize: `:4096:2:16:8` KiB, and 32 MiB on
@@ -135,7 +129,7 @@ def cublas_workspace_bytes(gpu: Gpu) -> int:
     return _NUM_HANDLES * sum(int(size) * 1024 * int(count) for size, count in pairs)
 
 
-def find_gpu(number: str | None = None) -> Gpu | None:
+def find_gpu(number: str | None = None) -> ModelledGpu | None:
     """The GPU of this machine that nvidia-smi has under that number, or its first; without loading CUDA. None where
     there is none."""
     query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
@@ -146,4 +140,4 @@ def find_gpu(number: str | None = None) -> Gpu | None:
         major, minor = capability.strip().split(".")
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
-    return Gpu(name.strip(), (int(major), int(minor)))
+    return ModelledGpu(name=name.strip(), capability=(int(major), int(minor)))
