@@ -27,6 +27,16 @@ class Promote(NamedTuple):
     number: int
 
 
+class _Promotion(NamedTuple):
+    trial: Trial
+    price: float
+
+
+class _Beginning(NamedTuple):
+    newcomer: Newcomer
+    price: float
+
+
 class Wait(NamedTuple):
     """Nothing to do; `reason` says why."""
 
@@ -58,18 +68,17 @@ def choose_next(
         return StartNew(())
     paused = [trial for trial in situation.trials if trial.state == "paused" and trial.cost is not None]
     affordable = [trial for trial in paused if _fits(trial.spec.method, trial.step, situation, speed)]
-    promoted, price = _find_dearest(affordable, appraiser)
+    newcomers: list[Newcomer] = []
     if may_start and situation.can_suggest:
         newcomers = [new for new in find_newcomers() if _fits(new.method, 0, situation, speed)]
-        prices = appraiser.price_new(newcomers)
-        # Of equals the new one goes first: where nothing promises anything, something else has to be tried.
-        if newcomers and (promoted is None or prices.max() >= price):
-            ordered = [newcomers[place] for place in np.argsort(-prices, kind="stable")]
-            if _is_turn_of_recipe(situation.trials):
-                ordered.sort(key=lambda newcomer: newcomer.source != "recipe")
-            return StartNew(tuple(ordered))
-    if promoted is not None:
-        return Promote(promoted.number)
+    promotions, beginnings = _price(affordable, newcomers, appraiser)
+    # Of equals the new one goes first: where nothing promises anything, something else has to be tried.
+    if beginnings and (not promotions or beginnings[0].price >= promotions[0].price):
+        if _is_turn_of_recipe(situation.trials):
+            beginnings.sort(key=lambda priced: priced.newcomer.source != "recipe")
+        return StartNew(tuple(priced.newcomer for priced in beginnings))
+    if promotions:
+        return Promote(promotions[0].trial.number)
     revived = _choose_revival(situation, speed, appraiser)
     if revived is not None:
         return Promote(revived.number)
@@ -87,16 +96,27 @@ def _is_turn_of_recipe(trials: Sequence[Trial]) -> bool:
     return 2 * recipes <= sum(trial.source == "sampler" for trial in trials)
 
 
-def order_by_price(trials: Sequence[Trial], appraiser: Appraiser) -> list[tuple[Trial, float]]:
-    """Scored trials, the most promising first; of those that promise the same, the farther and then the better one."""
-    prices = appraiser.price_paused(trials)
-    priced = [(trial, float(price)) for trial, price in zip(trials, prices, strict=True)]
-    return sorted(priced, key=lambda pair: (-pair[1], -pair[0].step, pair[0].rungs[-1].loss))
+def _price(
+    trials: Sequence[Trial], newcomers: Sequence[Newcomer], appraiser: Appraiser
+) -> tuple[list[_Promotion], list[_Beginning]]:
+    """Scored trials and new ones, the most promising first. Where quality has its turn, and nothing is expected to
+    reach a better one, the turn passes to what the front gains otherwise."""
+    for by_quality in (True, False) if appraiser.is_turn_of_quality else (False,):
+        promotions = order_by_price(trials, appraiser, by_quality=by_quality)
+        prices = appraiser.price_new(newcomers, by_quality=by_quality)
+        beginnings = [
+            _Beginning(newcomers[place], float(prices[place])) for place in np.argsort(-prices, kind="stable")
+        ]
+        if any(priced[0].price > 0 for priced in (promotions, beginnings) if priced):
+            break
+    return promotions, beginnings
 
 
-def _find_dearest(trials: Sequence[Trial], appraiser: Appraiser) -> tuple[Trial | None, float]:
-    ordered = order_by_price(trials, appraiser)
-    return ordered[0] if ordered else (None, 0.0)
+def order_by_price(trials: Sequence[Trial], appraiser: Appraiser, *, by_quality: bool) -> list[_Promotion]:
+    """The most promising first; of those that promise the same, the farther and then the better one."""
+    prices = appraiser.price_paused(trials, by_quality=by_quality)
+    priced = [_Promotion(trial, float(price)) for trial, price in zip(trials, prices, strict=True)]
+    return sorted(priced, key=lambda each: (-each.price, -each.trial.step, each.trial.rungs[-1].loss))
 
 
 def _choose_revival(situation: Situation, speed: Speed, appraiser: Appraiser) -> Trial | None:
@@ -107,7 +127,8 @@ def _choose_revival(situation: Situation, speed: Speed, appraiser: Appraiser) ->
     if math.isinf(situation.seconds_left):
         return None
     within = [trial for trial in situation.revivable if _fits(trial.spec.method, trial.step, situation, speed)]
-    return _find_dearest([trial for trial in within if trial.cost is not None], appraiser)[0]
+    promotions, _ = _price([trial for trial in within if trial.cost is not None], [], appraiser)
+    return promotions[0].trial if promotions else None
 
 
 def _fits(method: str | None, step: int, situation: Situation, speed: Speed) -> bool:

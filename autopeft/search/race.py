@@ -12,7 +12,7 @@ import numpy.typing as npt
 from autopeft.records import RungScore, Stopped
 from autopeft.search.front import cost_vector
 from autopeft.search.gain import sampling_variance
-from autopeft.search.racing import Contender, LossCurve, RacingRule, Verdict, paired_z
+from autopeft.search.racing import Contender, LossCurve, RacingRule, Verdict, paired_gap
 from autopeft.search.store import StudyStore, Trial
 
 
@@ -107,7 +107,10 @@ class Race:
         if losses is None or baseline is None or not baseline.rungs:
             return True
         base_losses = self._read_losses(baseline.rungs[-1].scores_file)
-        return base_losses is None or paired_z(base_losses, losses) > 2
+        if base_losses is None:
+            return True
+        gap, error = paired_gap(base_losses, losses)
+        return gap > 2 * error
 
     def _find_field(self, step: int) -> list[tuple[Trial, Contender]]:
         """All that were ever scored at a rung, but for what failed since or measured too dear: on no front, it stops

@@ -66,41 +66,59 @@ class RacingRule(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairedRacing:
-    """Judges by the mean paired difference of per-example losses in units of its standard error."""
+    """Judges by the mean paired difference of per-example losses.
+
+    A gap is clear where it is wider than what two things explain together: the luck of the examples, and what gaps that
+    were seen to reverse measured typically. Early on it says as much of who starts fast as of who ends well: on `demo`,
+    LoRA's recipe was 4 standard errors behind the bottleneck adapter's at a quarter of the length, and level with it at
+    the end.
+    """
 
     z_at_end: float = 2.0
-    """Standard errors that count as clear at the full length; more are asked for earlier, see `z_at`."""
+    """Standard errors of the paired difference that are clear at the full length."""
+    least_completed: int = 8
+    """Trials at their end before what reverses is learned from them."""
+    reversal: float | None = None
+    """Nats of loss, times progress, of a typical gap that reverses; what `learn` finds, to the nearest half octave,
+    since all verdicts are asked for anew whenever it changes."""
 
-    def z_at(self, progress: float) -> float:
-        """Inversely proportional to progress: early on a gap says as much of who starts fast as of who ends well.
+    def margin_at(self, progress: float, error: float) -> float:
+        """Nats of loss that are clear at a rung, where `error` is the difference's standard error.
 
-        On `demo`, LoRA's recipe was 4 standard errors behind the bottleneck adapter's at a quarter of the length, and
-        level with it at the end.
+        Until reversals are known, the standard errors asked for are as many times those at the end as the end is away.
         """
-        return self.z_at_end / progress
+        if self.reversal is None:
+            return self.z_at_end * error / progress
+        return math.hypot(self.z_at_end * error, self.reversal / progress)
 
     def learn(self, curves: Sequence[LossCurve]) -> PairedRacing:
-        return self
+        typical = _learn_reversal(curves, self.least_completed)
+        if not 0 < typical < math.inf:
+            return replace(self, reversal=None)
+        return replace(self, reversal=2 ** (round(2 * math.log2(typical)) / 2))
 
     def judge(
         self, trial: Contender, rivals: Sequence[Contender], *, progress: float, majority_quality: float
     ) -> Verdict | None:
         assert trial.losses is not None, "paired racing needs per-example losses; see LearnedRacing"
         best: Verdict | None = None
-        best_z = self.z_at(progress)
-        for rival in rivals:
+        best_lead = 0.0
+        for rival in sorted(rivals, key=lambda each: each.loss):
+            if trial.loss - rival.loss - self.margin_at(progress, 0.0) <= best_lead:
+                # None that is left can lead by more: means as recorded are those of the losses, but for rounding.
+                break
             # Loss is the sharper signal, but a confident model can have worse loss and better answers.
             if rival.quality < trial.quality or not _may_stop(rival, trial, majority_quality):
                 continue
             assert rival.losses is not None
-            z = paired_z(trial.losses, rival.losses)
-            if z > best_z:
-                gap = float(np.mean(trial.losses - rival.losses))
-                best_z = z
+            gap, error = paired_gap(trial.losses, rival.losses)
+            margin = self.margin_at(progress, error)
+            if gap - margin > best_lead:
+                best_lead = gap - margin
                 best = Verdict(
                     rival.number,
                     f"trial {rival.number} costs no more and has {gap:.3f} nats less loss on the same examples "
-                    f"({z:.1f} standard errors; {self.z_at(progress):.1f} are clear here)",
+                    f"({margin:.3f} are clear here)",
                 )
         return best
 
@@ -126,10 +144,7 @@ class LearnedRacing:
     """Nats of loss that are clear at the full length; what `learn` finds."""
 
     def learn(self, curves: Sequence[LossCurve]) -> LearnedRacing:
-        completed = [curve for curve in curves if 1.0 in curve]
-        if len(completed) < self.least_completed:
-            return replace(self, scale=math.inf)
-        return replace(self, scale=self.widening * typical_reversal(completed))
+        return replace(self, scale=self.widening * _learn_reversal(curves, self.least_completed))
 
     def margin_at(self, progress: float) -> float:
         """Nats of loss that are clear at a rung."""
@@ -171,6 +186,12 @@ def _clearly_worse(rival: Contender, trial: Contender) -> bool:
     return rival.quality < trial.quality - allowed
 
 
+def _learn_reversal(curves: Sequence[LossCurve], least_completed: int) -> float:
+    """The typical one of those at their end; infinite before enough are."""
+    completed = [curve for curve in curves if 1.0 in curve]
+    return typical_reversal(completed) if len(completed) >= least_completed else math.inf
+
+
 def typical_reversal(curves: Sequence[LossCurve]) -> float:
     """Root mean square of the gaps, times progress, between trials of which the one behind ended ahead.
 
@@ -191,14 +212,11 @@ def typical_reversal(curves: Sequence[LossCurve]) -> float:
     return float(np.median(all_gaps)) if len(all_gaps) else math.inf
 
 
-def paired_z(losses: npt.NDArray[np.float64], rival_losses: npt.NDArray[np.float64]) -> float:
-    """Mean of (own - rival) over its standard error; positive where the rival is better, 0 where they are equal."""
+def paired_gap(losses: npt.NDArray[np.float64], rival_losses: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Mean of (own - rival), which is positive where the rival is better, and its standard error."""
     differences = losses - rival_losses
-    mean = float(np.mean(differences))
     deviation = float(np.std(differences, ddof=1)) if len(differences) > 1 else 0.0
-    if deviation == 0.0:
-        return 0.0 if mean == 0.0 else math.copysign(math.inf, mean)
-    return mean / (deviation / math.sqrt(len(differences)))
+    return float(np.mean(differences)), deviation / math.sqrt(len(differences))
 
 
 def beats_majority(quality: float, majority_quality: float, num_examples: int) -> bool:

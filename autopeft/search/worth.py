@@ -4,9 +4,9 @@ Costs are exact before training, or nearly so, and only quality is uncertain. Wh
 scores, carried forward by how trials grow (`gain.py`), with what configurations like it have shown (`surrogate.py`). A
 configuration not started yet is believed on the second alone.
 
-A paused trial is worth what it is expected to add at its end over the seconds to there. The first stretch of a new one
-ends in a score, after which one may stop. So it is worth the highest price per second at which it still pays: with gain
-G(q) once the score has shown quality to be q, t seconds to that score and T from there to the end,
+A stretch ends in a score, after which one may stop, be the trial new or paused. So it is worth the highest price per
+second at which it still pays: with gain G(q) once the score has shown quality to be q, t seconds to that score and T
+from there to the end,
 
     max over sets of outcomes S:  E[G(q); q in S] / (t + P(q in S) T),
 
@@ -87,6 +87,14 @@ class _Learned(NamedTuple):
     """By trial number: its own scores and what others like it have shown."""
 
 
+class _Stretches(NamedTuple):
+    """N stretches of training, each to the next score."""
+
+    methods: Sequence[str]
+    steps: Sequence[int]
+    """From where, 0 for what is new."""
+
+
 class _Times(NamedTuple):
     """(N,) seconds, or steps where nothing may depend on a clock: to the next score, and from there to the end."""
 
@@ -131,24 +139,33 @@ class Appraiser:
         stretches = sum(len(trial.rungs) + (trial.state == "running") for trial in self._trials)
         return stretches % QUALITY_EVERY == QUALITY_EVERY - 1
 
-    def price_paused(self, trials: Sequence[Trial]) -> Floats:
-        """(N,) of scored trials below their end."""
+    def price_paused(self, trials: Sequence[Trial], *, by_quality: bool = False) -> Floats:
+        """(N,) of scored trials below their end; `by_quality` whatever they cost."""
         if not trials:
             return np.zeros(0)
-        costs = np.array([self._scale(trial.cost) for trial in trials if trial.cost is not None])
-        times = self._time([trial.spec.method for trial in trials], [trial.step for trial in trials])
-        return self._price_to_end(self._believe_scored(trials), costs, times)
+        return self._price(
+            _Stretches([trial.spec.method for trial in trials], [trial.step for trial in trials]),
+            self._believe_scored(trials),
+            np.array([self._growth.deviation_at(trial.step) for trial in trials]),
+            np.array([self._scale(trial.cost) for trial in trials if trial.cost is not None]),
+            self._find_had("complete", "running"),
+            by_quality=by_quality,
+        )
 
-    def price_new(self, newcomers: Sequence[Newcomer]) -> Floats:
-        """(N,) of configurations not started; 0 for what costs too much."""
+    def price_new(self, newcomers: Sequence[Newcomer], *, by_quality: bool = False) -> Floats:
+        """(N,) of configurations not started; 0 for what costs too much. `by_quality` whatever they cost."""
         if not newcomers:
             return np.zeros(0)
         costs = self._cost_new(newcomers)
         scaled = [[scale_cost(name, value, self._reference) for value in costs[name]] for name in self._objectives]
-        prices = self._price_first_stretch(
+        prices = self._price(
+            _Stretches([newcomer.method for newcomer in newcomers], [0] * len(newcomers)),
             self._believe_new(newcomers, costs["params"]),
+            np.full(len(newcomers), math.inf),
             np.array(scaled).reshape(len(self._objectives), len(newcomers)).T,
-            self._time([newcomer.method for newcomer in newcomers], [0] * len(newcomers)),
+            # What is paused can be had by going on with it: something new has to add to that.
+            self._find_had("complete", "running", "paused"),
+            by_quality=by_quality,
         )
         for name, most in self._most.items():
             prices[costs[name] > most] = 0.0
@@ -305,18 +322,24 @@ class Appraiser:
         ]
         return np.array(rows, dtype=float).reshape(len(rows), 1 + len(self._objectives))
 
-    def _price_to_end(self, beliefs: _Beliefs, costs: Floats, times: _Times) -> Floats:
-        costs, had = self._in_turn(costs, self._find_had("complete", "running"))
-        means, deviations = self._scale_beliefs(beliefs.means, beliefs.variances)
-        gains = expected_improvement(means, deviations, costs, had)
-        prices: Floats = gains / (times.to_score + times.to_end)
-        return prices
-
-    def _price_first_stretch(self, beliefs: _Beliefs, costs: Floats, times: _Times) -> Floats:
-        # What is paused can be had by going on with it: something new has to add to that.
-        costs, had = self._in_turn(costs, self._find_had("complete", "running", "paused"))
-        noise = max(self._growth.deviation_at(self._rungs[0]) ** 2, 1e-12)
-        left = 1 / (1 / beliefs.variances + 1 / noise)
+    def _price(
+        self,
+        stretches: _Stretches,
+        beliefs: _Beliefs,
+        told: Floats,
+        costs: Floats,
+        had: Floats,
+        *,
+        by_quality: bool,
+    ) -> Floats:
+        """(N,) each. `told` are the deviations of the last scores' forecasts, infinite where there is no score: the
+        next score's forecast takes their place, and what likeness has shown stays."""
+        times = self._time(stretches)
+        nexts = np.array([self._growth.deviation_at(next_rung(step, self._rungs)) for step in stretches.steps])
+        likeness = np.maximum(_precision(np.sqrt(beliefs.variances)) - _precision(told), 0.0)
+        left = np.minimum(1 / (likeness + _precision(nexts)), beliefs.variances)
+        if by_quality:
+            costs, had = costs[:, :0], had[:, :1]
         means, shown = self._scale_beliefs(beliefs.means, beliefs.variances - left)
         _, deviations = self._scale_beliefs(beliefs.means, left)
         # What the score may make of the mean, and the gain that is then expected.
@@ -330,19 +353,13 @@ class Appraiser:
         dearest: Floats = prices.max(axis=0)
         return dearest
 
-    def _in_turn(self, costs: Floats, had: Floats) -> tuple[Floats, Floats]:
-        """Both without costs where it is quality's turn."""
-        if self.is_turn_of_quality:
-            costs = costs[:, :0]
-        return costs, had[:, : 1 + costs.shape[1]]
-
     def _scale_beliefs(self, means: Floats, variances: Floats) -> tuple[Floats, Floats]:
         scale = 1 - self._reference["quality"]
         return 1 - (means - self._reference["quality"]) / scale, np.sqrt(np.maximum(variances, 0.0)) / scale
 
-    def _time(self, methods: Sequence[str], steps: Sequence[int]) -> _Times:
+    def _time(self, stretches: _Stretches) -> _Times:
         first, rest = [], []
-        for method, step in zip(methods, steps, strict=True):
+        for method, step in zip(stretches.methods, stretches.steps, strict=True):
             rung = next_rung(step, self._rungs)
             seconds = self._speed.predict(method, rung - step, unseen=statistics.median) if self._is_clocked else 0.0
             if seconds > 0:
@@ -353,6 +370,11 @@ class Appraiser:
                 first.append(float(rung - step))
                 rest.append(float(self._rungs[-1] - rung))
         return _Times(np.array(first), np.array(rest))
+
+
+def _precision(deviations: Floats) -> Floats:
+    precisions: Floats = 1 / np.maximum(deviations**2, 1e-12)
+    return precisions
 
 
 def _has_diverged(trial: Trial) -> bool:

@@ -146,7 +146,7 @@ def search_listening(studies: FakeStudies, store: StudyStore) -> tuple[StudyReco
 
 
 def test_only_what_does_not_merge_is_measured_and_once_for_the_same_modules(studies: FakeStudies) -> None:
-    store = studies.create(space=SPACE, objectives=OBJECTIVES, budget="36trials")
+    store = studies.create(space=SPACE, objectives=OBJECTIVES, budget="60trials")
     record, executor = search_listening(studies, store)
     assert executor.measured
     assert not any(METHODS[spec.method].merges for spec in executor.measured)

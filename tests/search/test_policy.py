@@ -83,7 +83,9 @@ def decide(
 
 
 def order(trials: Sequence[Trial]) -> list[int]:
-    return [trial.number for trial, _ in order_by_price(trials, appraise(trials))]
+    appraiser = appraise(trials)
+    ordered = order_by_price(trials, appraiser, by_quality=appraiser.is_turn_of_quality)
+    return [each.trial.number for each in ordered]
 
 
 def test_a_study_begins_with_something_new() -> None:
@@ -182,19 +184,29 @@ def test_some_stretches_go_by_quality_whatever_it_costs(make_trial: MakeTrial) -
 def test_while_nothing_is_learned_quality_alone_decides(make_trial: MakeTrial) -> None:
     # As dear as the reference, so it adds nothing to the hypervolume.
     dearest, cheap = make_trial(0, [0.52], vram=1000), make_trial(1, [0.51], vram=100)
-    prices = [appraise([dearest, cheap], nothing_learned=flag).price_paused([dearest, cheap]) for flag in (False, True)]
-    assert prices[0][0] < prices[0][1]
-    assert prices[1][0] > prices[1][1]
+    appraisers = [appraise([dearest, cheap], nothing_learned=flag) for flag in (False, True)]
+    chosen = [choose_next(make_situation([dearest, cheap]), Speed(), each, list) for each in appraisers]
+    assert chosen == [Promote(1), Promote(0)]
     newcomers = [make_newcomer(vram=1000), make_newcomer(vram=100)]
-    dear, small = appraise([cheap], nothing_learned=True).price_new(newcomers)
+    dear, small = appraise([cheap], nothing_learned=True).price_new(newcomers, by_quality=True)
     assert dear == pytest.approx(small)
+
+
+def test_qualitys_turn_passes_where_nothing_can_reach_a_better_one(make_trial: MakeTrial) -> None:
+    # One that is as dear as the reference has learned everything; the better of the others is dearer, too.
+    done = [make_trial(i, [0.999] * 3, state="complete", vram=1000) for i in range(3)]
+    trials = [make_trial(3, [0.75], vram=900), make_trial(4, [0.7], vram=50)]
+    appraiser = appraise([*done, *trials], nothing_learned=True)
+    assert appraiser.is_turn_of_quality
+    assert not appraiser.price_paused(trials, by_quality=True).any()
+    assert choose_next(make_situation([*done, *trials]), Speed(), appraiser, list) == Promote(4)
 
 
 def test_what_a_running_trial_will_bring_is_not_sought_twice(make_trial: MakeTrial) -> None:
     # The best forecast costs as much as what runs already; the cheap one adds more beside it.
-    trials = [make_trial(0, [0.95], vram=300), make_trial(1, [0.72], vram=100)]
+    trials = [make_trial(0, [0.95], vram=300), make_trial(1, [0.76], vram=100)]
     assert order(trials)[0] == 0
-    running = make_trial(2, [0.95, 0.95], state="running", vram=300)
+    running = make_trial(2, [0.97, 0.97], state="running", vram=300)
     prices = appraise([*trials, running]).price_paused(trials)
     assert prices[1] > prices[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Sequence
 
@@ -15,10 +16,11 @@ from autopeft.backends.fake import FakeCostModel
 from autopeft.methods import METHODS, refuse_spec
 from autopeft.records import Cost, Failed, RungScore, TrialSpec
 from autopeft.search.candidates import draw_candidates
+from autopeft.search.gain import expected_improvement
 from autopeft.search.speed import Speed
 from autopeft.search.store import Trial
 from autopeft.search.surrogate import Encoder, encode_spec
-from autopeft.search.worth import Appraiser, Newcomer, _Beliefs
+from autopeft.search.worth import Appraiser, Newcomer, _Beliefs, _Stretches
 from autopeft.spaces.load import find_space, parse_space
 from autopeft.spaces.space import SearchSpace, make_spec
 
@@ -132,23 +134,37 @@ def test_what_diverged_speaks_against_its_like(space: SearchSpace, specs: list[T
     assert appraise(space, [*trials, failed]).price_new([fresh])[0] < before
 
 
+@pytest.mark.parametrize("step", [0, RUNGS[0]])
 @pytest.mark.parametrize("deviation", [0.02, 0.1, 0.18])
 @pytest.mark.parametrize("mean", [0.55, 0.7, 0.85, 0.95])
-def test_a_first_score_buys_the_right_to_stop(
-    space: SearchSpace, specs: list[TrialSpec], mean: float, deviation: float
+def test_a_score_buys_the_right_to_stop(
+    space: SearchSpace, specs: list[TrialSpec], mean: float, deviation: float, step: int
 ) -> None:
     appraiser = appraise(space, [make_trial(0, specs[0], [0.9] * 3, "complete")])
     beliefs = _Beliefs(np.array([mean]), np.array([deviation**2]))
-    times = appraiser._time(["lora"], [0])
-    may_stop, must_end = (
-        float(price(beliefs, np.array([[0.5, 0.5]]), times)[0])
-        for price in (appraiser._price_first_stretch, appraiser._price_to_end)
-    )
+    told = np.array([math.inf if step == 0 else deviation])
+    stretches, costs, had = _Stretches(["lora"], [step]), np.array([[0.5, 0.5]]), appraiser._find_had("complete")
+    may_stop = float(appraiser._price(stretches, beliefs, told, costs, had, by_quality=False)[0])
+    scaled = appraiser._scale_beliefs(beliefs.means, beliefs.variances)
+    must_end = float(expected_improvement(*scaled, costs, had)[0] / sum(appraiser._time(stretches))[0])
     # Both are sums over a few quantiles.
     assert may_stop > 0.9 * must_end
     if mean < 0.8 and deviation > 0.15:
         # The front is hard to beat here, and it shows early who will.
-        assert may_stop > 1.2 * must_end
+        assert may_stop > 1.1 * must_end
+
+
+def test_the_last_stretch_is_worth_what_it_adds(space: SearchSpace, specs: list[TrialSpec]) -> None:
+    appraiser = appraise(space, [make_trial(0, specs[0], [0.9] * 3, "complete")])
+    beliefs = _Beliefs(np.array([0.85, 0.7]), np.array([0.01, 0.02]))
+    stretches, costs, had = (
+        _Stretches(["lora"] * 2, [RUNGS[-2]] * 2),
+        np.full((2, 2), 0.5),
+        appraiser._find_had("complete"),
+    )
+    prices = appraiser._price(stretches, beliefs, np.sqrt(beliefs.variances), costs, had, by_quality=False)
+    gains = expected_improvement(*appraiser._scale_beliefs(beliefs.means, beliefs.variances), costs, had)
+    assert prices == pytest.approx(gains / appraiser._time(stretches).to_score, rel=0.1)
 
 
 def test_parents_are_the_front_first(space: SearchSpace, specs: list[TrialSpec]) -> None:
