@@ -148,11 +148,15 @@ class ReplayBackend:
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
         self._rows: dict[str, int] = {}
-        self._curves = {curve.spec.key(): curve for curve in recording.curves.curves}
-        num_rungs = len(recording.curves.config.rungs)
-        for t, curve in enumerate(recording.curves.curves):
-            for r, score in enumerate(curve.rungs):
-                self._rows[_scores_name(curve.spec, score.step)] = t * num_rungs + r
+        self._curves: dict[str, Curve] = {}
+        for place, curve in enumerate(recording.curves.curves):
+            self.add(curve, place)
+
+    def add(self, curve: Curve, place: int) -> None:
+        """A curve to be had, whose per-example losses and predictions are those of the recording's at `place`."""
+        self._curves[curve.spec.key()] = curve
+        for rung, score in enumerate(curve.rungs):
+            self._rows[_scores_name(curve.spec, score.step)] = place * len(self.recording.curves.config.rungs) + rung
 
     def ready(self) -> Ready:
         provenance = self.recording.curves.provenance

@@ -131,7 +131,7 @@ class GrowthModel:
             for score, later in itertools.pairwise(trial.rungs):
                 if following.get(score.step) != later.step:
                     continue
-                growth = self._quality.estimate(later).mean - self._quality.estimate(score).mean
+                growth = self.measure(later).mean - self.measure(score).mean
                 pairs[score.step].append((self._place(score), growth))
         self._growths = {step: _fit_growth(found) for step, found in pairs.items()}
         noises = [sampling_variance(trial.rungs[-1]) for trial in trials if trial.rungs]
@@ -139,11 +139,17 @@ class GrowthModel:
 
     def forecast(self, trial: Trial) -> Forecast:
         """From the last rung scored; errors of later rungs add up."""
-        last = trial.rungs[-1]
-        mean, deviation = self._quality.estimate(last)
-        left = [self._growths[step] for step in self._rungs[:-1] if step >= last.step]
-        mean += sum(growth.step.mean + growth.slope * self._place(last) for growth in left)
-        return Forecast(mean, math.sqrt(deviation**2 + self._growth_variance(last.step)))
+        return self.forecast_from(trial.rungs[-1])
+
+    def forecast_from(self, score: RungScore) -> Forecast:
+        mean, deviation = self.measure(score)
+        left = [self._growths[step] for step in self._rungs[:-1] if step >= score.step]
+        mean += sum(growth.step.mean + growth.slope * self._place(score) for growth in left)
+        return Forecast(mean, math.sqrt(deviation**2 + self._growth_variance(score.step)))
+
+    def measure(self, score: RungScore) -> Forecast:
+        """Of the quality at its own rung, as far as luck can be told from it."""
+        return self._quality.estimate(score)
 
     def deviation_at(self, step: int) -> float:
         """Of a forecast made at that rung, from a score as noisy as the others."""

@@ -204,6 +204,14 @@ _SHARED_LENGTH = 1.5
 _OWN_LENGTH = 1.0
 
 
+_FAILS_RATE = 0.5
+"""Decades of the learning rate over which failures to learn go together."""
+_FAILS_ACROSS = 0.2
+"""How far one method's failure is another's, at most."""
+_FAILS_REST = 3.0
+"""Times the usual lengths of all other settings."""
+
+
 class _Distances(NamedTuple):
     """Squares, (N, M)."""
 
@@ -248,11 +256,11 @@ def expect_quality(features: Features, sizes: Floats) -> Floats:
 
 
 class QualitySurrogate:
-    """Quality at full length, from what trials have shown of theirs."""
+    """Quality, at full length or as first scores forecast it, from what trials have shown of theirs."""
 
     def __init__(self, features: Features, sizes: Floats, means: Floats, variances: Floats) -> None:
-        """`sizes` (N,) are decades of parameters; `means` and `variances` (N,) what each trial's scores say of its end.
-        N is at least 1."""
+        """`sizes` (N,) are decades of parameters; `means` and `variances` (N,) what each trial's scores say of its
+        quality. N is at least 1."""
         self._features, self._sizes = features, sizes
         self._residuals = means - expect_quality(features, sizes)
         self._noise = variances
@@ -315,8 +323,18 @@ class QualitySurrogate:
         return Estimates(means, np.maximum(left, 1e-12))
 
 
+def find_alike(one: Features, sizes: Floats, other: Features, other_sizes: Floats) -> Floats:
+    """(N, M) in [0, 1]: how far the other fails to learn where the one has failed: mostly within a method, whatever its
+    settings, at learning rates near each other."""
+    distances = _measure(one, sizes, other, other_sizes)
+    near = np.exp(-0.5 * distances.rates / _FAILS_RATE**2)
+    elsewhere = _FAILS_ACROSS * near * np.exp(-0.5 * distances.rest_shared / _FAILS_REST**2)
+    alike: Floats = np.where(distances.same > 0, near, elsewhere)
+    return alike
+
+
 def interpolate_costs(features: Features, costs: Floats, rises: Floats, wanted: Features) -> Floats:
-    """(M, C) logarithms of costs of configurations from those of others, (N, C); NaN where one is not known.
+    """(M, C) logarithms of 1 + costs of configurations from those of others, (N, C); NaN where one is not known.
 
     Costs are nearly products of what a method's settings and the shared ones contribute, so their logarithms are nearly
     sums, and the kernel is that of a sum. `rises` (C,) is 1 for costs that go up with a method's sizes in proportion,
@@ -343,7 +361,9 @@ def interpolate_costs(features: Features, costs: Floats, rises: Floats, wanted: 
         gram[np.diag_indices_from(gram)] += 1e-4
         interpolated[:, column] = centre + kernel(wanted, known) @ np.linalg.solve(gram, left - centre)
         interpolated[:, column] += wanted.widths * rises[column]
-    return interpolated
+    # A cost is no less than nothing, of which the logarithm here is 0; far from what is known a sum may be.
+    possible: Floats = np.maximum(interpolated, 0.0)
+    return possible
 
 
 def _augment(values: Floats) -> Floats:

@@ -12,6 +12,9 @@ from there to the end,
 
 as of a box that costs t to open (Weitzman, Econometrica 47, 1979). Promotions and new trials are compared by these
 prices, so that breadth and depth need no rule of their own.
+
+A space never runs out, so that a first score which is thought to tell more than it does is bought over and over. What
+it tells is therefore bounded by how much of it is news where others like it have theirs.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from autopeft.records import Cost, Failed, TrialSource, TrialSpec
+from autopeft.records import Cost, Failed, RungScore, TrialSource, TrialSpec
 from autopeft.search.front import (
     OBJECTIVES,
     cost_value,
@@ -34,7 +37,7 @@ from autopeft.search.front import (
     scale_cost,
     scale_quality,
 )
-from autopeft.search.gain import QUANTILES, Forecast, GrowthModel, expected_improvement
+from autopeft.search.gain import QUANTILES, Forecast, GrowthModel, expected_improvement, sampling_variance
 from autopeft.search.lengths import next_rung
 from autopeft.search.speed import Speed
 from autopeft.search.store import Trial
@@ -45,6 +48,7 @@ from autopeft.search.surrogate import (
     QualitySurrogate,
     Row,
     expect_quality,
+    find_alike,
     interpolate_costs,
     stack,
 )
@@ -95,6 +99,15 @@ class _Stretches(NamedTuple):
     """From where, 0 for what is new."""
 
 
+class _Told(NamedTuple):
+    """(N,) each, what scores tell of the ends."""
+
+    before: Floats
+    """Deviations of the forecasts from the last scores, infinite where there is none."""
+    surprises: Floats
+    """Variances of what the next scores may forecast: the most that they can show."""
+
+
 class _Times(NamedTuple):
     """(N,) seconds, or steps where nothing may depend on a clock: to the next score, and from there to the end."""
 
@@ -143,12 +156,18 @@ class Appraiser:
         """(N,) of scored trials below their end; `by_quality` whatever they cost."""
         if not trials:
             return np.zeros(0)
+        params = np.array([float(trial.cost.trainable_parameters) for trial in trials if trial.cost is not None])
+        hopes = self._find_hopes([self._rows.get(trial.number) for trial in trials], params)
         return self._price(
             _Stretches([trial.spec.method for trial in trials], [trial.step for trial in trials]),
             self._believe_scored(trials),
-            np.array([self._growth.deviation_at(trial.step) for trial in trials]),
+            _Told(
+                np.array([self._growth.deviation_at(trial.step) for trial in trials]),
+                np.full(len(trials), math.inf),
+            ),
             np.array([self._scale(trial.cost) for trial in trials if trial.cost is not None]),
             self._find_had("complete", "running"),
+            np.where([self._has_learned(trial.rungs[-1]) for trial in trials], 1.0, hopes),
             by_quality=by_quality,
         )
 
@@ -158,13 +177,15 @@ class Appraiser:
             return np.zeros(0)
         costs = self._cost_new(newcomers)
         scaled = [[scale_cost(name, value, self._reference) for value in costs[name]] for name in self._objectives]
+        rows = [newcomer.row for newcomer in newcomers]
         prices = self._price(
             _Stretches([newcomer.method for newcomer in newcomers], [0] * len(newcomers)),
             self._believe_new(newcomers, costs["params"]),
-            np.full(len(newcomers), math.inf),
+            _Told(np.full(len(newcomers), math.inf), self._find_surprises(rows, costs["params"])),
             np.array(scaled).reshape(len(self._objectives), len(newcomers)).T,
             # What is paused can be had by going on with it: something new has to add to that.
             self._find_had("complete", "running", "paused"),
+            self._find_hopes(rows, costs["params"]),
             by_quality=by_quality,
         )
         for name, most in self._most.items():
@@ -237,10 +258,29 @@ class Appraiser:
             trial.number: Forecast(float(mean), math.sqrt(float(variance)))
             for (trial, _), mean, variance in zip(seen, *surrogate.smooth(), strict=True)
         }
+        self._believe_pending(surrogate)
+        return _Learned(surrogate, joined)
+
+    @cached_property
+    def _foreseen(self) -> QualitySurrogate | None:
+        """Forecasts from first scores; None where nothing that the space can express has one."""
+        seen = [(trial, row) for trial, row in self._expressible(self._observed) if trial.rungs]
+        if not seen:
+            return None
+        firsts = [trial.rungs[0] for trial, _ in seen]
+        surrogate = QualitySurrogate(
+            stack([row for _, row in seen]),
+            _decades(_count_parameters(seen)),
+            np.array([self._growth.forecast_from(score).mean for score in firsts]),
+            np.array([self._growth.measure(score).deviation ** 2 for score in firsts]),
+        )
+        self._believe_pending(surrogate)
+        return surrogate
+
+    def _believe_pending(self, surrogate: QualitySurrogate) -> None:
         pending = self._expressible([t for t in self._trials if t.state == "running" and not t.rungs and t.cost])
         if pending:
             surrogate.believe(stack([row for _, row in pending]), _decades(_count_parameters(pending)))
-        return _Learned(surrogate, joined)
 
     def _expressible(self, trials: Sequence[Trial]) -> list[tuple[Trial, Row]]:
         return [(trial, row) for trial in trials if (row := self._rows.get(trial.number)) is not None]
@@ -326,18 +366,21 @@ class Appraiser:
         self,
         stretches: _Stretches,
         beliefs: _Beliefs,
-        told: Floats,
+        told: _Told,
         costs: Floats,
         had: Floats,
+        hopes: Floats,
         *,
         by_quality: bool,
     ) -> Floats:
-        """(N,) each. `told` are the deviations of the last scores' forecasts, infinite where there is no score: the
-        next score's forecast takes their place, and what likeness has shown stays."""
+        """(N,) each. The next score's forecast takes the place of the last one's, and what likeness has shown stays."""
         times = self._time(stretches)
         nexts = np.array([self._growth.deviation_at(next_rung(step, self._rungs)) for step in stretches.steps])
-        likeness = np.maximum(_precision(np.sqrt(beliefs.variances)) - _precision(told), 0.0)
+        likeness = np.maximum(_precision(np.sqrt(beliefs.variances)) - _precision(told.before), 0.0)
         left = np.minimum(1 / (likeness + _precision(nexts)), beliefs.variances)
+        # As far as a belief moves with a forecast, and no farther than forecasts differ.
+        moved = np.maximum(1 - left / np.maximum(beliefs.variances, 1e-12), 1e-12)
+        left = np.maximum(left, beliefs.variances - moved**2 * told.surprises)
         if by_quality:
             costs, had = costs[:, :0], had[:, :1]
         means, shown = self._scale_beliefs(beliefs.means, beliefs.variances - left)
@@ -350,8 +393,42 @@ class Appraiser:
         # Going on after the best outcomes only, as many of them as pay.
         shares = np.arange(1, count + 1)[:, None] / count
         prices = np.cumsum(ordered, axis=0) / count / (times.to_score + shares * times.to_end)
-        dearest: Floats = prices.max(axis=0)
+        dearest: Floats = prices.max(axis=0) * hopes
         return dearest
+
+    def _find_surprises(self, rows: Sequence[Row | None], params: Floats) -> Floats:
+        """(N,) variances of the forecasts from first scores, of configurations not started: what those like them had
+        will be nearly theirs, and shows nothing new, however little it tells of the end."""
+        surprises = np.full(len(rows), math.inf)
+        places = [place for place, row in enumerate(rows) if row is not None]
+        if places and self._foreseen is not None:
+            features = stack([row for row in rows if row is not None])
+            surprises[places] = self._foreseen.estimate(features, _decades(params[places])).variances
+        return surprises
+
+    def _find_hopes(self, rows: Sequence[Row | None], params: Floats) -> Floats:
+        """(N,) shares of those alike, one more that did counted in, that had learned something at their end.
+
+        Qualities below what no learning gives do not exist, so that beliefs, which are normal, always give some chance
+        to what is cheap. Where nothing has learned, there is little.
+        """
+        hopes = np.ones(len(rows))
+        ended = self._expressible([t for t in self._trials if t.state == "complete" and t.cost is not None])
+        places = [place for place, row in enumerate(rows) if row is not None]
+        if ended and places:
+            alike = find_alike(
+                stack([row for _, row in ended]),
+                _decades(_count_parameters(ended)),
+                stack([row for row in rows if row is not None]),
+                _decades(params[places]),
+            )
+            learned = np.array([self._has_learned(trial.rungs[-1]) for trial, _ in ended], dtype=float)
+            hopes[places] = (1 + learned @ alike) / (1 + alike.sum(axis=0))
+        return hopes
+
+    def _has_learned(self, score: RungScore) -> bool:
+        """Clearly more than what no learning gives."""
+        return score.quality > self._reference["quality"] + 2 * math.sqrt(sampling_variance(score))
 
     def _scale_beliefs(self, means: Floats, variances: Floats) -> tuple[Floats, Floats]:
         scale = 1 - self._reference["quality"]

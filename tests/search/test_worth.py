@@ -20,7 +20,7 @@ from autopeft.search.gain import expected_improvement
 from autopeft.search.speed import Speed
 from autopeft.search.store import Trial
 from autopeft.search.surrogate import Encoder, encode_spec
-from autopeft.search.worth import Appraiser, Newcomer, _Beliefs, _Stretches
+from autopeft.search.worth import Appraiser, Newcomer, _Beliefs, _Stretches, _Told
 from autopeft.spaces.load import find_space, parse_space
 from autopeft.spaces.space import SearchSpace, make_spec
 
@@ -142,11 +142,18 @@ def test_a_score_buys_the_right_to_stop(
 ) -> None:
     appraiser = appraise(space, [make_trial(0, specs[0], [0.9] * 3, "complete")])
     beliefs = _Beliefs(np.array([mean]), np.array([deviation**2]))
-    told = np.array([math.inf if step == 0 else deviation])
     stretches, costs, had = _Stretches(["lora"], [step]), np.array([[0.5, 0.5]]), appraiser._find_had("complete")
-    may_stop = float(appraiser._price(stretches, beliefs, told, costs, had, by_quality=False)[0])
+
+    def price(surprises: float = math.inf, hopes: float = 1.0) -> float:
+        told = _Told(np.array([math.inf if step == 0 else deviation]), np.array([surprises]))
+        return float(appraiser._price(stretches, beliefs, told, costs, had, np.array([hopes]), by_quality=False)[0])
+
+    may_stop = price()
     scaled = appraiser._scale_beliefs(beliefs.means, beliefs.variances)
     must_end = float(expected_improvement(*scaled, costs, had)[0] / sum(appraiser._time(stretches))[0])
+    # What has no hope has no price, and a score that tells nothing new leaves the right to stop worthless.
+    assert price(hopes=0.0) == 0
+    assert price(surprises=0.0) == pytest.approx(must_end, rel=0.1)
     # Both are sums over a few quantiles.
     assert may_stop > 0.9 * must_end
     if mean < 0.8 and deviation > 0.15:
@@ -162,9 +169,64 @@ def test_the_last_stretch_is_worth_what_it_adds(space: SearchSpace, specs: list[
         np.full((2, 2), 0.5),
         appraiser._find_had("complete"),
     )
-    prices = appraiser._price(stretches, beliefs, np.sqrt(beliefs.variances), costs, had, by_quality=False)
+    told = _Told(np.sqrt(beliefs.variances), np.full(2, math.inf))
+    prices = appraiser._price(stretches, beliefs, told, costs, had, np.ones(2), by_quality=False)
     gains = expected_improvement(*appraiser._scale_beliefs(beliefs.means, beliefs.variances), costs, had)
     assert prices == pytest.approx(gains / appraiser._time(stretches).to_score, rel=0.1)
+
+
+def test_what_ended_without_learning_counts_however_many_trials_there_are(
+    space: SearchSpace, specs: list[TrialSpec]
+) -> None:
+    near = newcomer_of(space, dataclasses.replace(specs[0], seed=1))
+    failed = [make_trial(i, dataclasses.replace(specs[0], seed=2 + i), [0.5] * 3, "complete") for i in range(10)]
+    others = [make_trial(100 + i, dataclasses.replace(specs[i % 30 + 5], seed=i), [0.6]) for i in range(600)]
+    few, many = (
+        appraise(space, trials)._find_hopes([near.row], np.full(1, 1e5))[0] for trials in (failed, [*failed, *others])
+    )
+    assert few == many < 0.2
+
+
+def test_first_scores_surprise_least_where_those_of_its_like_are_known(
+    space: SearchSpace, specs: list[TrialSpec]
+) -> None:
+    lora = [spec for spec in specs if spec.method == "lora"]
+    others = [spec for spec in specs if spec.method != "lora"]
+    trials = [make_trial(i, spec, [0.55 + (i % 3) / 10]) for i, spec in enumerate([*lora[1:], *others[:3]])]
+    appraiser = appraise(space, trials)
+    known, unknown = (
+        appraiser._find_surprises([newcomer_of(space, spec).row], np.full(1, 1e5))[0]
+        for spec in (dataclasses.replace(lora[1], seed=1), others[-1])
+    )
+    assert known < unknown
+    assert appraiser._find_surprises([None], np.full(1, 1e5))[0] == math.inf
+
+
+def test_where_nothing_of_its_like_has_learned_there_is_little_hope(space: SearchSpace, specs: list[TrialSpec]) -> None:
+    lora = [spec for spec in specs if spec.method == "lora"]
+    usual = METHODS["lora"].recipe.learning_rate
+    failed = [
+        make_trial(
+            i, dataclasses.replace(lora[i % len(lora)], learning_rate=usual * (1 + i / 100)), [0.5] * 3, "complete"
+        )
+        for i in range(6)
+    ]
+    near = newcomer_of(space, dataclasses.replace(lora[0], learning_rate=usual))
+    far = newcomer_of(space, dataclasses.replace(lora[0], learning_rate=usual / 10))
+    other = newcomer_of(space, next(spec for spec in specs if spec.method not in ("lora", "full")))
+    near_hope, far_hope, other_hope, no_hope_known = appraise(space, failed)._find_hopes(
+        [near.row, far.row, other.row, None], np.full(4, 1e5)
+    )
+    assert near_hope < 0.2 < min(far_hope, other_hope)
+    assert no_hope_known == 1
+    learned = [make_trial(i, t.spec, [0.8] * 3, "complete") for i, t in enumerate(failed)]
+    assert appraise(space, learned)._find_hopes([near.row], np.full(1, 1e5)) == 1
+    # A paused trial that has learned something itself needs no hope of others'.
+    paused = make_trial(9, dataclasses.replace(lora[0], learning_rate=usual), [0.6])
+    hopeful, hopeless = (appraise(space, [*failed, paused]) for _ in range(2))
+    hopeless._has_learned = lambda score: False  # type: ignore[method-assign]
+    assert hopeless.price_paused([paused])[0] < 0.2 * hopeful.price_paused([paused])[0]
+    assert appraise(space, [])._find_hopes([near.row], np.full(1, 1e5)) == 1
 
 
 def test_parents_are_the_front_first(space: SearchSpace, specs: list[TrialSpec]) -> None:
