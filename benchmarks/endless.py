@@ -27,17 +27,15 @@ from typing import NamedTuple
 
 import numpy as np
 from configurations import draw_specs
-from memory_study import MemoryStore
 from pool import Pool, make_pool
-from searchers import ReplaySearch, find_rule
-from tables import Table, read_table
+from searchers import make_search, plan_replay
+from tables import Floats, Table, read_table
 from written import write_result
 
 from autopeft.backends.base import Ended, Event, Finished, Stretch
 from autopeft.backends.replay import Curve, ReplayBackend, ReplayCostModel
-from autopeft.executors.inline import InlineExecutor
 from autopeft.records import Cost, RungScore, TrialSpec, to_record
-from autopeft.search.front import find_nondominated, hypervolume, scale_point
+from autopeft.search.front import scale_point
 from autopeft.search.plan import restore_space
 from autopeft.search.sampler import Sampler
 from autopeft.search.store import Trial
@@ -49,7 +47,8 @@ _JITTER = 0.5
 """Of the spread among the neighbours' final qualities."""
 _LEARNED = 0.02
 """Quality beyond the majority class's from which a curve's own shape says when it was learned."""
-_COSTS = ("trainable_parameters", "peak_vram_bytes")
+_RISES = np.array([1.0, 0.0])
+"""Parameters go up with a method's sizes in proportion, memory does not."""
 _MOST_TRIALS = 10_000
 
 
@@ -83,6 +82,12 @@ class EndlessSpace:
     @cached_property
     def _features(self) -> Features:
         return stack([self._encoder.encode(params) for params in self._pool.params])
+
+    @cached_property
+    def _costs(self) -> Floats:
+        """(N, 2) of what was recorded: parameters, memory."""
+        costs = [curve.cost for curve in self.table.curves]
+        return np.array([[cost.trainable_parameters, cost.peak_vram_bytes] for cost in costs], dtype=float)
 
     def answer(self, spec: TrialSpec) -> Answer:
         key = spec.key()
@@ -120,17 +125,10 @@ class EndlessSpace:
 
     def _interpolate(self, method: str, asked: Answers, place: int) -> Cost:
         """Within what was recorded of the method."""
-        recorded = np.array(
-            [
-                [getattr(curve.cost, name) for name in _COSTS]
-                for curve in self.table.curves
-                if curve.spec.method == method
-            ]
-        )
-        known = np.log1p([[getattr(curve.cost, name) for name in _COSTS] for curve in self.table.curves])
-        row = self._encoder.encode(asked)
-        found = np.expm1(interpolate_costs(self._features, known, np.array([1.0, 0.0]), stack([row]))[0])
-        parameters, memory = np.clip(found, recorded.min(axis=0), recorded.max(axis=0))
+        wanted = stack([self._encoder.encode(asked)])
+        found = np.expm1(interpolate_costs(self._features, np.log1p(self._costs), _RISES, wanted)[0])
+        same = self._costs[[curve.spec.method == method for curve in self.table.curves]]
+        parameters, memory = np.clip(found, same.min(axis=0), same.max(axis=0))
         return replace(self.table.curves[place].cost, trainable_parameters=int(parameters), peak_vram_bytes=int(memory))
 
 
@@ -175,20 +173,11 @@ class Row:
 def play(table: Table, seed: int, share: float) -> tuple[EndlessSpace, list[Trial]]:
     """The product's search on one worker, and its trials as it left them."""
     endless = EndlessSpace(table)
-    recorded = table.recording.curves
-    minutes = share * table.total_seconds / recorded.device_rate / 60
-    config = replace(
-        recorded.config, name="replay", budget=f"{_MOST_TRIALS}trials,{minutes:.6f}min", workers=1, seed=seed,
-        confirm_share=0.0, confirm_seeds=0, included=(),
-    )  # fmt: skip
-    backend = EndlessBackend(endless)
-    store = MemoryStore(backend, config)
-    store.save_baseline(Trial(number=-1, spec=table.curves[0].spec, source="baseline", state="complete"))
-    executor = InlineExecutor(None, 1, backend=backend, costs=EndlessCosts(endless), device_rate=recorded.device_rate)
-    search = ReplaySearch(store, executor, endless.space, [], racing=find_rule(table))
-    search.sampler = Sampler(store, endless.space, search.costs)
+    config = plan_replay(table, seed, num_trials=_MOST_TRIALS, share=share)
+    search = make_search(table, config, endless.space, EndlessBackend(endless), EndlessCosts(endless))
+    search.sampler = Sampler(search.store, endless.space, search.costs)
     search.drive()
-    return endless, store.trials
+    return endless, search.store.trials
 
 
 def measure_ours(table: Table, share: float, num_seeds: int) -> Row:
@@ -196,7 +185,7 @@ def measure_ours(table: Table, share: float, num_seeds: int) -> Row:
     for seed in range(num_seeds):
         endless, trials = play(table, seed, share)
         complete = [trial for trial in trials if trial.state == "complete"]
-        volumes.append(_find_volume(table, [endless.answer(trial.spec).curve for trial in complete]))
+        volumes.append(_measure(table, [endless.answer(trial.spec).curve for trial in complete]))
         begun = [trial for trial in trials if trial.rungs]
         counts.append((len(begun), sum(len(trial.rungs) == 1 for trial in begun), len(complete)))
     return _make_row("autopeft", share, volumes, counts)
@@ -216,17 +205,17 @@ def measure_random(table: Table, shares: Sequence[float], num_seeds: int) -> lis
         ends = np.cumsum([table.count_seconds(place, 0, last) for _, place in answers])
         for share in shares:
             count = int(np.searchsorted(ends, share * table.total_seconds, side="right"))
-            volumes[share].append(_find_volume(table, [curve for curve, _ in answers[:count]]))
+            volumes[share].append(_measure(table, [curve for curve, _ in answers[:count]]))
             counts[share].append((count, 0, sum(curve.failed is None for curve, _ in answers[:count])))
     return [_make_row("random search", share, volumes[share], counts[share]) for share in shares]
 
 
-def _find_volume(table: Table, curves: Sequence[Curve]) -> float:
-    """Of the recording's."""
+def _measure(table: Table, curves: Sequence[Curve]) -> float:
+    """Hypervolume as a share of the recording's."""
     reference = table.recording.curves.reference
     ended = [(quality, curve.cost) for curve in curves if (quality := curve.final_quality) is not None]
-    points = np.array([scale_point(quality, cost, reference) for quality, cost in ended]).reshape(-1, len(reference))
-    return hypervolume(points[find_nondominated(points)], [1.0] * len(reference)) / table.total_volume
+    points = [scale_point(quality, cost, reference) for quality, cost in ended]
+    return table.share(np.array(points).reshape(-1, len(reference)))
 
 
 def _make_row(searcher: str, share: float, volumes: list[float], counts: list[tuple[int, int, int]]) -> Row:

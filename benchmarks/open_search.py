@@ -32,8 +32,8 @@ from tables import Table, read_table
 from written import write_result
 
 from autopeft.executors.local import LocalExecutor
-from autopeft.records import StudyRecord, TrialRecord, to_record
-from autopeft.search.front import hypervolume, scaled_points
+from autopeft.records import StudyRecord, to_record
+from autopeft.search.front import scaled_points
 from autopeft.search.plan import Plan, make_provenance
 from autopeft.search.results import build_record
 from autopeft.search.store import StudyStore
@@ -124,7 +124,8 @@ def _measure(record: StudyRecord, table: Table, title: str, share: float) -> Row
     complete.sort(key=lambda trial: ended_at[trial.number])
     rate = record.config.workers * record.provenance.threads
     ends = [ended_at[trial.number] * rate / table.total_seconds for trial in complete]
-    volumes = [_count_volume(complete[: place + 1], table) for place in range(len(complete))]
+    reference = table.recording.curves.reference
+    volumes = [table.share(scaled_points(complete[: count + 1], reference)) for count in range(len(complete))]
     reached = [end for end, volume in zip(ends, volumes, strict=True) if volume >= 1]
     return Row(
         title=title,
@@ -139,11 +140,6 @@ def _measure(record: StudyRecord, table: Table, title: str, share: float) -> Row
         num_complete=len(complete),
         best_quality=max((trial.rungs[-1].quality for trial in complete), default=None),
     )
-
-
-def _count_volume(trials: Sequence[TrialRecord], table: Table) -> float:
-    reference = table.recording.curves.reference
-    return hypervolume(scaled_points(trials, reference), [1.0] * len(reference)) / table.total_volume
 
 
 def _measure_random(table: Table) -> Row:

@@ -15,7 +15,7 @@ from tpe import observe, suggest_spec
 
 from autopeft.backends.replay import ReplayBackend, ReplayCostModel
 from autopeft.executors.inline import InlineExecutor
-from autopeft.records import Scalar, WarmStart
+from autopeft.records import Scalar, StudyConfig, TrialSpec, WarmStart
 from autopeft.search.plan import restore_space
 from autopeft.search.racing import LearnedRacing, PairedRacing, RacingRule
 from autopeft.search.sampler import Sampler
@@ -111,28 +111,46 @@ class OurSearch:
         """The trials as the search left them."""
         specs = [curve.spec for curve in table.curves]
         random.Random(seed).shuffle(specs)
-        recorded = table.recording.curves
-        budget = f"{len(specs)}trials"
-        if share is not None:
-            budget += f",{share * table.total_seconds / recorded.device_rate / 60:.6f}min"
+        config = plan_replay(table, seed, num_trials=len(specs), share=share)
         config = replace(
-            recorded.config, name="replay", budget=budget, workers=1, seed=seed, confirm_share=0.0, confirm_seeds=0,
-            included=tuple(specs) if self.source == "given" else (), warm_start=self.warm_start,
+            config, included=tuple(specs) if self.source == "given" else (), warm_start=self.warm_start
         )  # fmt: skip
-        backend = ReplayBackend(table.recording)
-        store = MemoryStore(backend, config)
-        store.save_baseline(Trial(number=-1, spec=specs[0], source="baseline", state="complete"))
-        executor = InlineExecutor(
-            None, 1, backend=backend, costs=ReplayCostModel(table.recording), device_rate=recorded.device_rate
-        )
-        space = _find_space(table, self.source)
-        search = ReplaySearch(store, executor, space, specs, racing=self.racing or find_rule(table))
+        backend, costs = ReplayBackend(table.recording), ReplayCostModel(table.recording)
+        search = make_search(table, config, _find_space(table, self.source), backend, costs, specs, self.racing)
         if self.source in ("chosen", "tpe"):
-            sampler = (TpeSampler if self.source == "tpe" else PoolSampler)(store, space, search.costs)
+            sampler = (TpeSampler if self.source == "tpe" else PoolSampler)(search.store, search.space, search.costs)
             sampler.table, sampler.pool = table, make_pool(table)
             search.sampler = sampler
         search.drive()
-        return store.trials
+        return search.store.trials
+
+
+def plan_replay(table: Table, seed: int, *, num_trials: int, share: float | None) -> StudyConfig:
+    """Of one worker; nothing is kept for confirmation."""
+    recorded = table.recording.curves
+    budget = f"{num_trials}trials"
+    if share is not None:
+        budget += f",{share * table.total_seconds / recorded.device_rate / 60:.6f}min"
+    return replace(
+        recorded.config, name="replay", budget=budget, workers=1, seed=seed, confirm_share=0.0, confirm_seeds=0,
+        included=(), warm_start=None,
+    )  # fmt: skip
+
+
+def make_search(
+    table: Table,
+    config: StudyConfig,
+    space: SearchSpace,
+    backend: ReplayBackend,
+    costs: ReplayCostModel,
+    specs: Sequence[TrialSpec] = (),
+    racing: RacingRule | None = None,
+) -> ReplaySearch:
+    """The product's driver on a simulated machine. `racing` is what suits the table where it is not given."""
+    store = MemoryStore(backend, config)
+    store.save_baseline(Trial(number=-1, spec=table.curves[0].spec, source="baseline", state="complete"))
+    executor = InlineExecutor(None, 1, backend=backend, costs=costs, device_rate=table.recording.curves.device_rate)
+    return ReplaySearch(store, executor, space, specs, racing=racing or find_rule(table))
 
 
 def find_rule(table: Table) -> RacingRule:

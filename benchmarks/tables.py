@@ -109,10 +109,15 @@ class Table:
         return frozenset(int(i) for i in np.flatnonzero(find_nondominated(self.points) & worthwhile))
 
     def volume(self, indices: Sequence[int]) -> float:
-        if not indices:
-            return 0.0
-        rows = self.points[sorted(indices)]
-        return hypervolume(rows[find_nondominated(rows)], [1.0] * len(self.objectives))
+        return self._measure(self.points[sorted(indices)]) if indices else 0.0
+
+    def share(self, points: Floats) -> float:
+        """Of the whole table's hypervolume: what (N, objectives) points have that need not be of its configurations,
+        scaled by its reference."""
+        return self._measure(points) / self.total_volume
+
+    def _measure(self, points: Floats) -> float:
+        return hypervolume(points[find_nondominated(points)], [1.0] * len(self.objectives))
 
     def choose(self, indices: Sequence[int], name: str) -> Table:
         """The same with some of the configurations alone."""

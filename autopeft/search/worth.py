@@ -45,6 +45,7 @@ from autopeft.search.surrogate import (
     PRIOR_COUNT,
     PRIOR_DEVIATION,
     Answers,
+    Features,
     QualitySurrogate,
     Row,
     expect_quality,
@@ -106,6 +107,15 @@ class _Told(NamedTuple):
     """Deviations of the forecasts from the last scores, infinite where there is none."""
     surprises: Floats
     """Variances of what the next scores may forecast: the most that they can show."""
+
+
+class _Expressed(NamedTuple):
+    """Those of N configurations that the space can express."""
+
+    places: list[int]
+    features: Features
+    sizes: Floats
+    """Decades of parameters."""
 
 
 class _Times(NamedTuple):
@@ -249,8 +259,7 @@ class Appraiser:
             return None
         forecasts = [self._forecasts[trial.number] for trial, _ in seen]
         surrogate = QualitySurrogate(
-            stack([row for _, row in seen]),
-            _decades(_count_parameters(seen)),
+            *_describe(seen),
             np.array([forecast.mean for forecast in forecasts]),
             np.array([forecast.deviation**2 for forecast in forecasts]),
         )
@@ -269,8 +278,7 @@ class Appraiser:
             return None
         firsts = [trial.rungs[0] for trial, _ in seen]
         surrogate = QualitySurrogate(
-            stack([row for _, row in seen]),
-            _decades(_count_parameters(seen)),
+            *_describe(seen),
             np.array([self._growth.forecast_from(score).mean for score in firsts]),
             np.array([self._growth.measure(score).deviation ** 2 for score in firsts]),
         )
@@ -280,7 +288,7 @@ class Appraiser:
     def _believe_pending(self, surrogate: QualitySurrogate) -> None:
         pending = self._expressible([t for t in self._trials if t.state == "running" and not t.rungs and t.cost])
         if pending:
-            surrogate.believe(stack([row for _, row in pending]), _decades(_count_parameters(pending)))
+            surrogate.believe(*_describe(pending))
 
     def _expressible(self, trials: Sequence[Trial]) -> list[tuple[Trial, Row]]:
         return [(trial, row) for trial in trials if (row := self._rows.get(trial.number)) is not None]
@@ -300,14 +308,14 @@ class Appraiser:
         count = len(qualities)
         squares = float(np.sum((np.array(qualities) - centre) ** 2)) + PRIOR_COUNT * PRIOR_DEVIATION**2
         variances = np.full(len(newcomers), squares / (count + PRIOR_COUNT))
-        places = [place for place, newcomer in enumerate(newcomers) if newcomer.row is not None]
-        if places:
-            features = stack([row for newcomer in newcomers if (row := newcomer.row) is not None])
+        known = _express([newcomer.row for newcomer in newcomers], params)
+        if known is not None:
             if self._learned is not None:
-                means[places], variances[places] = self._learned.surrogate.estimate(features, _decades(params[places]))
+                estimates = self._learned.surrogate.estimate(known.features, known.sizes)
+                means[known.places], variances[known.places] = estimates
             else:
-                expected = expect_quality(features, _decades(params[places]))
-                means[places] += expected - expected.mean()
+                expected = expect_quality(known.features, known.sizes)
+                means[known.places] += expected - expected.mean()
         return _Beliefs(means, variances)
 
     # --- costs
@@ -400,10 +408,9 @@ class Appraiser:
         """(N,) variances of the forecasts from first scores, of configurations not started: what those like them had
         will be nearly theirs, and shows nothing new, however little it tells of the end."""
         surprises = np.full(len(rows), math.inf)
-        places = [place for place, row in enumerate(rows) if row is not None]
-        if places and self._foreseen is not None:
-            features = stack([row for row in rows if row is not None])
-            surprises[places] = self._foreseen.estimate(features, _decades(params[places])).variances
+        known = _express(rows, params)
+        if known is not None and self._foreseen is not None:
+            surprises[known.places] = self._foreseen.estimate(known.features, known.sizes).variances
         return surprises
 
     def _find_hopes(self, rows: Sequence[Row | None], params: Floats) -> Floats:
@@ -414,16 +421,11 @@ class Appraiser:
         """
         hopes = np.ones(len(rows))
         ended = self._expressible([t for t in self._trials if t.state == "complete" and t.cost is not None])
-        places = [place for place, row in enumerate(rows) if row is not None]
-        if ended and places:
-            alike = find_alike(
-                stack([row for _, row in ended]),
-                _decades(_count_parameters(ended)),
-                stack([row for row in rows if row is not None]),
-                _decades(params[places]),
-            )
+        known = _express(rows, params)
+        if ended and known is not None:
+            alike = find_alike(*_describe(ended), known.features, known.sizes)
             learned = np.array([self._has_learned(trial.rungs[-1]) for trial, _ in ended], dtype=float)
-            hopes[places] = (1 + learned @ alike) / (1 + alike.sum(axis=0))
+            hopes[known.places] = (1 + learned @ alike) / (1 + alike.sum(axis=0))
         return hopes
 
     def _has_learned(self, score: RungScore) -> bool:
@@ -465,8 +467,18 @@ def _content(trial: Trial) -> tuple[object, ...]:
     return (trial.spec.method, trial.spec.learning_rate, *costs, trial.spec.bits, trial.step)
 
 
-def _count_parameters(seen: Sequence[tuple[Trial, Row]]) -> list[float]:
-    return [float(trial.cost.trainable_parameters) for trial, _ in seen if trial.cost is not None]
+def _describe(seen: Sequence[tuple[Trial, Row]]) -> tuple[Features, Floats]:
+    """Of trials whose costs are known, at least one, with their decades of parameters."""
+    counts = [float(trial.cost.trainable_parameters) for trial, _ in seen if trial.cost is not None]
+    return stack([row for _, row in seen]), _decades(counts)
+
+
+def _express(rows: Sequence[Row | None], params: Floats) -> _Expressed | None:
+    """None where the space can express none."""
+    places = [place for place, row in enumerate(rows) if row is not None]
+    if not places:
+        return None
+    return _Expressed(places, stack([row for row in rows if row is not None]), _decades(params[places]))
 
 
 def _decades(counts: Sequence[float] | Floats) -> Floats:
