@@ -191,12 +191,14 @@ def _read_arguments(args: argparse.Namespace) -> tuple[HfCostModel, Sequence[Est
 def _parse_device(name: str) -> tuple[str, ModelledGpu | None]:
     """(device kind, GPU named)."""
     from autopeft.errors import DeviceError, suggest_nearest
-    from autopeft.executors.devices import KNOWN_GPUS
+    from autopeft.executors.devices import KNOWN_GPUS, note_emulated
 
     if name in ("cpu", "cuda"):
         return name, None
     if name not in KNOWN_GPUS:
         raise DeviceError(f"--device knows no '{name}'. {suggest_nearest(name, ['cpu', 'cuda', *KNOWN_GPUS])}")
+    for note in note_emulated([KNOWN_GPUS[name]]):
+        print(note, file=sys.stderr)
     return "cuda", KNOWN_GPUS[name].modelled
 
 

@@ -48,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
         with store.lock():
             store.save_config(changed)
     config = store.config
-    devices, threads = restore_devices(config)
-    setup = make_setup(config, local["model"], local["data_dir"], STUDIES, threads, devices[0])
-    executor = LocalExecutor(setup, devices)
+    restored = restore_devices(config, store.provenance)
+    if restored.note:
+        print(restored.note)
+    setup = make_setup(config, local["model"], local["data_dir"], STUDIES, restored.threads, restored.devices[0])
+    executor = LocalExecutor(setup, restored.devices)
     return run_study(store, executor, restore_space(config), seconds_until(config))

@@ -71,6 +71,17 @@ def find_known(name: str) -> KnownGpu:
     return next((gpu for gpu in KNOWN_GPUS.values() if words.issuperset(_name_words(gpu))), KNOWN_GPUS["a100"])
 
 
+def note_emulated(gpus: Sequence[KnownGpu]) -> list[str]:
+    """A sentence on the first of them that has no bfloat16, if any."""
+    title = next((gpu.title for gpu in gpus if gpu.emulates_bfloat16), None)
+    if title is None:
+        return []
+    return [
+        f"Trials compute in bfloat16, which a {title} has no units for: PyTorch emulates it, slowly, and attention to "
+        "long texts may take more memory than is estimated."
+    ]
+
+
 def _name_words(gpu: KnownGpu) -> list[str]:
     return [word for word in gpu.title.split() if not word.endswith("GB")]
 

@@ -31,6 +31,7 @@ from autopeft.executors.devices import (
     find_gpus,
     find_known,
     names_part_of_gpu,
+    note_emulated,
     plan_cpu_workers,
     plan_gpu_workers,
 )
@@ -313,7 +314,7 @@ def _choose_devices(request: Request, budget: Budget, gpus: Sequence[Gpu], *, dr
         used = [gpu for device in devices for gpu in gpus if device == f"cuda:{gpu.number}"]
         title = ", ".join(f"{count} x {name}" for name, count in Counter(gpu.name for gpu in used).items())
         known = [find_known(gpu.name) for gpu in used]
-        notes = (*_note_crowded(used), *_note_emulated(known))
+        notes = (*_note_crowded(used), *note_emulated(known))
         return _Devices("cuda", devices, 1, known[0], used[0].name, title, notes)
     if budget.device_kind == "cuda":
         if dry_run:
@@ -326,8 +327,7 @@ def _choose_devices(request: Request, budget: Budget, gpus: Sequence[Gpu], *, dr
         )
     workers, threads = plan_cpu_workers(request.workers)
     cpu = describe_cpu()
-    title = f"{say_count(workers, 'worker')} x {say_count(threads, 'core')} of {cpu}"
-    return _Devices("cpu", ["cpu"] * workers, threads, None, cpu, title)
+    return _Devices("cpu", ["cpu"] * workers, threads, None, cpu, _title_devices("cpu", workers, threads, cpu))
 
 
 def _imagine_gpus(gpu: KnownGpu, workers: int | None, *, have_gpu: bool, hint: str = "") -> _Devices:
@@ -338,7 +338,7 @@ def _imagine_gpus(gpu: KnownGpu, workers: int | None, *, have_gpu: bool, hint: s
     title = f"{count} x {gpu.title}{hint}"
     notes = [] if have_gpu else [f"Planned for {title}: no GPU is on this machine."]
     return _Devices(
-        "cuda", [f"cuda:{i}" for i in range(count)], 1, gpu, gpu.title, title, (*notes, *_note_emulated([gpu])),
+        "cuda", [f"cuda:{i}" for i in range(count)], 1, gpu, gpu.title, title, (*notes, *note_emulated([gpu])),
         is_planned=True,
     )  # fmt: skip
 
@@ -354,16 +354,6 @@ def _note_crowded(gpus: Sequence[Gpu]) -> list[str]:
     return [
         f"GPU {fullest.number} has {free:.1f} of {total:.1f} GiB free, which is the limit for every trial, as any of "
         f"them may come to it. To use the emptiest alone: --workers {len(empty)}."
-    ]
-
-
-def _note_emulated(gpus: Sequence[KnownGpu]) -> list[str]:
-    title = next((gpu.title for gpu in gpus if gpu.emulates_bfloat16), None)
-    if title is None:
-        return []
-    return [
-        f"Trials compute in bfloat16, which a {title} has no units for: PyTorch emulates it, slowly, and attention to "
-        "long texts may take more memory than is planned."
     ]
 
 
@@ -452,8 +442,16 @@ def restore_space(config: StudyConfig) -> SearchSpace:
     )  # fmt: skip
 
 
-def restore_devices(config: StudyConfig) -> tuple[list[str], int]:
-    """(devices, threads) for going on with a stored study on this machine."""
+class Restored(NamedTuple):
+    """What a stored study goes on with on this machine."""
+
+    devices: list[str]
+    threads: int
+    note: str
+    """Empty where it is what the study began with."""
+
+
+def restore_devices(config: StudyConfig, provenance: Provenance) -> Restored:
     if config.device_kind == "cuda":
         gpus = find_gpus()
         if not gpus:
@@ -461,9 +459,26 @@ def restore_devices(config: StudyConfig) -> tuple[list[str], int]:
                 f"The study '{config.name}' was begun on a GPU, and none was found here. Resume it where one is: its "
                 "scores on CPU would not compare."
             )
-        return plan_gpu_workers(min(config.workers, len(gpus)), gpus), 1
-    workers, threads = plan_cpu_workers(min(config.workers, count_cores()))
-    return ["cpu"] * workers, threads
+        devices, threads = plan_gpu_workers(min(config.workers, len(gpus)), gpus), 1
+        name = next(gpu.name for gpu in gpus if devices[0] == f"cuda:{gpu.number}")
+    else:
+        workers, threads = plan_cpu_workers(min(config.workers, count_cores()))
+        devices, name = ["cpu"] * workers, describe_cpu()
+    before = _title_devices(config.device_kind, provenance.device_count, provenance.threads, provenance.device)
+    now = _title_devices(config.device_kind, len(devices), threads, name)
+    if now == before:
+        return Restored(devices, threads, "")
+    return Restored(
+        devices,
+        threads,
+        f"The study '{config.name}' began with {before} and goes on with {now}: what its trials took is of both.",
+    )
+
+
+def _title_devices(device_kind: str, workers: int, threads: int, name: str) -> str:
+    if device_kind == "cuda":
+        return f"{workers} x {name}"
+    return f"{say_count(workers, 'worker')} x {say_count(threads, 'core')} of {name}"
 
 
 def check_rows(config: StudyConfig, provenance: Provenance, data_dir: str | None) -> None:

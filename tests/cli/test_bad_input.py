@@ -342,6 +342,19 @@ def test_a_study_that_another_process_went_on_with_is_resumed_as_it_is_then(
     assert len(resumed[0].trials) == 1
 
 
+def test_going_on_with_other_cores_is_told(
+    study: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("autopeft.cli.session.run_study", lambda *args: 0)
+    assert main(["resume", study]) == 0
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("autopeft.search.plan.plan_cpu_workers", lambda workers: (1, 7))
+    assert main(["resume", study]) == 0
+    said = capsys.readouterr().out
+    assert f"The study '{study}' began with " in said
+    assert "and goes on with 1 worker x 7 cores of " in said
+
+
 def test_what_the_system_refuses_is_told_without_a_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

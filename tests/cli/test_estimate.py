@@ -52,6 +52,15 @@ def test_the_text_names_every_part_and_what_was_modelled(config, capsys):
         assert words in printed
 
 
+def test_a_gpu_without_bfloat16_is_told_beside_the_json(config, capsys):
+    assert main(["estimate", "--model", config, "--seq-len", "32", "--device", "t4", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert len(json.loads(printed.out)) == 1
+    assert "a T4 has no units" in printed.err
+    estimate(capsys, "--model", config, "--seq-len", "32", "--device", "a10")
+    assert not capsys.readouterr().err
+
+
 def test_several_configurations_are_a_table(config, capsys):
     assert (
         main(["estimate", "--model", config, "--method", "lora,ia3", "--bits", "4,unquantized", "--seq-len", "32"]) == 0
