@@ -86,17 +86,8 @@ class Race:
         progress = self._progress(contender.step)
         return self._rule.judge(contender, rivals, progress=progress, majority_quality=floor)
 
-    def beats_floor(self, trial: Trial) -> bool:
-        """Whether a scored trial is clearly better than what no learning gives."""
-        return self._beats_floor(trial.rungs[-1])
-
-    def has_learned_nothing(self) -> bool:
-        """Whether trials have been scored, and none has ever been clearly better than what no learning gives."""
-        scores = [score for trial in self._store.trials for score in trial.rungs]
-        return bool(scores) and not any(map(self._beats_floor, scores))
-
-    def _beats_floor(self, score: RungScore) -> bool:
-        """By more than two standard errors."""
+    def beats_floor(self, score: RungScore) -> bool:
+        """Whether it is better than what no learning gives, by more than two standard errors."""
         if self._is_generation:
             return self._beats_base(self._read_losses(score.scores_file))
         return score.quality - self._store.config.majority_quality > 2 * math.sqrt(sampling_variance(score))

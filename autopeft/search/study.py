@@ -236,7 +236,7 @@ class Search:
             self.store.reference,
             self.speed,
             is_clocked=self.account.budget.is_clocked,
-            nothing_learned=self.race.has_learned_nothing(),
+            has_learned=self.race.beats_floor,
             rows=self.sampler.encode_trials(),
             most=self.limits.most(),
         )
@@ -488,7 +488,7 @@ class Search:
     def _conclude(self) -> None:
         complete = [trial for trial in self.store.trials if trial.state == "complete"]
         ending = Ending(
-            beats_floor=any(self.race.beats_floor(trial) for trial in complete),
+            beats_floor=any(self.race.beats_floor(trial.rungs[-1]) for trial in complete),
             num_unconfirmed=len(self._confirm_queue),
             early_gain=self.early_end.expected if self._ends_early else None,
             overrun_seconds=-self.account.budget_seconds_left(),

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ from autopeft.search.front import (
     scale_cost,
     scale_quality,
 )
-from autopeft.search.gain import QUANTILES, Forecast, GrowthModel, expected_improvement, sampling_variance
+from autopeft.search.gain import QUANTILES, Forecast, GrowthModel, expected_improvement
 from autopeft.search.lengths import next_rung
 from autopeft.search.speed import Speed
 from autopeft.search.store import Trial
@@ -136,27 +136,28 @@ class Appraiser:
         speed: Speed,
         *,
         is_clocked: bool,
-        nothing_learned: bool = False,
+        has_learned: Callable[[RungScore], bool],
         rows: Mapping[int, Row | None] | None = None,
         most: Mapping[str, float] | None = None,
     ) -> None:
         """`reference` is the hypervolume's, with every objective. Without a clock in the budget (`is_clocked`) nothing
-        may depend on one. `nothing_learned`: trials were scored, and none clearly beats what no learning gives. `rows`
-        are trials in the space's terms, by number; without them configurations that were never scored are believed to
-        score as others do. What costs more than `most` is worth nothing."""
+        may depend on one. `has_learned` tells whether a score clearly beats what no learning gives. `rows` are trials
+        in the space's terms, by number; without them configurations that were never scored are believed to score as
+        others do. What costs more than `most` is worth nothing."""
         self._trials = sorted(trials, key=_content)
         self._rungs = tuple(rungs)
         self._reference = reference
         self._objectives = [name for name in OBJECTIVES[1:] if name in reference]
         self._speed = speed
         self._is_clocked = is_clocked
-        self._nothing_learned = nothing_learned
+        self._has_learned = has_learned
         self._rows = rows or {}
         self._most = most or {}
 
     @cached_property
     def is_turn_of_quality(self) -> bool:
-        if self._nothing_learned:
+        scores = [score for trial in self._trials for score in trial.rungs]
+        if scores and not any(map(self._has_learned, scores)):
             # The cheapest promise most as long as all are thought to learn, and on a hard task they learn last.
             return True
         stretches = sum(len(trial.rungs) + (trial.state == "running") for trial in self._trials)
@@ -427,10 +428,6 @@ class Appraiser:
             learned = np.array([self._has_learned(trial.rungs[-1]) for trial, _ in ended], dtype=float)
             hopes[known.places] = (1 + learned @ alike) / (1 + alike.sum(axis=0))
         return hopes
-
-    def _has_learned(self, score: RungScore) -> bool:
-        """Clearly more than what no learning gives."""
-        return score.quality > self._reference["quality"] + 2 * math.sqrt(sampling_variance(score))
 
     def _scale_beliefs(self, means: Floats, variances: Floats) -> tuple[Floats, Floats]:
         scale = 1 - self._reference["quality"]

@@ -72,8 +72,12 @@ def make_newcomer(vram: int = 100, **settings: object) -> Newcomer:
 
 
 def appraise(trials: Sequence[Trial], speed: Speed | None = None, **settings: object) -> Appraiser:
-    known: dict[str, object] = {"is_clocked": speed is not None} | settings
+    known: dict[str, object] = {"is_clocked": speed is not None, "has_learned": lambda score: True} | settings
     return Appraiser(trials, RUNGS, REFERENCE, speed or Speed(), **known)  # type: ignore[arg-type]
+
+
+def never(score: RungScore) -> bool:
+    return False
 
 
 def decide(
@@ -184,19 +188,27 @@ def test_some_stretches_go_by_quality_whatever_it_costs(make_trial: MakeTrial) -
 def test_while_nothing_is_learned_quality_alone_decides(make_trial: MakeTrial) -> None:
     # As dear as the reference, so it adds nothing to the hypervolume.
     dearest, cheap = make_trial(0, [0.52], vram=1000), make_trial(1, [0.51], vram=100)
-    appraisers = [appraise([dearest, cheap], nothing_learned=flag) for flag in (False, True)]
+    appraisers = [appraise([dearest, cheap], has_learned=rule) for rule in (lambda score: score.quality > 0.515, never)]
     chosen = [choose_next(make_situation([dearest, cheap]), Speed(), each, list) for each in appraisers]
     assert chosen == [Promote(1), Promote(0)]
     newcomers = [make_newcomer(vram=1000), make_newcomer(vram=100)]
-    dear, small = appraise([cheap], nothing_learned=True).price_new(newcomers, by_quality=True)
+    dear, small = appraise([cheap], has_learned=never).price_new(newcomers, by_quality=True)
     assert dear == pytest.approx(small)
+
+
+def test_what_has_been_learned_once_can_be_learned(make_trial: MakeTrial) -> None:
+    failed, other = make_trial(0, [0.7], state="failed"), make_trial(1, [0.5])
+    rule = {"has_learned": lambda score: score.quality > 0.6}
+    assert not appraise([], **rule).is_turn_of_quality
+    assert appraise([other], **rule).is_turn_of_quality
+    assert not appraise([failed, other], **rule).is_turn_of_quality
 
 
 def test_qualitys_turn_passes_where_nothing_can_reach_a_better_one(make_trial: MakeTrial) -> None:
     # One that is as dear as the reference has learned everything; the better of the others is dearer, too.
     done = [make_trial(i, [0.999] * 3, state="complete", vram=1000) for i in range(3)]
     trials = [make_trial(3, [0.75], vram=900), make_trial(4, [0.7], vram=50)]
-    appraiser = appraise([*done, *trials], nothing_learned=True)
+    appraiser = appraise([*done, *trials], has_learned=never)
     assert appraiser.is_turn_of_quality
     assert not appraiser.price_paused(trials, by_quality=True).any()
     assert choose_next(make_situation([*done, *trials]), Speed(), appraiser, list) == Promote(4)

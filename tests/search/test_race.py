@@ -110,30 +110,19 @@ def test_the_last_rung_stops_nobody(studied: Studied) -> None:
 
 
 @pytest.mark.parametrize(
-    ("losses", "has_learned_nothing"),
-    [((), False), ((0.96, 0.97), True), ((0.97, 0.5), False)],
-    ids=["nothing scored", "about the majority's", "one better"],
+    ("majority_quality", "losses"),
+    [(0.5, (0.96, 0.92)), (0.96, (0.55, 0.505))],
+    ids=["half", "leaves little to learn"],
 )
-def test_nothing_is_learned_while_no_score_clearly_beats_the_majority(
-    studied: Studied, losses: tuple[float, ...], has_learned_nothing: bool
+def test_a_score_beats_the_majority_by_two_standard_errors(
+    studied: Studied, majority_quality: float, losses: tuple[float, float]
 ) -> None:
-    # The majority's quality is 0.5, two standard errors on 300 examples 0.06; a quality is 1.5 less the loss.
-    for loss in losses:
-        studied.add(loss)
-    assert studied.race().has_learned_nothing() == has_learned_nothing
-
-
-def test_what_has_been_learned_once_can_be_learned(studied: Studied) -> None:
-    studied.add(0.6, 1.0, state="failed")
-    assert not studied.race().has_learned_nothing()
-
-
-def test_a_majority_that_leaves_little_to_learn_can_be_beaten(studied: Studied) -> None:
-    studied.config = replace(studied.config, majority_quality=0.96)
-    studied.add(0.55)
-    assert studied.race().has_learned_nothing()
-    studied.add(0.505)
-    assert not studied.race().has_learned_nothing()
+    # Two are 0.06 at one half and 0.02 beside 1, on 300 examples; a quality is 1.5 less the loss.
+    studied.config = replace(studied.config, majority_quality=majority_quality)
+    worse, better = (studied.add(loss).rungs[0] for loss in losses)
+    race = studied.race()
+    assert not race.beats_floor(worse)
+    assert race.beats_floor(better)
 
 
 def test_what_a_failed_trial_had_stopped_goes_on_or_is_stopped_by_another(studied: Studied) -> None:

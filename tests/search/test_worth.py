@@ -65,7 +65,7 @@ def rate_of(spec: TrialSpec) -> float:
 def appraise(space: SearchSpace, trials: Sequence[Trial], **changes: object) -> Appraiser:
     encoder = Encoder(space)
     rows = {trial.number: encode_spec(encoder, space, trial.spec) for trial in trials}
-    known: dict[str, object] = {"is_clocked": False, "rows": rows} | changes
+    known: dict[str, object] = {"is_clocked": False, "rows": rows, "has_learned": lambda s: s.quality > 0.55} | changes
     return Appraiser(trials, RUNGS, REFERENCE, Speed(), **known)  # type: ignore[arg-type]
 
 
@@ -223,8 +223,10 @@ def test_where_nothing_of_its_like_has_learned_there_is_little_hope(space: Searc
     assert appraise(space, learned)._find_hopes([near.row], np.full(1, 1e5)) == 1
     # A paused trial that has learned something itself needs no hope of others'.
     paused = make_trial(9, dataclasses.replace(lora[0], learning_rate=usual), [0.6])
-    hopeful, hopeless = (appraise(space, [*failed, paused]) for _ in range(2))
-    hopeless._has_learned = lambda score: False  # type: ignore[method-assign]
+    hopeful, hopeless = (
+        appraise(space, [*failed, paused], has_learned=lambda score, has=has: has and score.quality > 0.55)
+        for has in (True, False)
+    )
     assert hopeless.price_paused([paused])[0] < 0.2 * hopeful.price_paused([paused])[0]
     assert appraise(space, [])._find_hopes([near.row], np.full(1, 1e5)) == 1
 
