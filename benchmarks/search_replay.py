@@ -92,6 +92,8 @@ def _parse_arguments() -> argparse.Namespace:
         parser.error("name the folder that holds peft_metamathqa with --data-dir or AUTOPEFT_DATA_DIR")
     if arguments.since < 0 or (arguments.since and arguments.table == "metamathqa"):
         parser.error("--since takes a number of configurations, of a recording made by racing.py record")
+    if arguments.seeds < 2:
+        parser.error("--seeds takes at least 2: searchers are compared with a standard error")
     if arguments.halves and arguments.table != "metamathqa":
         parser.error("--halves is for tables without per-example losses, whose noise scale has settings")
     return arguments
@@ -126,6 +128,8 @@ class Row:
     """How many there are."""
     volumes: tuple[float, ...]
     """Share of the hypervolume at each of SHARES."""
+    volumes_by_seed: tuple[tuple[float, ...], ...]
+    """(seeds, SHARES)"""
     fronts: tuple[float, ...]
     """Members of the true front that were trained to their end, at each of SHARES."""
     enough_share: float | None
@@ -187,6 +191,9 @@ def _play_ours(search: OurSearch, table: Table, seed: int, clocked: bool) -> Pla
 def _measure(name: str, played: Sequence[Played]) -> Row:
     ends = [_find_end(one.table, one.whole or one.at[-1]) for one in played]
     enough = [_find_enough(one) for one in played]
+    volumes = tuple(
+        tuple(volume_at(one.table, trace, share) for trace, share in zip(one.at, SHARES, strict=True)) for one in played
+    )
     return Row(
         searcher=name,
         times_cheaper=statistics.median(end.times_cheaper for end in ends)
@@ -195,10 +202,8 @@ def _measure(name: str, played: Sequence[Played]) -> Row:
         end_volume=statistics.median(end.volume for end in ends),
         end_front=statistics.median(end.front for end in ends),
         true_front=statistics.median(end.true_front for end in ends),
-        volumes=tuple(
-            statistics.median(volume_at(one.table, one.at[place], share) for one in played)
-            for place, share in enumerate(SHARES)
-        ),
+        volumes=tuple(map(statistics.median, zip(*volumes, strict=True))),
+        volumes_by_seed=volumes,
         fronts=tuple(
             statistics.median(len(one.table.front & set(ended_by(one.table, one.at[place], share))) for one in played)
             for place, share in enumerate(SHARES)
@@ -310,7 +315,24 @@ def describe_table(table: Table, rows: Sequence[Row], num_seeds: int) -> str:
             f"| {row.searcher} | {cheaper} | {row.end_volume:.4f} | {row.end_front:g} of {row.true_front:g} "
             f"| {volumes} | {row.fronts[FRONT_AT]:g} | {enough} | {row.quality_gap:.3f} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_compare_pairs(rows)])
+
+
+def _compare_pairs(rows: Sequence[Row]) -> list[str]:
+    """The first row's searcher and each of the others on the same seeds."""
+    ours, *others = rows
+    lines = [
+        f"Hypervolume that {ours.searcher} has more than each with the same seed: means and their standard errors.",
+        "",
+        "| more than | " + " | ".join(f"at 1/{round(1 / share)}" for share in SHARES) + " |",
+        "|---|" + "--:|" * len(SHARES),
+    ]
+    for other in others:
+        pairs = zip(zip(*ours.volumes_by_seed, strict=True), zip(*other.volumes_by_seed, strict=True), strict=True)
+        gaps = [[one - two for one, two in zip(*pair, strict=True)] for pair in pairs]
+        cells = [f"{statistics.fmean(gap):+.3f} ± {statistics.stdev(gap) / len(gap) ** 0.5:.3f}" for gap in gaps]
+        lines.append(f"| {other.searcher} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _say_part(table: Table) -> str:
