@@ -115,12 +115,12 @@ def test_where_no_quality_has_moved_yet_loss_tells_who_is_about_to_learn(make_tr
     shown = [at_loss(make_trial(0.5, quality), loss) for quality, loss in ((0.8, 0.60), (0.5, 0.70)) for _ in range(4)]
     low, high = (GrowthModel([*paused, *shown], RUNGS).forecast(trial).mean for trial in paused)
     # Two standard deviations apart, at this rung by what was shown and at the next by what is thought beforehand.
-    assert low - high == pytest.approx(2 * (0.15 * 8 + 0.05 * 3) / (8 + 3) + 2 * 0.05, abs=0.001)
+    assert low - high == pytest.approx(2 * (0.15 * 8 + 0.012 * 3) / (8 + 3) + 2 * 0.012, abs=0.001)
     # What two have shown may be luck.
     low, high = (GrowthModel([*paused, *shown[::4]], RUNGS).forecast(trial).mean for trial in paused)
-    assert low - high == pytest.approx(2 * (0.15 * 2 + 0.05 * 3) / (2 + 3) + 2 * 0.05, abs=0.001)
+    assert low - high == pytest.approx(2 * (0.15 * 2 + 0.012 * 3) / (2 + 3) + 2 * 0.012, abs=0.001)
     low, high = (GrowthModel(paused, RUNGS).forecast(trial).mean for trial in paused)
-    assert low - high == pytest.approx(2 * 2 * 0.05, abs=0.001)
+    assert low - high == pytest.approx(2 * 2 * 0.012, abs=0.001)
     # And that the lower loss gains less, where that is what was shown.
     swapped = [
         at_loss(make_trial(0.5, quality), loss) for quality, loss in ((0.5, 0.60), (0.8, 0.70)) for _ in range(9)

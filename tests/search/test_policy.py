@@ -137,7 +137,7 @@ def test_only_paused_trials_are_promoted(make_trial: MakeTrial, state: str) -> N
 def test_the_cheap_end_is_promoted_beside_the_accurate_end(make_trial: MakeTrial) -> None:
     # The middle one is dominated by the accurate one at equal cost.
     trials = [make_trial(0, [0.9], vram=500), make_trial(1, [0.8], vram=500), make_trial(2, [0.7], vram=50)]
-    assert order(trials) == [0, 2, 1]
+    assert order(trials) == [2, 0, 1]
 
 
 def test_what_is_at_the_references_quality_waits_behind_what_is_above_it(make_trial: MakeTrial) -> None:

@@ -179,7 +179,8 @@ def test_only_trials_at_the_last_rung_are_complete(record: StudyRecord) -> None:
         assert (trial.state == "complete") == (bool(trial.rungs) and trial.rungs[-1].step == 160)
 
 
-def test_a_stopped_trial_names_a_rival_that_costs_no_more(record: StudyRecord) -> None:
+def test_a_stopped_trial_names_a_rival_that_costs_no_more(studies: FakeStudies) -> None:
+    record = studies.run(studies.create_default(budget="20trials", workers=2))
     stopped = [trial for trial in record.trials if isinstance(trial.outcome, Stopped)]
     assert stopped
     for trial in stopped:
