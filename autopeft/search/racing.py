@@ -132,11 +132,11 @@ class LearnedRacing:
     inverse of progress, as in `PairedRacing`, so that all rungs together teach one scale. Until enough have reached the
     end nothing is stopped. That costs little, since what is paused waits behind what promises more.
 
-    On the 63 runs of peft's method_comparison these defaults train everything worth training in a fifth of the time;
+    On the 63 runs of peft's method_comparison these defaults train what is worth training in a seventh of the time;
     docs/search.md has the figures, and those of the halves that they were chosen on.
     """
 
-    least_completed: int = 4
+    least_completed: int = 3
     """Trials at their end before anything is stopped."""
     widening: float = 1.0
     """How many times the typical reversed gap is clear."""
