@@ -92,7 +92,7 @@ def _parse_arguments() -> argparse.Namespace:
         parser.error("name the folder that holds peft_metamathqa with --data-dir or AUTOPEFT_DATA_DIR")
     if arguments.since < 0 or (arguments.since and arguments.table == "metamathqa"):
         parser.error("--since takes a number of configurations, of a recording made by racing.py record")
-    if arguments.seeds < 2:
+    if arguments.seeds < 2 and not arguments.halves:
         parser.error("--seeds takes at least 2: searchers are compared with a standard error")
     if arguments.halves and arguments.table != "metamathqa":
         parser.error("--halves is for tables without per-example losses, whose noise scale has settings")

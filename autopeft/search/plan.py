@@ -460,19 +460,25 @@ def restore_devices(config: StudyConfig, provenance: Provenance) -> Restored:
                 "scores on CPU would not compare."
             )
         devices, threads = plan_gpu_workers(min(config.workers, len(gpus)), gpus), 1
-        name = next(gpu.name for gpu in gpus if devices[0] == f"cuda:{gpu.number}")
+        names = [gpu.name for gpu in gpus if f"cuda:{gpu.number}" in devices]
+        # It is the first worker's that a study keeps, by the name that PyTorch gives it.
+        name = provenance.device if any(_is_same_gpu(provenance.device, one) for one in names) else names[0]
+        notes = note_emulated([find_known(one) for one in names])
     else:
         workers, threads = plan_cpu_workers(min(config.workers, count_cores()))
-        devices, name = ["cpu"] * workers, describe_cpu()
+        devices, name, notes = ["cpu"] * workers, describe_cpu(), []
     before = _title_devices(config.device_kind, provenance.device_count, provenance.threads, provenance.device)
     now = _title_devices(config.device_kind, len(devices), threads, name)
     if now == before:
         return Restored(devices, threads, "")
-    return Restored(
-        devices,
-        threads,
-        f"The study '{config.name}' began with {before} and goes on with {now}: what its trials took is of both.",
-    )
+    changed = f"The study '{config.name}' began with {before} and goes on with {now}: what its trials took is of both."
+    return Restored(devices, threads, " ".join([changed, *notes]))
+
+
+def _is_same_gpu(one: str, other: str) -> bool:
+    """PyTorch and nvidia-smi may differ by a word."""
+    words, others = set(one.split()), set(other.split())
+    return words <= others or others <= words
 
 
 def _title_devices(device_kind: str, workers: int, threads: int, name: str) -> str:

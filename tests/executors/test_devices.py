@@ -15,7 +15,7 @@ from autopeft.backends.hf.cuda_rules import find_gpu
 from autopeft.cli.session import run_study
 from autopeft.errors import DeviceError, StudyError
 from autopeft.executors.devices import Gpu, find_gpus, find_known, find_memory
-from autopeft.search.plan import Plan, make_plan
+from autopeft.search.plan import Plan, make_plan, restore_devices
 from autopeft.search.request import Request
 from autopeft.spaces.space import SearchSpace
 
@@ -140,6 +140,36 @@ def test_a_study_that_is_resumed_on_fewer_gpus_is_limited_by_what_those_have_fre
 )
 def test_a_gpu_is_known_by_its_drivers_name(name, title):
     assert find_known(name).title == title
+
+
+@pytest.mark.parametrize(
+    ("began_with", "count", "told"),
+    [
+        ("NVIDIA H100", 2, []),
+        ("NVIDIA A100", 2, []),
+        ("NVIDIA H100 80GB", 2, []),
+        ("NVIDIA H100", 1, ["1 x NVIDIA H100", "2 x NVIDIA H100"]),
+        ("NVIDIA L4", 2, ["2 x NVIDIA L4", "2 x NVIDIA H100"]),
+    ],
+    ids=["the first", "the second", "by another name", "fewer", "another"],
+)
+def test_going_on_with_other_gpus_is_told(tell, began_with, count, told):
+    tell("".join(LINES))
+    config, provenance = (
+        SimpleNamespace(name="mine", device_kind="cuda", workers=2),
+        SimpleNamespace(device=began_with, device_count=count, threads=1),
+    )
+    note = restore_devices(config, provenance).note
+    assert bool(note) == bool(told)
+    assert all(words in note for words in told)
+
+
+def test_going_on_with_a_gpu_without_bfloat16_is_told(tell):
+    tell("0, GPU-aaaa, Tesla T4, 15360, 15000\n")
+    config = SimpleNamespace(name="mine", device_kind="cuda", workers=1)
+    note = restore_devices(config, SimpleNamespace(device="NVIDIA A100", device_count=1, threads=1)).note
+    assert "1 x Tesla T4" in note
+    assert "a T4 has no units" in note
 
 
 def test_a_plan_for_a_gpu_without_bfloat16_says_so(tell):
