@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from configurations import draw_specs
 from memory_study import MemoryStore
-from written import write_result
+from written import tell_result
 
 from autopeft.backends.replay import Curves, Recording, ReplayBackend, ReplayCostModel
 from autopeft.executors.inline import InlineExecutor
@@ -63,9 +63,7 @@ def main() -> None:
         lines.append(
             f"| {count} | " + " | ".join(f"{value:.1f}" for value in (*times.values(), sum(times.values()))) + " |"
         )
-    print("\n".join(lines))
-    if arguments.out:
-        write_result(arguments.out, "\n".join(lines), record)
+    tell_result("\n".join(lines), record, name=arguments.out)
 
 
 def measure(count: int, repeat: int) -> dict[str, float]:

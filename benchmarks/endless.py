@@ -30,7 +30,7 @@ from configurations import draw_specs
 from pool import Pool, make_pool
 from searchers import make_search, plan_replay
 from tables import Floats, Table, read_table
-from written import write_result
+from written import tell_result
 
 from autopeft.backends.base import Ended, Event, Finished, Stretch
 from autopeft.backends.replay import Curve, ReplayBackend, ReplayCostModel
@@ -235,9 +235,7 @@ def main() -> None:
         rows.append(measure_ours(table, share, arguments.seeds))
         print(f"a share of {share:.3f} played.", file=sys.stderr)
     text = describe(table, rows, arguments.seeds)
-    print(text)
-    if arguments.out:
-        write_result(arguments.out, text, to_record(rows))
+    tell_result(text, to_record(rows), name=arguments.out)
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -29,7 +29,7 @@ from listed_search import Asked, plan_listed
 from peers import PEERS, play
 from searchers import volume_at
 from tables import Table, read_table
-from written import write_result
+from written import tell_result
 
 from autopeft.executors.local import LocalExecutor
 from autopeft.records import StudyRecord, to_record
@@ -71,9 +71,7 @@ def main() -> None:
             for run in range(arguments.runs)]  # fmt: skip
     rows.append(_measure_random(table))
     text = describe(table, rows, plan)
-    print(text)
-    if arguments.out:
-        write_result(arguments.out, text, to_record(rows))
+    tell_result(text, to_record(rows), name=arguments.out)
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from searchers import OurSearch, Source
 from tables import Table, draw_part, read_metamathqa, read_table
-from written import write_result
+from written import tell_result
 
 from autopeft.search.front import scale_point
 from autopeft.search.outlook import GainModel, count_lost_members
@@ -64,9 +64,7 @@ def main() -> None:
         )
         print(text, "\n", file=sys.stderr, flush=True)
     text = f"{arguments.seeds} seeds.\n\n" + "\n\n".join(lines)
-    print(text)
-    if arguments.out:
-        write_result(arguments.out, text, record)
+    tell_result(text, record, name=arguments.out)
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -27,7 +27,7 @@ from peers import PEERS, is_installed, play
 from searchers import OurSearch, Source, Trace, ended_by, volume_at
 from svg import draw_lines
 from tables import PART, Table, choose_since, draw_part, read_metamathqa, read_table
-from written import write_result
+from written import tell_result
 
 from autopeft.records import to_record
 from autopeft.search.front import parse_objectives
@@ -58,9 +58,7 @@ def main() -> None:
         text, record = describe_table(table, rows, arguments.seeds), to_record(rows)
         if arguments.since:
             text = f"The recipes, and what was recorded after the first {arguments.since}: {text}"
-    print(text)
-    if arguments.out:
-        write_result(arguments.out, text, record)
+    tell_result(text, record, name=arguments.out)
     if arguments.docs:
         put_into_docs(DOCS / "search.md", arguments.docs, text)
         if not arguments.halves:

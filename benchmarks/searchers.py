@@ -112,9 +112,8 @@ class OurSearch:
         specs = [curve.spec for curve in table.curves]
         random.Random(seed).shuffle(specs)
         config = plan_replay(table, seed, num_trials=len(specs), share=share)
-        config = replace(
-            config, included=tuple(specs) if self.source == "given" else (), warm_start=self.warm_start
-        )  # fmt: skip
+        included = tuple(specs) if self.source == "given" else ()
+        config = replace(config, included=included, warm_start=self.warm_start)
         backend, costs = ReplayBackend(table.recording), ReplayCostModel(table.recording)
         search = make_search(table, config, _find_space(table, self.source), backend, costs, specs, self.racing)
         if self.source in ("chosen", "tpe"):

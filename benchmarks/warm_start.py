@@ -22,7 +22,7 @@ from pathlib import Path
 from pool import make_pool
 from searchers import OurSearch, volume_at
 from tables import PART, Table, draw_part, read_table
-from written import write_result
+from written import tell_result
 
 from autopeft.records import WarmStart
 from autopeft.report.priors import read_sources
@@ -62,9 +62,7 @@ def main() -> None:
     text = f"Medians over {arguments.seeds} seeds, each on another random {PART:.0%} of the table.\n\n" + "\n".join(
         lines
     )
-    print(text)
-    if arguments.out:
-        write_result(arguments.out, text, record)
+    tell_result(text, record, name=arguments.out)
 
 
 def _parse_arguments() -> argparse.Namespace:

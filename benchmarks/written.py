@@ -1,4 +1,4 @@
-"""What a benchmark found, written beside the others' results."""
+"""What a benchmark found, told and written beside the others' results."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from machine import describe_machine
 RESULTS = Path(__file__).parent / "results"
 
 
-def write_result(name: str, text: str, record: object) -> None:
-    """results/NAME.md is the text, and results/NAME.json the record with its machine and time."""
+def tell_result(text: str, record: object, *, name: str | None) -> None:
+    """Prints the text. With a name, results/NAME.md is the text, and results/NAME.json the record with its machine and
+    time."""
+    print(text)
+    if not name:
+        return
     RESULTS.mkdir(exist_ok=True)
     data = {"made_at": datetime.now(UTC).isoformat(timespec="seconds"), "machine": describe_machine(), "result": record}
     (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
