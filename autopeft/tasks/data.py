@@ -20,6 +20,9 @@ from autopeft.tasks.demo import generate_demo
 from autopeft.tasks.spec import TaskSpec, list_fields
 from autopeft.wording import first_line
 
+_FORMATS = (".jsonl", ".json", ".csv")
+_LONGEST_FIELD = 2**31 - 1
+"""Characters of a CSV field; Python's own limit of 128 Ki is shorter than some documents."""
 VALIDATION_SHARE = 0.1
 TEST_SHARE_OF_OWN = 0.15
 
@@ -39,6 +42,8 @@ class _Rows(NamedTuple):
     test: list[Example] | None
     """None where a part of `train` is to be set aside."""
     notes: Sequence[str] = ()
+    validation: list[Example] | None = None
+    """The search-validation split; None where it is to be set aside, too."""
 
 
 class Splits(NamedTuple):
@@ -56,23 +61,34 @@ class Splits(NamedTuple):
 def load_splits(task: TaskSpec, data_dir: str | None, *, seed: int) -> Splits:
     """Reads, checks and divides a task's rows.
 
-    Training rows are divided into train and search-validation (10%, at most `max_validation`): by class, or for
-    generation by prompt, so that no prompt is in both. The data set's own labelled split is the test. `data_dir` is
-    searched before the hub. Raises DataError or TaskError.
+    The data set's own splits are taken where it has them. Otherwise training rows are divided into train and
+    search-validation (10%, at most `max_validation`): by class, or for generation by prompt, so that no prompt is in
+    both. `data_dir` is searched before the hub. Raises DataError or TaskError.
     """
-    train, test, notes = _load_rows(task, data_dir)
+    train, test, notes, validation = _load_rows(task, data_dir)
     _check_train(task, train)
     divide = split_stratified if task.kind == "classification" else split_by_prompt
     if test is None:
         most = len(train) if task.kind == "classification" else task.max_validation
         train, test = divide(train, share=TEST_SHARE_OF_OWN, most=most, seed=seed + 1)
-    train, validation = divide(train, share=VALIDATION_SHARE, most=task.max_validation, seed=seed)
+    if validation is None:
+        train, validation = divide(train, share=VALIDATION_SHARE, most=task.max_validation, seed=seed)
+    else:
+        count = len(validation)
+        if count > task.max_validation:
+            _, validation = divide(validation, share=1.0, most=task.max_validation, seed=seed)
+        notes = [*notes, _note_validation(task, len(validation), count)]
     digest = hashlib.sha256()
     for split in (train, validation, test):
         for example in split:
             digest.update(json.dumps(_identify(example)).encode())
         digest.update(b"\n")
     return Splits(train=train, validation=validation, test=test, digest=digest.hexdigest()[:16], notes=tuple(notes))
+
+
+def _note_validation(task: TaskSpec, taken_count: int, count: int) -> str:
+    taken = f"{count:,}" if taken_count == count else f"{taken_count:,} of the {count:,} (max_validation)"
+    return f"Trials of task '{task.name}' are compared on {taken} rows of its own validation split."
 
 
 def _identify(example: Example) -> tuple[object, ...]:
@@ -140,12 +156,25 @@ def _load_rows(task: TaskSpec, data_dir: str | None) -> _Rows:
             [Example(row["text"], None, row["label"]) for row in demo.test],
         )
     if task.files is not None:
-        train = read_rows(task, Path(task.files.train))
-        return _Rows(train, read_rows(task, Path(task.files.test)) if task.files.test else None)
+        train, test, validation = (
+            read_rows(task, Path(file)) if file else None
+            for file in (task.files.train, task.files.test, task.files.validation)
+        )
+        assert train is not None
+        return _Rows(train, test, validation=validation)
+    if data_dir and not Path(data_dir).is_dir():
+        raise DataError(
+            f"Rows of task '{task.name}' are searched in the folder '{data_dir}', by --data-dir or AUTOPEFT_DATA_DIR, "
+            f"but it does not exist. Name the one that holds {task.name}/train.jsonl"
+            f"{', or leave it away for the rows of the hub' if task.hub is not None else ''}."
+        )
     folder = Path(data_dir) / task.name if data_dir else None
     if folder is not None and folder.is_dir():
         return _load_folder(task, folder)
-    return _load_hub(task, folder)
+    rows = _load_hub(task, folder)
+    if folder is not None:
+        rows = rows._replace(notes=[*rows.notes, f"There is no folder '{folder}', so the rows are the hub's."])
+    return rows
 
 
 def _load_folder(task: TaskSpec, folder: Path) -> _Rows:
@@ -155,9 +184,11 @@ def _load_folder(task: TaskSpec, folder: Path) -> _Rows:
             note = f"The data folder of task '{task.name}' has no train.jsonl, so its validation.jsonl is learned from."
             return _Rows(read_rows(task, validation), read_rows(task, test), [note])
         raise DataError(f"The data folder of task '{task.name}' must hold train.jsonl, but '{folder}' does not.")
-    for path in (test, validation):
-        if path.is_file():
-            return _Rows(read_rows(task, train), read_rows(task, path))
+    if test.is_file():
+        own = read_rows(task, validation) if validation.is_file() else None
+        return _Rows(read_rows(task, train), read_rows(task, test), validation=own)
+    if validation.is_file():
+        return _Rows(read_rows(task, train), read_rows(task, validation))
     if task.kind == "generation":
         note = (
             f"The data folder of task '{task.name}' has no test.jsonl, so {TEST_SHARE_OF_OWN:.0%} of the training "
@@ -188,22 +219,34 @@ def _load_hub(task: TaskSpec, folder: Path | None) -> _Rows:
             datasets.disable_progress_bars()
         # The hub's client prints a line for each of its retries; what came of them is said once, below.
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-        train = datasets.load_dataset(task.hub.path, task.hub.config, split=task.hub.train)
-        test = datasets.load_dataset(task.hub.path, task.hub.config, split=task.hub.test) if task.hub.test else None
+        train, test, validation = (
+            datasets.load_dataset(task.hub.path, task.hub.config, split=split) if split else None
+            for split in (task.hub.train, task.hub.test, task.hub.validation)
+        )
     except Exception as exc:  # the hub's client raises a dozen unrelated types when there is no network
         said = first_line(exc).rstrip(".")
         raise DataError(
             f"The rows of task '{task.name}' are not on this machine. {looked}, and from the hub, where they are "
             f"'{task.hub.path}', they cannot be loaded ({type(exc).__name__}: {said}). Connect once; or {remedy}"
         ) from exc
-    test_rows = None if test is None else _check_rows(task, test, f"{task.hub.path} test")
-    return _Rows(_check_rows(task, train, f"{task.hub.path} train"), test_rows)
+    checked = [
+        None if rows is None else _check_rows(task, rows, f"{task.hub.path} {name}")
+        for name, rows in (("train", train), ("test", test), ("validation", validation))
+    ]
+    assert checked[0] is not None
+    return _Rows(checked[0], checked[1], validation=checked[2])
 
 
 def read_rows(task: TaskSpec, path: Path) -> list[Example]:
     """Rows of a .jsonl, .json or .csv file. Raises DataError with file and line."""
     if not path.is_file():
         raise DataError(f"Task '{task.name}' needs the file '{path}', which does not exist.")
+    if path.suffix not in _FORMATS:
+        raise DataError(
+            f"Rows are read from {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}, but task '{task.name}' names "
+            f"'{path}'. Write it anew, for instance with pandas: "
+            "pandas.read_parquet(FILE).to_json('rows.jsonl', orient='records', lines=True)."
+        )
     try:
         if path.suffix == ".csv":
             return _read_csv(task, path)
@@ -223,6 +266,7 @@ def read_rows(task: TaskSpec, path: Path) -> list[Example]:
 
 
 def _read_csv(task: TaskSpec, path: Path) -> list[Example]:
+    csv.field_size_limit(_LONGEST_FIELD)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         # The reader counts lines, which are more than rows where texts hold line breaks.
@@ -317,17 +361,18 @@ def _fill(template: str, row: dict[str, Any], where: str) -> str:
 
 def _check_label(task: TaskSpec, row: dict[str, Any], where: str) -> int:
     value = row.get(task.label)
-    if isinstance(value, str):
-        if value in task.labels:
-            return task.labels.index(value)
-        if value.isdecimal():
-            value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(task.labels):
-        return value
+    # Files differ in whether they write numbers as text, so a name that is a number is meant by either.
+    name = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
+    if name in task.labels:
+        return task.labels.index(name)
+    names_are_numbers = any(label.isdecimal() for label in task.labels)
+    if name.isdecimal() and int(name) < len(task.labels) and not names_are_numbers:
+        return int(name)
     given = f"holds {value!r:.80}" if task.label in row else "has no such column"
+    index = "" if names_are_numbers else f" or an index from 0 to {len(task.labels) - 1}"
     raise DataError(
-        f"{where}: the column '{task.label}' must hold one of {', '.join(task.labels[:10])} or an index from 0 to "
-        f"{len(task.labels) - 1}, but the row {given}."
+        f"{where}: the column '{task.label}' must hold one of {', '.join(task.labels[:10])}{index}, but the row "
+        f"{given}."
     )
 
 

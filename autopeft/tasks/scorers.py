@@ -49,12 +49,19 @@ def _hub_metric(name: str) -> Callable[[Labels, Labels], float]:
         metric = _load_hub_metric(name)
         try:
             result = metric.compute(references=labels.tolist(), predictions=predictions.tolist())
-            return float(next(iter(result.values())))
+            value = float(next(iter(result.values())))
         except Exception as exc:  # somebody else's code
             raise TaskError(
                 f"A metric of the hub must make one number of predicted classes and right ones, but 'hub:{name}' makes "
                 f"none: {exc}. Take another scorer, such as {', '.join(SCORERS)}."
             ) from exc
+        if math.isinf(value):
+            raise TaskError(
+                f"A metric of the hub must make a finite number, but 'hub:{name}' makes {value}. Take another scorer, "
+                f"such as {', '.join(SCORERS)}."
+            )
+        # Correlations say so of answers that are all the same; ours are 0 there.
+        return 0.0 if math.isnan(value) else value
 
     return score
 

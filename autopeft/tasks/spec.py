@@ -28,6 +28,8 @@ class HubSource:
     test: str | None = None
     """The labelled split kept for the end; many GLUE tests have no labels, so this is often `validation`. None: a part
     of the training rows is set aside."""
+    validation: str | None = None
+    """The split that trials are compared on; None: a part of the training rows is set aside."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,8 @@ class FileSource:
     train: str
     test: str | None = None
     """None: 15% of the training rows are set aside, by class where there are classes."""
+    validation: str | None = None
+    """What trials are compared on. None: 10% of the training rows are set aside, in the same way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +130,7 @@ def parse_task(text: str, where: str) -> TaskSpec:
         raise TaskError(f"The task file '{where}' must be YAML, but is not: {exc}.") from exc
     if not isinstance(data, Mapping):
         raise TaskError(f"The task file '{where}' must hold keys and values such as name: and labels:, but does not.")
+    _check_label_names(data.get("labels"), where)
     default = DEFAULT_SCORERS["generation" if data.get("kind") == "generation" else "classification"]
     try:
         task = from_record(TaskSpec, {"scorer": default, **data}, f"task file '{where}'")
@@ -141,6 +146,15 @@ def parse_task(text: str, where: str) -> TaskSpec:
             raise TaskError(f"The task file '{where}' must have a {name} of at least 1, but has {getattr(task, name)}.")
     check_scorer(task.scorer, task.kind)
     return task
+
+
+def _check_label_names(labels: Any, where: str) -> None:
+    for label in labels if isinstance(labels, list) else ():
+        if not isinstance(label, str):
+            raise TaskError(
+                f"Labels are names, which YAML needs in quotes where it would read a number, yes or no in them, as in "
+                f'labels: ["0", "1"], but one in \'{where}\' is {label!r}.'
+            )
 
 
 _OF_CLASSIFICATION = ("text", "text_pair", "label", "labels", "embedded")
@@ -179,6 +193,11 @@ def _check_classification(task: TaskSpec, where: str) -> None:
         raise TaskError(f"A classification task has at least two labels, but '{where}' names {len(task.labels)}.")
     if len(set(task.labels)) < len(task.labels):
         raise TaskError(f"The labels of task '{where}' must differ, but some are named twice.")
+    if task.scorer == "f1_binary" and len(task.labels) > 2:
+        raise TaskError(
+            f"The scorer f1_binary is of two labels, of which the second is the positive one, but '{where}' names "
+            f"{len(task.labels)}. Take scorer: f1_macro."
+        )
 
 
 def _check_generation(task: TaskSpec, where: str) -> None:

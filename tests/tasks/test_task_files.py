@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -108,6 +109,57 @@ def test_a_data_folder_is_searched_before_the_hub(tmp_path: Path) -> None:
     assert len(splits.train) + len(splits.validation) == 40
 
 
+def write_rows(path: Path, count: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = ({"text": f"{path.stem} {i}", "label": i % 2} for i in range(count))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def sources_of(splits: Splits) -> list[set[str]]:
+    """Of train, validation and test: the files that their rows are from."""
+    return [{example.text.split()[0] for example in split} for split in splits[:3]]
+
+
+def test_validation_rows_of_ones_own_are_those_that_trials_are_compared_on(make_task: MakeTask, tmp_path: Path) -> None:
+    write_rows(tmp_path / "dev.jsonl", 9)
+    files = {"train": "train.jsonl", "validation": "dev.jsonl"}
+    splits = load_splits(make_task(files=files), None, seed=0)
+    assert sources_of(splits) == [{"row"}, {"dev"}, {"row"}]
+    assert len(splits.validation) == 9
+    assert "compared on 9 rows of its own validation split" in splits.notes[0]
+    few = load_splits(make_task(files=files, max_validation=4), None, seed=0)
+    assert 2 <= len(few.validation) <= 4
+    assert f"{len(few.validation)} of the 9 (max_validation) rows" in few.notes[0]
+    assert splits.digest != few.digest
+
+
+def test_a_data_folder_may_have_all_three_splits(tmp_path: Path) -> None:
+    for name, count in (("train", 40), ("validation", 10), ("test", 12)):
+        write_rows(tmp_path / "mine" / f"{name}.jsonl", count)
+    task = parse_task("{name: mine, title: Mine, text: text, labels: [bad, good]}", "mine.yaml")
+    splits = load_splits(task, str(tmp_path), seed=0)
+    assert sources_of(splits) == [{"train"}, {"validation"}, {"test"}]
+    assert [len(split) for split in splits[:3]] == [40, 10, 12]
+
+
+@pytest.mark.parametrize("values", [[1, 3, 2], ["1", "3", "2"]])
+def test_names_that_are_numbers_are_meant_however_they_are_written(make_task: MakeTask, values: list[Any]) -> None:
+    rows = [{"text": f"row {i}", "label": values[i % 3]} for i in range(60)]
+    splits = load_splits(make_task(rows, labels=["3", "2", "1"]), None, seed=0)
+    assert all(example.label == [2, 0, 1][int(example.text.split()[1]) % 3] for example in rows_of(splits))
+
+
+def test_no_index_stands_for_a_name_that_is_a_number(make_task: MakeTask) -> None:
+    rows = [{"text": f"row {i}", "label": i % 2} for i in range(60)]
+    with pytest.raises(DataError, match=r"must hold one of 1, 2, but the row holds 0"):
+        load_splits(make_task(rows, labels=["1", "2"]), None, seed=0)
+
+
+def test_a_csv_field_may_be_a_long_document(make_task: MakeTask) -> None:
+    text = "text,label\n" + "".join(f"{'word ' * 30_000}{i},{i % 2}\n" for i in range(20))
+    assert len(rows_of(load_splits(make_task(text, name="train.csv"), None, seed=0))) == 20
+
+
 @pytest.mark.parametrize("name", sorted(list_tasks()))
 def test_every_shipped_task_is_valid(name: str) -> None:
     task = parse_task(find_task_text(name), name)
@@ -199,6 +251,12 @@ def test_a_missing_file_is_refused_with_its_name(make_task: MakeTask, tmp_path: 
         load_splits(task, None, seed=0)
 
 
+@pytest.mark.parametrize("name", ["train.parquet", "train.tsv", "train"])
+def test_a_file_of_another_format_is_refused(make_task: MakeTask, name: str) -> None:
+    with pytest.raises(DataError, match=r"read from \.jsonl, \.json or \.csv, but .*pandas"):
+        load_splits(make_task("x", name=name), None, seed=0)
+
+
 def test_one_class_data_is_refused_with_the_class(make_task: MakeTask) -> None:
     with pytest.raises(DataError, match=r"at least two classes.*'good'"):
         load_splits(make_task([row | {"label": 1} for row in ROWS]), None, seed=0)
@@ -215,6 +273,8 @@ def test_without_a_hub_and_a_folder_a_task_says_what_to_do(tmp_path: Path) -> No
         load_splits(task, None, seed=0)
     with pytest.raises(DataError, match="There is no folder"):
         load_splits(task, str(tmp_path), seed=0)
+    with pytest.raises(DataError, match=r"folder '.*typo', by --data-dir or AUTOPEFT_DATA_DIR.*does not exist"):
+        load_splits(task, str(tmp_path / "typo"), seed=0)
 
 
 def test_a_data_folder_without_rows_is_refused(tmp_path: Path) -> None:
@@ -236,7 +296,9 @@ def test_a_data_folder_without_rows_is_refused(tmp_path: Path) -> None:
         ("name: x\ntitle: x\nlabels: [a, b]", "lacks the field 'text'"),
         ("name: x\ntitle: x\ntext: t\nlabels: [a]", "at least two labels"),
         ("name: x\ntitle: x\ntext: t\nlabels: [a, a]", "named twice"),
-        ("name: x\ntitle: x\ntext: t\nlabels: [0, 1]", r"labels\[0\] must be str"),
+        ("name: x\ntitle: x\ntext: t\nlabels: [0, 1]", r"in quotes.*is 0"),
+        ("name: x\ntitle: x\ntext: t\nlabels: [yes, no]", r"in quotes.*is True"),
+        ("name: x\ntitle: x\ntext: t\nlabels: [a, b, c]\nscorer: f1_binary", "of two labels.*names 3.*f1_macro"),
         ("name: x\ntitle: x\ntext: t\nlabels: [a, b]\nscorer: acuracy", "'acuracy'.*Did you mean 'accuracy'"),
         ("name: x\ntitle: x\ntext: t\nlabels: [a, b]\nhub: {pth: x}", "'pth'.*Did you mean 'path'"),
     ],
@@ -372,6 +434,22 @@ def test_resampled_scores_of_a_hub_metric_are_nearly_those_of_the_examples_drawn
     # What is left of higher orders is a small part of what resampling shows.
     assert float(np.std(quick - exact)) < (1e-12 if scorer == "accuracy" else 0.1 * float(np.std(exact)))
     assert float(np.mean(quick)) == pytest.approx(float(np.mean(exact)), abs=0.1 * float(np.std(exact)))
+
+
+@pytest.mark.parametrize(("value", "quality"), [(math.nan, 0.0), (0.25, 0.25)])
+def test_a_hub_metric_that_is_undefined_for_one_answer_counts_as_nothing(
+    monkeypatch: pytest.MonkeyPatch, value: float, quality: float
+) -> None:
+    metric = SimpleNamespace(compute=lambda **arguments: {"it": value})
+    monkeypatch.setattr("autopeft.tasks.scorers._load_hub_metric", lambda name: metric)
+    assert score_predictions("hub:it", [0, 1], [0, 0]) == quality
+
+
+def test_a_hub_metric_without_bound_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    metric = SimpleNamespace(compute=lambda **arguments: {"it": math.inf})
+    monkeypatch.setattr("autopeft.tasks.scorers._load_hub_metric", lambda name: metric)
+    with pytest.raises(TaskError, match="finite number, but 'hub:it' makes inf"):
+        score_predictions("hub:it", [0, 1], [0, 0])
 
 
 def test_resampled_scores_of_text_are_means() -> None:
