@@ -87,6 +87,12 @@ def load_config(name: str, num_labels: int | None) -> Any:
         config = transformers.AutoConfig.from_pretrained(resolve_model(name), **sizes)
     except (OSError, ValueError) as exc:
         raise explain(name, exc) from exc
+    if getattr(config, "quantization_config", None) is not None:
+        # transformers would go by that, whatever width a trial is given.
+        raise ModelError(
+            f"Bases are quantized by autopeft itself, as a trial's bits say, but '{name}' comes quantized already. "
+            "Name the model that it was made from."
+        )
     if num_labels is None:
         _check_writes(name, config)
         config.problem_type = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import warnings
@@ -13,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from autopeft.backends.hf.base_model import QuietLoading, load_base
+from autopeft.errors import ModelError
 from autopeft.testing.tiny_models import tiny_folder
 
 
@@ -65,3 +67,12 @@ def test_other_words_of_transformers_are_heard(heard: list[str]) -> None:
         logger.warning("something else")
     logger.warning("BertModel LOAD REPORT from: y")
     assert heard == ["something else", "BertModel LOAD REPORT from: y"]
+
+
+def test_a_base_that_comes_quantized_is_refused(tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_folder("llama"), tmp_path / "llama-bnb-4bit"))
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"llama-bnb-4bit' comes quantized already\. Name the model that"):
+        load_base(str(copy), num_labels=2, bits=16, device="cpu")
