@@ -168,7 +168,7 @@ class Appraiser:
         if not trials:
             return np.zeros(0)
         params = np.array([float(trial.cost.trainable_parameters) for trial in trials if trial.cost is not None])
-        hopes = self._find_hopes([self._rows.get(trial.number) for trial in trials], params)
+        hopes = self._find_hopes(_express([self._rows.get(trial.number) for trial in trials], params), len(trials))
         return self._price(
             _Stretches([trial.spec.method for trial in trials], [trial.step for trial in trials]),
             self._believe_scored(trials),
@@ -188,15 +188,15 @@ class Appraiser:
             return np.zeros(0)
         costs = self._cost_new(newcomers)
         scaled = [[scale_cost(name, value, self._reference) for value in costs[name]] for name in self._objectives]
-        rows = [newcomer.row for newcomer in newcomers]
+        known = _express([newcomer.row for newcomer in newcomers], costs["params"])
         prices = self._price(
             _Stretches([newcomer.method for newcomer in newcomers], [0] * len(newcomers)),
-            self._believe_new(newcomers, costs["params"]),
-            _Told(np.full(len(newcomers), math.inf), self._find_surprises(rows, costs["params"])),
+            self._believe_new(known, len(newcomers)),
+            _Told(np.full(len(newcomers), math.inf), self._find_surprises(known, len(newcomers))),
             np.array(scaled).reshape(len(self._objectives), len(newcomers)).T,
             # What is paused can be had by going on with it: something new has to add to that.
             self._find_had("complete", "running", "paused"),
-            self._find_hopes(rows, costs["params"]),
+            self._find_hopes(known, len(newcomers)),
             by_quality=by_quality,
         )
         for name, most in self._most.items():
@@ -302,14 +302,12 @@ class Appraiser:
             np.array([forecast.deviation**2 for forecast in forecasts]),
         )
 
-    def _believe_new(self, newcomers: Sequence[Newcomer], params: Floats) -> _Beliefs:
+    def _believe_new(self, known: _Expressed | None, count: int) -> _Beliefs:
         qualities = [forecast.mean for forecast in self._forecasts.values()]
         centre = float(np.mean(qualities)) if qualities else (1 + self._reference["quality"]) / 2
-        means = np.full(len(newcomers), centre)
-        count = len(qualities)
+        means = np.full(count, centre)
         squares = float(np.sum((np.array(qualities) - centre) ** 2)) + PRIOR_COUNT * PRIOR_DEVIATION**2
-        variances = np.full(len(newcomers), squares / (count + PRIOR_COUNT))
-        known = _express([newcomer.row for newcomer in newcomers], params)
+        variances = np.full(count, squares / (len(qualities) + PRIOR_COUNT))
         if known is not None:
             if self._learned is not None:
                 estimates = self._learned.surrogate.estimate(known.features, known.sizes)
@@ -396,33 +394,30 @@ class Appraiser:
         _, deviations = self._scale_beliefs(beliefs.means, left)
         # What the score may make of the mean, and the gain that is then expected.
         count = len(QUANTILES)
-        outcomes = (means + np.multiply.outer(QUANTILES, shown)).ravel()
-        gains = expected_improvement(outcomes, np.tile(deviations, count), np.tile(costs, (count, 1)), had)
-        ordered = -np.sort(-gains.reshape(count, len(means)), axis=0)
+        outcomes = means + np.multiply.outer(QUANTILES, shown)
+        ordered = -np.sort(-expected_improvement(outcomes, deviations, costs, had), axis=0)
         # Going on after the best outcomes only, as many of them as pay.
         shares = np.arange(1, count + 1)[:, None] / count
         prices = np.cumsum(ordered, axis=0) / count / (times.to_score + shares * times.to_end)
         dearest: Floats = prices.max(axis=0) * hopes
         return dearest
 
-    def _find_surprises(self, rows: Sequence[Row | None], params: Floats) -> Floats:
-        """(N,) variances of the forecasts from first scores, of configurations not started: what those like them had
-        will be nearly theirs, and shows nothing new, however little it tells of the end."""
-        surprises = np.full(len(rows), math.inf)
-        known = _express(rows, params)
+    def _find_surprises(self, known: _Expressed | None, count: int) -> Floats:
+        """(count,) variances of the forecasts from first scores, of configurations not started: what those like them
+        had will be nearly theirs, and shows nothing new, however little it tells of the end."""
+        surprises = np.full(count, math.inf)
         if known is not None and self._foreseen is not None:
             surprises[known.places] = self._foreseen.estimate(known.features, known.sizes).variances
         return surprises
 
-    def _find_hopes(self, rows: Sequence[Row | None], params: Floats) -> Floats:
-        """(N,) shares of those alike, one more that did counted in, that had learned something at their end.
+    def _find_hopes(self, known: _Expressed | None, count: int) -> Floats:
+        """(count,) shares of those alike, one more that did counted in, that had learned something at their end.
 
         Qualities below what no learning gives do not exist, so that beliefs, which are normal, always give some chance
         to what is cheap. Where nothing has learned, there is little.
         """
-        hopes = np.ones(len(rows))
+        hopes = np.ones(count)
         ended = self._expressible([t for t in self._trials if t.state == "complete" and t.cost is not None])
-        known = _express(rows, params)
         if ended and known is not None:
             alike = find_alike(*_describe(ended), known.features, known.sizes)
             learned = np.array([self._has_learned(trial.rungs[-1]) for trial, _ in ended], dtype=float)

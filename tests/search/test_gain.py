@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from autopeft.records import Cost, RungScore, TrialSpec
+from autopeft.search import gain
 from autopeft.search.front import hypervolume
 from autopeft.search.gain import GrowthModel, QualityModel, expected_improvement
 from autopeft.search.store import Trial
@@ -43,6 +44,29 @@ def test_without_doubt_it_is_the_growth_of_the_hypervolume(case: tuple[Points, P
     before = hypervolume(points, reference)
     expected = [hypervolume(np.vstack([points, row]), reference) - before for row in candidates]
     assert improvement_of(candidates, points) == pytest.approx(expected, abs=1e-12)
+
+
+@given(fronts(), st.floats(0.0, 0.3))
+def test_candidates_in_pieces_promise_the_same_and_fewer_cells_no_less(
+    case: tuple[Points, Points], deviation: float
+) -> None:
+    points, candidates = case
+    gains = improvement_of(candidates, points, deviation)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gain, "_MOST_AT_ONCE", 1)
+        assert improvement_of(candidates, points, deviation) == pytest.approx(gains, abs=1e-12)
+        patch.setattr(gain, "_MOST_CELLS", 4)
+        assert (improvement_of(candidates, points, deviation) >= gains - 1e-12).all()
+
+
+@given(fronts())
+def test_several_outcomes_are_those_one_by_one(case: tuple[Points, Points]) -> None:
+    points, candidates = case
+    deviations, costs = np.full(len(candidates), 0.1), candidates[:, 1:]
+    outcomes = np.stack([candidates[:, 0], candidates[:, 0] - 0.1])
+    together = expected_improvement(outcomes, deviations, costs, points)
+    alone = [expected_improvement(means, deviations, costs, points) for means in outcomes]
+    assert together == pytest.approx(np.array(alone), abs=1e-12)
 
 
 @given(fronts(), st.floats(0.0, 0.3))

@@ -19,8 +19,8 @@ from autopeft.search.candidates import draw_candidates
 from autopeft.search.gain import expected_improvement
 from autopeft.search.speed import Speed
 from autopeft.search.store import Trial
-from autopeft.search.surrogate import Encoder, encode_spec
-from autopeft.search.worth import Appraiser, Newcomer, _Beliefs, _Stretches, _Told
+from autopeft.search.surrogate import Encoder, Row, encode_spec
+from autopeft.search.worth import Appraiser, Newcomer, _Beliefs, _express, _Expressed, _Stretches, _Told
 from autopeft.spaces.load import find_space, parse_space
 from autopeft.spaces.space import SearchSpace, make_spec
 
@@ -175,6 +175,11 @@ def test_the_last_stretch_is_worth_what_it_adds(space: SearchSpace, specs: list[
     assert prices == pytest.approx(gains / appraiser._time(stretches).to_score, rel=0.1)
 
 
+def express(*rows: Row | None) -> _Expressed | None:
+    """Each of 100,000 parameters."""
+    return _express(rows, np.full(len(rows), 1e5))
+
+
 def test_what_ended_without_learning_counts_however_many_trials_there_are(
     space: SearchSpace, specs: list[TrialSpec]
 ) -> None:
@@ -182,7 +187,7 @@ def test_what_ended_without_learning_counts_however_many_trials_there_are(
     failed = [make_trial(i, dataclasses.replace(specs[0], seed=2 + i), [0.5] * 3, "complete") for i in range(10)]
     others = [make_trial(100 + i, dataclasses.replace(specs[i % 30 + 5], seed=i), [0.6]) for i in range(600)]
     few, many = (
-        appraise(space, trials)._find_hopes([near.row], np.full(1, 1e5))[0] for trials in (failed, [*failed, *others])
+        appraise(space, trials)._find_hopes(express(near.row), 1)[0] for trials in (failed, [*failed, *others])
     )
     assert few == many < 0.2
 
@@ -195,11 +200,11 @@ def test_first_scores_surprise_least_where_those_of_its_like_are_known(
     trials = [make_trial(i, spec, [0.55 + (i % 3) / 10]) for i, spec in enumerate([*lora[1:], *others[:3]])]
     appraiser = appraise(space, trials)
     known, unknown = (
-        appraiser._find_surprises([newcomer_of(space, spec).row], np.full(1, 1e5))[0]
+        appraiser._find_surprises(express(newcomer_of(space, spec).row), 1)[0]
         for spec in (dataclasses.replace(lora[1], seed=1), others[-1])
     )
     assert known < unknown
-    assert appraiser._find_surprises([None], np.full(1, 1e5))[0] == math.inf
+    assert appraiser._find_surprises(express(None), 1)[0] == math.inf
 
 
 def test_where_nothing_of_its_like_has_learned_there_is_little_hope(space: SearchSpace, specs: list[TrialSpec]) -> None:
@@ -215,12 +220,12 @@ def test_where_nothing_of_its_like_has_learned_there_is_little_hope(space: Searc
     far = newcomer_of(space, dataclasses.replace(lora[0], learning_rate=usual / 10))
     other = newcomer_of(space, next(spec for spec in specs if spec.method not in ("lora", "full")))
     near_hope, far_hope, other_hope, no_hope_known = appraise(space, failed)._find_hopes(
-        [near.row, far.row, other.row, None], np.full(4, 1e5)
+        express(near.row, far.row, other.row, None), 4
     )
     assert near_hope < 0.2 < min(far_hope, other_hope)
     assert no_hope_known == 1
     learned = [make_trial(i, t.spec, [0.8] * 3, "complete") for i, t in enumerate(failed)]
-    assert appraise(space, learned)._find_hopes([near.row], np.full(1, 1e5)) == 1
+    assert appraise(space, learned)._find_hopes(express(near.row), 1) == 1
     # A paused trial that has learned something itself needs no hope of others'.
     paused = make_trial(9, dataclasses.replace(lora[0], learning_rate=usual), [0.6])
     hopeful, hopeless = (
@@ -228,7 +233,7 @@ def test_where_nothing_of_its_like_has_learned_there_is_little_hope(space: Searc
         for has in (True, False)
     )
     assert hopeless.price_paused([paused])[0] < 0.2 * hopeful.price_paused([paused])[0]
-    assert appraise(space, [])._find_hopes([near.row], np.full(1, 1e5)) == 1
+    assert appraise(space, [])._find_hopes(express(near.row), 1) == 1
 
 
 def test_parents_are_the_front_first(space: SearchSpace, specs: list[TrialSpec]) -> None:
