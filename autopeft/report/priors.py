@@ -18,6 +18,7 @@ from autopeft.report.standings import rank_entries
 from autopeft.search.results import build_record
 from autopeft.search.store import StudyStore
 from autopeft.search.warm_start import PRIORS, Source, Trained, read_priors
+from autopeft.tasks.scorers import GENERATION_SCORERS
 from autopeft.wording import say_count
 
 _MOST_TRAINED = 100
@@ -72,8 +73,9 @@ def _group(entries: Iterable[Entry], task_name: str, model: str, title: str) -> 
                 default=0.0,
             ),
             trained=_list_trained(group),
+            task_kind="generation" if scorer in GENERATION_SCORERS else "classification",
         )
-        for (task, weights, _), group in sorted(groups.items())
+        for (task, weights, scorer), group in sorted(groups.items())
     ]
 
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from autopeft.methods import METHODS
 from autopeft.methods.base import Dimension
 from autopeft.records import Scalar, TrialSpec
+from autopeft.spaces.dimensions import recipe_rate
 from autopeft.spaces.space import SHARED, SearchSpace
 
 Floats = npt.NDArray[np.float64]
@@ -106,7 +107,7 @@ class Encoder:
     def __init__(self, space: SearchSpace) -> None:
         self._methods = {name: place for place, name in enumerate(space.methods)}
         self._fixed = {name: method.fixed for name, method in space.methods.items()}
-        self._recipe_rates = {name: math.log10(METHODS[name].recipe.learning_rate) for name in space.methods}
+        self._recipe_rates = {name: math.log10(recipe_rate(METHODS[name], space.task_kind)) for name in space.methods}
         shared: dict[str, Dimension] = {}
         choices: dict[str, dict[Scalar, None]] = {}
         for method in space.methods.values():

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,7 @@ import numpy.typing as npt
 from autopeft.errors import SpecError
 from autopeft.methods import METHODS, fill_settings, refuse_spec
 from autopeft.methods.base import Dimension
-from autopeft.records import Scalar, TrialSpec, WarmStart, from_record
+from autopeft.records import Scalar, TaskKind, TrialSpec, WarmStart, from_record
 from autopeft.search.front import Points
 from autopeft.search.gain import expected_improvement
 from autopeft.spaces.dimensions import default_dimensions, widest_bits
@@ -71,6 +71,7 @@ class Source:
     model: str
     majority_quality: float
     trained: tuple[Trained, ...]
+    task_kind: TaskKind = field(default="classification", metadata={"leave_out_default": True})
 
 
 class _Candidate(NamedTuple):
@@ -107,8 +108,15 @@ def choose_first(
 ) -> WarmStart:
     """The portfolio of the module's docstring, of at most `MOST_FIRST`; in it the order of the sources plays no part.
 
-    Raises SpecError where no configuration of the sources fits the space.
+    Raises SpecError where no configuration of the sources fits the space, and for sources of the other kind of task,
+    which is trained at other learning rates.
     """
+    for source in sources:
+        if source.task_kind != space.task_kind:
+            raise SpecError(
+                f"--warm-start takes what did well in tasks of the same kind, here {space.task_kind}, but "
+                f"{source.title} is of {source.task_kind}. Leave it away, or name other studies."
+            )
     candidates: dict[str, _Candidate] = {}
     measured = []
     for source in sorted(sources, key=lambda source: (source.title, source.task_name, source.model)):

@@ -27,14 +27,19 @@ examples/NLG) and for QLoRA to 13B (artidoro/qlora, which halves it above), 2e-5
 of LLaMA 7B (tatsu-lab/stanford_alpaca). For the other methods it is carried over from these, not measured."""
 
 
+def recipe_rate(method: Method, task_kind: TaskKind) -> float:
+    """The learning rate that a method's recipe has for a kind of task."""
+    return method.recipe.learning_rate * (GENERATION_RATE if task_kind == "generation" else 1.0)
+
+
 def default_dimensions(
     method: Method, device_kind: str, task_kind: TaskKind = "classification"
 ) -> dict[str, Dimension]:
     """Every setting of a method with its default range; those that one value suits are choices of one."""
-    (low, high), rate = method.learning_rate, method.recipe.learning_rate
+    (low, high), rate = method.learning_rate, recipe_rate(method, task_kind)
     if task_kind == "generation":
         # The range keeps its upper end: how much lower is right depends on the model's size.
-        low, rate = GENERATION_RATE * low, GENERATION_RATE * rate
+        low = GENERATION_RATE * low
     widths = tuple(bits for bits in (widest_bits(device_kind), 8, 4) if bits in method.bits)
     optimizers = optimizers_on(method, device_kind)
     shared = [

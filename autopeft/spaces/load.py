@@ -112,6 +112,7 @@ def parse_space(
         device_kind=device_kind,
         methods={method: space for method, space in spaces.items() if method not in left_out},
         recipes=tuple(r for method, r in recipes.items() if r is not None and method not in left_out),
+        task_kind=task_kind,
         left_out=left_out,
     )
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from autopeft.errors import SpecError
 from autopeft.methods import METHODS, check_spec, refuse_spec
 from autopeft.methods.base import Dimension
-from autopeft.records import Scalar, TrialSpec
+from autopeft.records import Scalar, TaskKind, TrialSpec
 
 SHARED = (
     "learning_rate", "target_modules", "bits", "batch_size", "warmup_ratio", "schedule", "weight_decay", "optimizer"
@@ -93,6 +93,7 @@ class SearchSpace:
     methods: Mapping[str, MethodSpace]
     recipes: tuple[TrialSpec, ...]
     """Known-good starting points inside the space, one a method where one fits."""
+    task_kind: TaskKind = "classification"
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Methods that the file offers and this machine or model cannot train, with the rule."""
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from autopeft.methods import METHODS
-from autopeft.records import Scalar
+from autopeft.records import Scalar, TaskKind
 from autopeft.search.candidates import draw_candidates
-from autopeft.search.surrogate import Encoder, Features, QualitySurrogate, interpolate_costs, stack
+from autopeft.search.surrogate import Encoder, Features, QualitySurrogate, encode_spec, interpolate_costs, stack
 from autopeft.spaces.load import find_space, parse_space
 from autopeft.spaces.space import SearchSpace
 
@@ -64,6 +64,16 @@ def test_a_cost_that_nobody_knows_stays_unknown(space: SearchSpace) -> None:
     rows = draw(space, 5)
     found = interpolate_costs(encode(space, rows), np.full((5, 1), math.nan), np.array([0.0]), encode(space, rows))
     assert np.isnan(found).all()
+
+
+@pytest.mark.parametrize("task_kind", ["classification", "generation"])
+def test_a_recipe_is_at_its_own_learning_rate_in_either_kind_of_task(task_kind: TaskKind) -> None:
+    name, text = find_space("decoder")
+    space = parse_space(text, name=name, device_kind="cuda", max_steps=160, task_kind=task_kind)
+    encoder = Encoder(space)
+    rows = [encode_spec(encoder, space, spec) for spec in space.recipes]
+    assert len(rows) > 3
+    assert [row.rate for row in rows if row is not None] == pytest.approx([0.0] * len(rows))
 
 
 def test_before_much_is_known_a_rate_near_the_recipes_is_trusted_most(space: SearchSpace) -> None:

@@ -54,6 +54,12 @@ def choose(*sources: Source, space: SearchSpace = SPACE) -> list[TrialSpec]:
     return list(choose_first(sources, space, objectives=OBJECTIVES, max_steps=200, seed=0).first)
 
 
+def test_tasks_of_the_other_kind_are_refused() -> None:
+    written = dataclasses.replace(source(trained(lora(), 0.9)), task_kind="generation")
+    with pytest.raises(SpecError, match="of the same kind, here classification, but elsewhere is of generation"):
+        choose(source(trained(lora(), 0.9)), written)
+
+
 # --- moving into a space
 
 
