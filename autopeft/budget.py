@@ -152,6 +152,16 @@ class Ledger:
     def trials_left(self) -> float:
         return math.inf if self.budget.trials is None else self.budget.trials - self.trials_started
 
+    def find_exceeded(self) -> str | None:
+        """What was spent, in words, of the first bound that leaves nothing; of trials, that is less than was begun."""
+        bound = self.budget
+        if bound.device_seconds is not None and self.spent_device_seconds >= bound.device_seconds:
+            unit = "gpu" if bound.device_kind == "cuda" else "cpu"
+            return f"{self.spent_device_seconds / 60:.1f}{unit}-min"
+        if bound.wall_seconds is not None and self.wall_seconds >= bound.wall_seconds:
+            return f"{self.wall_seconds / 60:.1f}min"
+        return f"{self.trials_started}trials" if self.trials_left() < 0 else None
+
     def to_record(self) -> LedgerRecord:
         return LedgerRecord(
             search_seconds=self.device_seconds["search"],

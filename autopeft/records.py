@@ -28,6 +28,7 @@ FailureReason = Literal["out_of_memory", "diverged", "worker_died", "error"]
 TrialSource = Literal["recipe", "included", "prior", "sampler", "baseline"]
 TaskKind = Literal["classification", "generation"]
 """A class for a text, by a head on the model; or text after a prompt, by the model itself."""
+PickName = Literal["best", "knee", "smallest"]
 TrialState = Literal["waiting", "running", "paused", "stopped", "complete", "failed", "refused"]
 
 R = TypeVar("R")
@@ -277,6 +278,15 @@ class Confirmation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FailedConfirmation:
+    """A retraining of a finalist that ended without a score."""
+
+    seed: int
+    reason: FailureReason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrialRecord:
     """A trial as everybody outside the search reads it."""
 
@@ -290,6 +300,14 @@ class TrialRecord:
     device_seconds: float
     """All stretches, the unfinished ones included; confirmations apart."""
     confirmations: tuple[Confirmation, ...]
+    failed_confirmations: tuple[FailedConfirmation, ...] = dataclasses.field(
+        default=(), metadata={"leave_out_default": True}
+    )
+
+    @property
+    def diverges(self) -> bool:
+        """Whether it did with another seed: what it scored with the first was luck."""
+        return any(failed.reason == "diverged" for failed in self.failed_confirmations)
 
     @property
     def quality(self) -> float | None:
@@ -421,7 +439,7 @@ class FrontMember:
 class Pick:
     """A configuration chosen from the front, by name."""
 
-    name: Literal["best", "knee", "smallest"]
+    name: PickName
     number: int
     why: str
 

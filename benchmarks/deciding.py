@@ -128,7 +128,7 @@ def make_search(count: int) -> Search:
     search.account.start_clock()
     for trial in store.trials:
         for score in trial.rungs:
-            search.speed.learn(trial.spec, score, 40, 1.0)
+            search.speed.learn(trial.spec, score, 40, score.device_seconds)
     return search
 
 

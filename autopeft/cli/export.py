@@ -21,7 +21,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--to", default="peft", help=f"the target: {_TARGETS}")
     parser.add_argument("--out", required=True, help="a folder that does not exist yet, or is empty")
-    parser.add_argument("--data-dir", help="folder with the task's rows, where it is not the one that the study had")
+    parser.add_argument("--model", help="where the base model is, if it has moved since the search")
+    parser.add_argument("--data-dir", help="folder with the task's rows, if they have moved since the search")
     length = parser.add_mutually_exclusive_group()
     length.add_argument(
         "--epochs", type=float, help="length over all rows; 3, but no less than the trial, unless given"
@@ -31,20 +32,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    import os
     import shlex
+    from dataclasses import replace
     from pathlib import Path
 
-    from autopeft.cli.session import STUDIES, read_local
+    from autopeft.cli.session import find_places, open_study
     from autopeft.cli.training_display import describe_length
     from autopeft.errors import ExportError
     from autopeft.export import export_trial, find_trial
     from autopeft.production.files import read_recipe
     from autopeft.report.words import describe_spec
     from autopeft.search.results import build_record
-    from autopeft.search.store import StudyStore
 
-    store = StudyStore.open(STUDIES, args.study)
+    store = open_study(args.study)
     record = build_record(store)
     trial = find_trial(record, args.pick)
     steps = None
@@ -52,18 +52,16 @@ def run(args: argparse.Namespace) -> int:
         if args.steps != "trial" and not args.steps.isdecimal():
             raise ExportError(f"--steps takes a number of steps, or 'trial', but was given '{args.steps}'.")
         steps = trial.spec.max_steps if args.steps == "trial" else int(args.steps)
-    local = read_local(store)
-    model = local["model"]
-    assert model is not None
+    places = find_places(store, model=args.model, data_dir=args.data_dir)
     out = Path(args.out)
     exported = export_trial(
-        record,
+        replace(record, config=replace(record.config, task=places.task)),
         trial,
         pick=args.pick,
-        model=model,
+        model=places.model,
         target=args.to,
         out=out,
-        data_dir=args.data_dir or local["data_dir"] or os.environ.get("AUTOPEFT_DATA_DIR"),
+        data_dir=places.data_dir,
         epochs=args.epochs,
         steps=steps,
     )

@@ -14,10 +14,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    from autopeft.cli.session import STUDIES, check_outputs, write_outputs
+    from autopeft.cli.session import check_outputs, open_study, write_outputs
     from autopeft.search.results import build_record
-    from autopeft.search.store import StudyStore
 
     check_outputs()
-    write_outputs(build_record(StudyStore.open(STUDIES, args.study)))
+    write_outputs(build_record(open_study(args.study)))
     return 0

@@ -10,36 +10,36 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser("resume", help="go on with a study", description="Goes on with a study.")
     parser.add_argument("study", help="the study's name")
     parser.add_argument("--budget", help="a new total, of the same kind; what was spent counts")
+    parser.add_argument("--model", help="where the base model is, if it has moved since the study began")
+    parser.add_argument("--data-dir", help="folder with the task's rows, if they have moved since the study began")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from autopeft.cli.session import STUDIES, check_outputs, read_local, run_study
+    from autopeft.cli.session import STUDIES, check_outputs, find_places, keep_places, open_study, run_study
     from autopeft.executors.local import LocalExecutor
     from autopeft.hub import fetch_model, is_cached, is_hub_id
     from autopeft.search.plan import (
         check_rows,
         make_setup,
+        raise_budget,
         restore_devices,
         restore_space,
         seconds_until,
-        with_budget,
     )
-    from autopeft.search.store import StudyStore
 
     check_outputs()
-    store = StudyStore.open(STUDIES, args.study)
-    local = read_local(store)
-    assert local["model"] is not None
-    check_rows(store.config, store.provenance, local["data_dir"])
+    store = open_study(args.study)
+    places = find_places(store, model=args.model, data_dir=args.data_dir)
+    check_rows(replace(store.config, task=places.task), store.provenance, places.data_dir)
     # What the cache has is what the study began with; the hub may have something newer by now.
-    if is_hub_id(local["model"]) and not is_cached(local["model"]):
-        fetch_model(local["model"], print)
+    if is_hub_id(places.model) and not is_cached(places.model):
+        fetch_model(places.model, print)
     # Anew, because that takes time, in which another process may have gone on with it.
-    store = StudyStore.open(STUDIES, args.study)
-    changed = store.config
+    store = open_study(args.study)
+    changed = replace(store.config, task=places.task)
     if args.budget:
-        changed = with_budget(changed, args.budget)
+        changed = replace(changed, budget=raise_budget(store, args.budget))
     elif store.finished and changed.least_gain is not None:
         # It may have ended early; whoever resumes it all the same wants the rest.
         changed = replace(changed, least_gain=None)
@@ -47,10 +47,11 @@ def run(args: argparse.Namespace) -> int:
         # Not while another process runs it by the settings that it read.
         with store.lock():
             store.save_config(changed)
+    keep_places(store, places)
     config = store.config
     restored = restore_devices(config, store.provenance)
     if restored.note:
         print(restored.note)
-    setup = make_setup(config, local["model"], local["data_dir"], STUDIES, restored.threads, restored.devices[0])
+    setup = make_setup(config, places.model, places.data_dir, STUDIES, restored.threads, restored.devices[0])
     executor = LocalExecutor(setup, restored.devices)
     return run_study(store, executor, restore_space(config), seconds_until(config))

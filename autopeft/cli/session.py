@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from autopeft.errors import BudgetError, NothingFeasibleError, UsageError
 from autopeft.wording import say_count
@@ -45,8 +46,7 @@ def run_new_study(plan: Plan) -> int:
             "It is in the cache now, so run this again."
         )
     store = StudyStore.create(STUDIES, plan.config, make_provenance(plan), plan.validation_labels())
-    local = {"model": plan.model_argument, "data_dir": str(Path(plan.data_dir).resolve()) if plan.data_dir else None}
-    (store.folder / _LOCAL).write_text(json.dumps(local), encoding="utf-8")
+    _write_local(store, plan.model_argument, plan.data_dir)
     executor = LocalExecutor(plan.setup(STUDIES), list(plan.devices))
     try:
         return run_study(store, executor, plan.space, limit)
@@ -57,10 +57,58 @@ def run_new_study(plan: Plan) -> int:
         raise
 
 
+def name_study(given: str) -> str:
+    """A study's name, which may be given as its folder: so a shell completes it."""
+    path = Path(given)
+    return path.name if path.parent.resolve() == STUDIES.resolve() else given
+
+
+def open_study(given: str) -> StudyStore:
+    """Raises StudyError with the nearest name where there is no such study."""
+    from autopeft.search.store import StudyStore
+
+    return StudyStore.open(STUDIES, name_study(given))
+
+
 def read_local(store: StudyStore) -> dict[str, str | None]:
     path = store.folder / _LOCAL
     local: dict[str, str | None] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return {"model": store.config.model, "data_dir": None} | local
+
+
+def _write_local(store: StudyStore, model: str, data_dir: str | None) -> None:
+    local = {"model": model, "data_dir": str(Path(data_dir).resolve()) if data_dir else None}
+    (store.folder / _LOCAL).write_text(json.dumps(local), encoding="utf-8")
+
+
+class Places(NamedTuple):
+    """Where what a study was made from is now."""
+
+    task: str
+    """The task file's text."""
+    model: str
+    data_dir: str | None
+
+
+def find_places(store: StudyStore, *, model: str | None = None, data_dir: str | None = None) -> Places:
+    """`model` and `data_dir` are given where they have moved. Raises DataError where a file of the task is nowhere."""
+    from autopeft.production.places import find_task, list_data_folders
+    from autopeft.production.recipe import find_task_files, make_task_portable
+
+    config, local = store.config, read_local(store)
+    data_dir = data_dir or local["data_dir"] or os.environ.get("AUTOPEFT_DATA_DIR")
+    task = find_task(
+        make_task_portable(config.task), config.task_name, find_task_files(config.task),
+        list_data_folders(data_dir, config.task_name),
+    )  # fmt: skip
+    model = model or local["model"]
+    assert model is not None
+    return Places(task, model, data_dir)
+
+
+def keep_places(store: StudyStore, places: Places) -> None:
+    """For whatever is done with the study from here on."""
+    _write_local(store, places.model, places.data_dir)
 
 
 def run_study(store: StudyStore, executor: Executor, space: SearchSpace, limit: float) -> int:
@@ -109,8 +157,6 @@ def _why_nothing(record: StudyRecord) -> str:
 
 def check_outputs() -> None:
     """Raises StudyError before hours are spent, if what they lead to could not be written."""
-    import os
-
     from autopeft.errors import StudyError
 
     for folder in (STUDIES, REPORTS, LEADERBOARDS):

@@ -117,17 +117,22 @@ def _run(args: argparse.Namespace) -> int:
 
     from autopeft.cli.training_display import Display
     from autopeft.production.files import read_result
-    from autopeft.production.places import check_folder, find_model, find_task, is_training_folder
+    from autopeft.production.places import (
+        check_folder,
+        find_model,
+        find_task,
+        is_training_folder,
+        list_data_folders,
+    )
     from autopeft.tasks.spec import parse_task
 
     _check_stage(args)
     source = _read_source(args)
     data_dir = args.data_dir or os.environ.get("AUTOPEFT_DATA_DIR") or source.places.data_dir
-    folders = [Path(folder) for folder in (source.folder, data_dir) if folder]
-    if data_dir:
-        folders.append(Path(data_dir) / source.recipe.task_name)
-    task_text = find_task(source.recipe, source.places, folders)
-    task = parse_task(task_text, source.recipe.task_name)
+    name = source.recipe.task_name
+    folders = [*([source.folder] if source.folder else []), *list_data_folders(data_dir, name)]
+    task_text = find_task(source.recipe.task, name, source.places.files, folders)
+    task = parse_task(task_text, name)
     model = find_model(source.recipe, source.places, args.model)
     places = _places(source, task_text, model, data_dir)
     if args.start:
@@ -205,12 +210,12 @@ def _check_stage(args: argparse.Namespace) -> None:
 
 
 def _read_source(args: argparse.Namespace) -> _Source:
-    from autopeft.cli.session import STUDIES
+    from autopeft.cli.session import STUDIES, name_study
     from autopeft.errors import SpecError
     from autopeft.production.files import RECIPE_FILE, read_local, read_recipe
 
     folder = Path(args.source)
-    if (folder / RECIPE_FILE).is_file() or (folder.is_dir() and not (STUDIES / args.source).is_dir()):
+    if (folder / RECIPE_FILE).is_file() or (folder.is_dir() and not (STUDIES / name_study(args.source)).is_dir()):
         if args.pick:
             raise SpecError(
                 f"--pick chooses among a study's trials, but '{folder}' is a recipe already. Leave it away."
@@ -226,11 +231,10 @@ def _read_study(args: argparse.Namespace) -> _Source:
     from autopeft.production.files import LocalPlaces
     from autopeft.production.recipe import find_task_files, make_recipe
     from autopeft.search.results import build_record
-    from autopeft.search.store import StudyStore
 
     if not args.pick:
         raise SpecError(f"Which trial of the study '{args.source}' to train must be said, such as --pick knee.")
-    store = StudyStore.open(session.STUDIES, args.source)
+    store = session.open_study(args.source)
     record = build_record(store)
     local = session.read_local(store)
     trial = find_trial(record, args.pick)

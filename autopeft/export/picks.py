@@ -84,7 +84,8 @@ def _parse_condition(text: str, pick: str) -> _Condition:
 
 
 def _find_best(record: StudyRecord, pick: str, conditions: Sequence[_Condition]) -> TrialRecord:
-    """By search-validation quality; the confirmed first, because the highest of many single scores is partly luck."""
+    """By search-validation quality; the confirmed and the study's picks first, because the highest of many single
+    scores is partly luck."""
     complete = [trial for trial in record.trials if trial.state == "complete" and trial.cost is not None]
     if not complete:
         raise ExportError(
@@ -98,8 +99,10 @@ def _find_best(record: StudyRecord, pick: str, conditions: Sequence[_Condition])
             f"{_say_least(complete, conditions)}. Raise the bound, or search again with the limit (--max-vram, "
             "--max-params)."
         )
-    confirmed = [trial for trial in fitting if trial.confirmations]
-    return max(confirmed or fitting, key=_rank)
+    picked = {chosen.number for chosen in record.picks}
+    steady = [trial for trial in fitting if not trial.diverges]
+    surest = [trial for trial in steady if trial.confirmations or trial.number in picked]
+    return max(surest or steady or fitting, key=_rank)
 
 
 def _rank(trial: TrialRecord) -> tuple[float, int, int]:

@@ -65,7 +65,7 @@ def open_finished(folder: Path, *, model: str | None = None, data_dir: str | Non
         folder=folder,
         recipe=recipe,
         result=result,
-        task=parse_task(find_task(recipe, places, beside), recipe.task_name),
+        task=parse_task(find_task(recipe.task, recipe.task_name, places.files, beside), recipe.task_name),
         model=base,
         data_dir=data_dir,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -25,27 +26,32 @@ def find_model(recipe: Recipe, places: LocalPlaces, given: str | None = None) ->
     )
 
 
-def find_task(recipe: Recipe, places: LocalPlaces, folders: list[Path]) -> str:
-    """The task file's text with its own data files where they are here.
+def find_task(text: str, name: str, files: Mapping[str, str], folders: Sequence[Path]) -> str:
+    """A portable task file's text with its own data files where they are here.
 
-    They are looked for in `local.json`, then by name in the folders. Raises DataError where one is nowhere.
+    They are looked for where `files` says, by name, then by name in the folders. Raises DataError where one is nowhere.
     """
     found = {}
-    for name in find_task_files(recipe.task):
-        candidates = [*([Path(places.files[name])] if name in places.files else []), *(f / name for f in folders)]
+    for file in find_task_files(text):
+        candidates = [*([Path(files[file])] if file in files else []), *(folder / file for folder in folders)]
         path = next((path for path in candidates if path.is_file()), None)
         if path is None:
             looked = ", ".join(f"'{path.parent}'" for path in candidates) or "no folder"
             raise DataError(
-                f"Task '{recipe.task_name}' reads the file '{name}', which is not there; looked in {looked}. Put it "
+                f"Task '{name}' reads the file '{file}', which is not there; looked in {looked}. Put it "
                 "there, or name its folder with --data-dir."
             )
-        found[name] = str(path.resolve())
+        found[file] = str(path.resolve())
     if not found:
-        return recipe.task
-    data = yaml.safe_load(recipe.task)
-    files = {key: found.get(value, value) for key, value in data["files"].items()}
-    return yaml.safe_dump(data | {"files": files}, sort_keys=False, allow_unicode=True)
+        return text
+    data = yaml.safe_load(text)
+    here = {key: found.get(value, value) for key, value in data["files"].items()}
+    return yaml.safe_dump(data | {"files": here}, sort_keys=False, allow_unicode=True)
+
+
+def list_data_folders(data_dir: str | None, task_name: str) -> list[Path]:
+    """Where a task's own files may lie."""
+    return [Path(data_dir), Path(data_dir) / task_name] if data_dir else []
 
 
 def is_training_folder(folder: Path) -> bool:

@@ -56,11 +56,16 @@ class Account:
         self._open[worker] = _Open(trial, self._executor.now())
         self.heartbeat(force=True)
 
+    def measure_open(self, worker: int, at: float | None = None) -> float:
+        """Wall seconds since a worker was assigned what it does."""
+        at = self._executor.now() if at is None else at
+        return max(0.0, at - self._open[worker].assigned_at)
+
     def settle(self, worker: int, purpose: Purpose, step: int, at: float | None = None) -> Bill:
         """Ends a worker's stretch which reached `step`, at the executor's time `at` or now."""
-        opened = self._open.pop(worker)
         at = self._executor.now() if at is None else at
-        seconds = max(0.0, at - opened.assigned_at) * self._executor.device_rate
+        seconds = self.measure_open(worker, at) * self._executor.device_rate
+        opened = self._open.pop(worker)
         self.ledger.charge(purpose, seconds)
         segment = Segment(
             worker=worker,
@@ -87,11 +92,12 @@ class Account:
         return min(self.budget_seconds_left(), self._limit - run)
 
     def search_seconds_left(self) -> float:
-        """The same for the search, which leaves a share for confirmation."""
+        """The same for the search, which leaves a share for confirmation, as far as that has not had it already."""
         total = self.total_seconds
         if math.isinf(total):
             return math.inf
-        return self.seconds_left() - self._store.config.confirm_share * total
+        kept = self._store.config.confirm_share * total - self.ledger.device_seconds["confirm"] / self._rate
+        return self.seconds_left() - max(kept, 0.0)
 
     def search_device_seconds_left(self) -> float:
         return self.search_seconds_left() * self._rate

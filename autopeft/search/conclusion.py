@@ -49,6 +49,7 @@ def conclude(config: StudyConfig, trials: Sequence[Trial], ending: Ending) -> li
     elif ending.num_unconfirmed:
         count = say_count(ending.num_unconfirmed, "planned confirmation")
         notes.append(f"{count} did not fit into the budget.")
+    notes += [_say_failed(trial) for trial in complete if trial.failed_confirmations]
     if ending.early_gain is not None:
         notes.append(
             f"The search was ended early: the rest of its budget was expected to enlarge the front's hypervolume "
@@ -62,3 +63,10 @@ def conclude(config: StudyConfig, trials: Sequence[Trial], ending: Ending) -> li
     if ending.found_nothing_new:
         notes.append("The sampler found nothing new in the space that fits before the budget ended.")
     return notes
+
+
+def _say_failed(trial: Trial) -> str:
+    tries = say_count(len(trial.failed_confirmations), "confirmation")
+    last = trial.failed_confirmations[-1]
+    so = " So it is not picked." if trial.to_record().diverges else ""
+    return f"{tries} of trial {trial.number} ended without a score: {last.reason}, {last.detail}.{so}"

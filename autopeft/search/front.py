@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from autopeft.errors import SpecError, suggest_nearest
-from autopeft.records import Cost, FrontMember, Pick, TrialRecord
+from autopeft.records import Cost, FrontMember, Pick, PickName, TrialRecord
 from autopeft.tasks.scorers import resample_scores, score_predictions
 from autopeft.wording import say_count
 
@@ -117,8 +117,13 @@ def hypervolume(points: Points, reference: Sequence[float]) -> float:
         return 0.0
     if inside.shape[1] == 1:
         return float(reference[0] - inside.min())
+    if inside.shape[1] > 2:
+        # A slice's points are many more than its front's, and each would be sliced again.
+        inside = inside[find_nondominated(inside)]
     inside = inside[np.argsort(inside[:, -1], kind="stable")]
-    edges = [*inside[1:, -1], reference[-1]]
+    edges = np.append(inside[1:, -1], reference[-1])
+    if inside.shape[1] == 2:
+        return math.fsum((edges - inside[:, 1]) * (reference[0] - np.minimum.accumulate(inside[:, 0])))
     return math.fsum(
         float(edge - point[-1]) * hypervolume(inside[: i + 1, :-1], reference[:-1])
         for i, (point, edge) in enumerate(zip(inside, edges, strict=True))
@@ -157,8 +162,11 @@ def analyze_front(
     scorer: str,
     reference: dict[str, float],
     seed: int,
+    awaited: Collection[int] = (),
 ) -> Front:
     """The front of complete trials, each member's confidence, the picks, and the hypervolume in [0, 1].
+
+    `awaited` are the numbers of what is to be confirmed before anything else.
 
     What the trained-head baseline dominates is on no front: nobody needs an adapter that is worse than none.
 
@@ -185,7 +193,7 @@ def analyze_front(
     ]
     volume = hypervolume(scaled_points(complete, reference), [1.0] * len(reference))
     ties = _group_ties(complete, on_front, resampled)
-    return Front(tuple(members), _pick(complete, on_front, resampled, objectives), volume, ties)
+    return Front(tuple(members), _pick(complete, on_front, resampled, objectives, awaited), volume, ties)
 
 
 def _points(qualities: Sequence[float] | Points, costs: Sequence[tuple[float, ...]]) -> Points:
@@ -246,27 +254,44 @@ def _group_ties(
 
 
 def _pick(
-    trials: Sequence[TrialRecord], on_front: npt.NDArray[np.bool_], resampled: Points, objectives: Sequence[str]
+    trials: Sequence[TrialRecord],
+    on_front: npt.NDArray[np.bool_],
+    resampled: Points,
+    objectives: Sequence[str],
+    awaited: Collection[int],
 ) -> tuple[Pick, ...]:
     """Best, knee and smallest. Once some are confirmed, only those are picked from: the highest of many single-seed
-    scores is partly luck, and a mean over seeds would lose to it."""
+    scores is partly luck, and a mean over seeds would lose to it. So are what is still to be confirmed first: where
+    time or the user ends it there, what was quick to confirm is not all that there is."""
     quality = np.array([trial.quality for trial in trials], dtype=float)
     params = np.array([trial.cost.trainable_parameters for trial in trials if trial.cost], dtype=float)
-    confirmed = np.array([bool(trial.confirmations) for trial in trials])
-    eligible = np.flatnonzero(confirmed if confirmed.any() else np.ones(len(trials), dtype=bool))
+    steady = np.array([not trial.diverges for trial in trials])
+    confirmed = steady & np.array([bool(trial.confirmations) for trial in trials])
+    waiting = np.array([trial.number in awaited and not _was_tried(trial) for trial in trials])
+    settled = (confirmed | waiting) if confirmed.any() else steady
+    eligible = np.flatnonzero(settled if settled.any() else np.ones(len(trials), dtype=bool))
     front = np.array([i for i in eligible if on_front[i]] or list(eligible))
     best = max((int(i) for i in front), key=lambda i: (quality[i], -params[i]))
     # Within noise: in at least 1 of 40 resamples it is no worse than the best (a one-sided 2.5% test).
     ties = [int(i) for i in eligible if np.quantile(resampled[:, best] - resampled[:, i], 0.025) <= 0]
     smallest = min(ties, key=lambda i: (params[i], -quality[i]))
-    among = "confirmed" if confirmed.any() else "complete"
+    among = "confirmed" if confirmed[eligible].all() else "complete"
     tied = f"{len(ties)} of {say_count(len(eligible), f'{among} trial')} cannot be told from the best on this split"
-    picks = [Pick(name="best", number=trials[best].number, why="highest mean quality on the search-validation split")]
     axis, name = _knee_axis([trial.cost for trial in trials if trial.cost], objectives)
-    knee = _find_knee(quality, axis, front)
-    picks.append(Pick(name="knee", number=trials[knee].number, why=f"best exchange of quality for {name}"))
-    picks.append(Pick(name="smallest", number=trials[smallest].number, why=f"fewest trainable parameters; {tied}"))
-    return tuple(picks)
+    chosen: list[tuple[PickName, int, str]] = [
+        ("best", best, "highest mean quality on the search-validation split"),
+        ("knee", _find_knee(quality, axis, front), f"best exchange of quality for {name}"),
+        ("smallest", smallest, f"fewest trainable parameters; {tied}"),
+    ]
+    unsure = "; not confirmed with another seed yet"
+    return tuple(
+        Pick(name=kind, number=trials[i].number, why=why + (unsure if confirmed.any() and not confirmed[i] else ""))
+        for kind, i, why in chosen
+    )
+
+
+def _was_tried(trial: TrialRecord) -> bool:
+    return bool(trial.confirmations or trial.failed_confirmations)
 
 
 def _knee_axis(costs: Sequence[Cost], objectives: Sequence[str]) -> tuple[Points, str]:

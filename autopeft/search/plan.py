@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 import autopeft
 from autopeft.backends.base import Ready, WorkerSetup
-from autopeft.budget import Budget, parse_budget, parse_price, parse_until
+from autopeft.budget import Budget, Ledger, parse_budget, parse_price, parse_until
 from autopeft.errors import BudgetError, DataError, DeviceError, ModelError, SpecError, suggest_nearest
 from autopeft.executors.devices import (
     KNOWN_GPUS,
@@ -51,7 +51,7 @@ from autopeft.search.lengths import (
     plan_rungs,
 )
 from autopeft.search.request import Request, parse_bytes, parse_count, parse_fixed, parse_share, read_included
-from autopeft.search.store import check_new_study
+from autopeft.search.store import StudyStore, check_new_study, check_study_name
 from autopeft.search.warm_start import Source, choose_first
 from autopeft.spaces.load import find_space, parse_space
 from autopeft.spaces.space import SearchSpace
@@ -144,6 +144,11 @@ def make_plan(
     objectives = parse_objectives(request.objectives)
     task_text = find_task_text(request.task)
     task = parse_task(task_text, request.task)
+    if request.data_dir is not None and (task.files is not None or task.embedded):
+        raise SpecError(
+            f"--data-dir is for tasks whose rows lie elsewhere, but those of '{request.task}' are "
+            f"{'its files:' if task.files is not None else 'made, not read'}. Leave it away."
+        )
     devices = _choose_devices(request, budget, find_gpus(), dry_run=dry_run)
     price = parse_price(request.price, devices.kind) if request.price else None
     notes = [*devices.notes]
@@ -182,9 +187,11 @@ def make_plan(
     if sources is not None:
         warm_start = choose_first(sources, space, objectives=objectives, max_steps=max_steps, seed=request.seed)
     # What a generation task must beat is the untrained base, which the search scores first.
+    name = request.name or _free_name(f"{task.name}-{_model_label(model)}", studies)
+    check_study_name(name)
     majority, majority_test = (0.0, 0.0) if task.kind == "generation" else _majority_qualities(task, splits)
     config = StudyConfig(
-        name=request.name or _free_name(f"{task.name}-{_model_label(model)}", studies),
+        name=name,
         task=task_text,
         task_name=task.name,
         model=_model_label(model) if Path(model).exists() else model,
@@ -311,7 +318,7 @@ def _choose_devices(request: Request, budget: Budget, gpus: Sequence[Gpu], *, dr
         return _imagine_gpus(KNOWN_GPUS[request.plan_for.lower()], request.workers, have_gpu=bool(gpus))
     if gpus and budget.device_kind != "cpu":
         devices = plan_gpu_workers(request.workers, gpus)
-        used = [gpu for device in devices for gpu in gpus if device == f"cuda:{gpu.number}"]
+        used = _find_used(devices, gpus)
         title = ", ".join(f"{count} x {name}" for name, count in Counter(gpu.name for gpu in used).items())
         known = [find_known(gpu.name) for gpu in used]
         notes = (*_note_crowded(used), *note_emulated(known))
@@ -328,6 +335,11 @@ def _choose_devices(request: Request, budget: Budget, gpus: Sequence[Gpu], *, dr
     workers, threads = plan_cpu_workers(request.workers)
     cpu = describe_cpu()
     return _Devices("cpu", ["cpu"] * workers, threads, None, cpu, _title_devices("cpu", workers, threads, cpu))
+
+
+def _find_used(devices: Sequence[str], gpus: Sequence[Gpu]) -> list[Gpu]:
+    """Each worker's."""
+    return [gpu for device in devices for gpu in gpus if device == f"cuda:{gpu.number}"]
 
 
 def _imagine_gpus(gpu: KnownGpu, workers: int | None, *, have_gpu: bool, hint: str = "") -> _Devices:
@@ -460,7 +472,7 @@ def restore_devices(config: StudyConfig, provenance: Provenance) -> Restored:
                 "scores on CPU would not compare."
             )
         devices, threads = plan_gpu_workers(min(config.workers, len(gpus)), gpus), 1
-        names = [gpu.name for gpu in gpus if f"cuda:{gpu.number}" in devices]
+        names = [gpu.name for gpu in _find_used(devices, gpus)]
         # It is the first worker's that a study keeps, by the name that PyTorch gives it.
         name = provenance.device if any(_is_same_gpu(provenance.device, one) for one in names) else names[0]
         notes = note_emulated([find_known(one) for one in names])
@@ -499,12 +511,21 @@ def check_rows(config: StudyConfig, provenance: Provenance, data_dir: str | None
         )
 
 
-def with_budget(config: StudyConfig, budget: str) -> StudyConfig:
-    """The study's settings with a larger budget to go on with. Raises BudgetError where it would measure otherwise."""
-    old, new = parse_budget(config.budget), parse_budget(budget)
+def raise_budget(store: StudyStore, text: str) -> str:
+    """A new total for a study to go on with. Raises BudgetError where it would measure otherwise, or is spent."""
+    before = store.config.budget
+    old, new = parse_budget(before), parse_budget(text)
     if (old.device_kind, old.is_clocked) != (new.device_kind, new.is_clocked):
-        raise BudgetError(f"A study keeps its kind of budget, '{config.budget}', but was given '{budget}'.")
-    return replace(config, budget=new.text)
+        raise BudgetError(f"A study keeps its kind of budget, '{before}', but was given '{text}'.")
+    ledger = Ledger(new)
+    store.read_ledger(ledger)
+    spent = ledger.find_exceeded()
+    if spent is not None:
+        raise BudgetError(
+            f"--budget is a new total, of which a study has spent a part already, but '{text}' is no more than the "
+            f"{spent} that '{store.config.name}' has spent. Add what it is to go on with."
+        )
+    return new.text
 
 
 def seconds_until(config: StudyConfig) -> float:

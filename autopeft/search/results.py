@@ -19,7 +19,11 @@ def analyze(store: StudyStore, *, confirmed: bool = True) -> Front:
     `confirmed=False` leaves the confirmations out: the search alone chooses finalists, so that a study interrupted
     while it confirms goes on with the same ones.
     """
-    trials = store.trials if confirmed else [replace(trial, confirmations=[]) for trial in store.trials]
+    trials, awaited = store.trials, set[int]()
+    if not confirmed:
+        trials = [replace(trial, confirmations=[], failed_confirmations=[]) for trial in trials]
+    elif any(trial.confirmations for trial in trials):
+        awaited = {pick.number for pick in analyze(store, confirmed=False).picks}
     runs = [Run(number, store.read_scores(file, "validation_predictions")) for number, file in scored_runs(trials)]
     return analyze_front(
         [trial.to_record() for trial in trials],
@@ -30,6 +34,7 @@ def analyze(store: StudyStore, *, confirmed: bool = True) -> Front:
         scorer=store.config.scorer,
         reference=store.reference,
         seed=store.config.seed,
+        awaited=awaited,
     )
 
 
@@ -52,7 +57,12 @@ def find_confirmations(store: StudyStore) -> list[tuple[Trial, int]]:
     front = analyze(store, confirmed=False)
     wanted = plan_confirmations(front, first_seed=config.seed + 1, num_seeds=config.confirm_seeds)
     queue = [(store.trials[number], seed) for number, seed in wanted]
-    return [(trial, seed) for trial, seed in queue if all(done.seed != seed for done in trial.confirmations)]
+    return [(trial, seed) for trial, seed in queue if seed not in _list_tried(trial)]
+
+
+def _list_tried(trial: Trial) -> set[int]:
+    """Seeds; what failed once would fail again."""
+    return {done.seed for done in trial.confirmations} | {failed.seed for failed in trial.failed_confirmations}
 
 
 def build_record(store: StudyStore) -> StudyRecord:

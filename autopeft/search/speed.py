@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from autopeft.records import RungScore, TrialSpec
 from autopeft.search.store import Trial
 
+_SCORED = ("search", "baseline")
+
 
 class Speed:
     """Pace by method: what else slows a step down differs less than methods do."""
@@ -18,23 +20,35 @@ class Speed:
         self._medians: dict[str, float] = {}
         self._scoring: list[float] = []
 
-    def learn(self, spec: TrialSpec, score: RungScore, num_steps: int, threads: float) -> None:
+    def learn(self, spec: TrialSpec, score: RungScore, num_steps: int, seconds: float) -> None:
+        """`seconds` (wall) are the whole stretch's."""
         if num_steps == 0:
             # The untrained base was scored, which says nothing of a pace.
             return
         self._per_step.setdefault(spec.method, []).append(score.train_seconds / num_steps)
         self._medians[spec.method] = statistics.median(self._per_step[spec.method])
-        self._scoring.append(max(0.0, score.device_seconds / threads - score.train_seconds))
+        self._scoring.append(max(0.0, seconds - score.train_seconds))
 
-    def learn_all(self, trial: Trial, threads: float) -> None:
-        """Of all its stretches so far."""
-        before = 0
-        for score in trial.rungs:
-            self.learn(trial.spec, score, score.step - before, threads)
-            before = score.step
+    def learn_all(self, trials: Sequence[Trial]) -> None:
+        """Of all their stretches so far, in the order in which those ended."""
+        stretches = []
+        for trial in trials:
+            segments = {segment.step: segment for segment in trial.segments if segment.purpose in _SCORED}
+            for before, score in zip([0, *(score.step for score in trial.rungs)], trial.rungs, strict=False):
+                if (segment := segments.get(score.step)) is not None:
+                    stretches.append((segment, trial.spec, score, score.step - before))
+        for segment, spec, score, num_steps in sorted(stretches, key=lambda each: each[0].end_seconds):
+            self.learn(spec, score, num_steps, segment.end_seconds - segment.start_seconds)
 
-    def predict(self, method: str | None, num_steps: int, *, unseen: Callable[[Iterable[float]], float] = max) -> float:
-        """Wall seconds for so many steps and a scoring pass; 0 as long as nothing is known.
+    def predict(
+        self,
+        method: str | None,
+        num_steps: int,
+        *,
+        passes: float = 1.0,
+        unseen: Callable[[Iterable[float]], float] = max,
+    ) -> float:
+        """Wall seconds for so many steps and a scoring pass, or several; 0 as long as nothing is known.
 
         For a method not timed yet, or not chosen (None), the slowest one's pace is taken: a stretch that does not fit
         the budget costs more than one that was not started. `unseen` takes another of the methods' paces.
@@ -44,7 +58,7 @@ class Speed:
         per_step = self._medians.get(method) if method is not None else None
         if per_step is None:
             per_step = unseen(self._medians.values())
-        return num_steps * per_step + max(self._scoring[-20:])
+        return num_steps * per_step + passes * max(self._scoring[-20:])
 
     def predict_to_end(
         self, method: str | None, step: int, rungs: Sequence[int], *, unseen: Callable[[Iterable[float]], float] = max

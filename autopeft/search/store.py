@@ -8,7 +8,7 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from autopeft.records import (
     Confirmation,
     Cost,
     Failed,
+    FailedConfirmation,
     Outcome,
     Provenance,
     RungScore,
@@ -61,6 +62,7 @@ class Trial:
     outcome: Outcome | None = None
     device_seconds: float = 0.0
     confirmations: list[Confirmation] = field(default_factory=list)
+    failed_confirmations: list[FailedConfirmation] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
     checkpoint: str | None = None
     checkpoint_digest: str | None = None
@@ -83,6 +85,7 @@ class Trial:
             outcome=self.outcome,
             device_seconds=self.device_seconds,
             confirmations=tuple(self.confirmations),
+            failed_confirmations=tuple(self.failed_confirmations),
         )
 
 
@@ -95,6 +98,7 @@ _SAVED: dict[str, Any] = {
     "outcome": Outcome | None,
     "device_seconds": float,
     "confirmations": tuple[Confirmation, ...],
+    "failed_confirmations": tuple[FailedConfirmation, ...],
     "segments": tuple[Segment, ...],
     "checkpoint": str | None,
     "checkpoint_digest": str | None,
@@ -102,6 +106,7 @@ _SAVED: dict[str, Any] = {
 }
 """What is kept of a trial, and its types."""
 
+_LATE = ("confirmations", "failed_confirmations", "segments")
 _TRIAL = "trial"
 """The user attribute that holds all of it: one, because each is a write of its own, and a driver may be killed between
 two of them."""
@@ -156,7 +161,7 @@ class StudyStore:
         self._known: dict[str, optuna.distributions.BaseDistribution] = {}
         """By name, as Optuna saw them first."""
         for frozen in study.get_trials(deepcopy=False):
-            self.trials.append(self._read_trial(frozen))
+            self.trials.append(self._read_trial(frozen, attributes))
             self._known = frozen.distributions | self._known
             if frozen.state.is_finished():
                 self._told.add(frozen.number)
@@ -205,9 +210,8 @@ class StudyStore:
     @classmethod
     def open(cls, root: Path, name: str) -> StudyStore:
         """Raises StudyError with the nearest name where there is no such study."""
-        check_study_name(name)
         folder = root / name
-        if not (folder / "study.db").is_file():
+        if not _NAME.fullmatch(name) or not (folder / "study.db").is_file():
             known = sorted(path.parent.name for path in root.glob("*/study.db"))
             hint = suggest_nearest(name, known) if known else "There are none yet; autopeft search starts one."
             raise StudyError(f"There is no study '{name}' in '{root}'. {hint}")
@@ -283,7 +287,7 @@ class StudyStore:
                 self._tell(trial)
         else:
             # Optuna freezes the attributes of a trial that was told; confirmations come later.
-            self._study.set_user_attr(f"late:{trial.number}", {k: encoded[k] for k in ("confirmations", "segments")})
+            self._study.set_user_attr(f"late:{trial.number}", {key: encoded[key] for key in _LATE})
 
     def may_revive(self, trial: Trial) -> bool:
         """Whether it is stopped, but not for good: a verdict may fall while the search that gave it goes on."""
@@ -312,9 +316,9 @@ class StudyStore:
     def _trial_id(self, number: int) -> int:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
 
-    def _read_trial(self, frozen: optuna.trial.FrozenTrial) -> Trial:
+    def _read_trial(self, frozen: optuna.trial.FrozenTrial, of_study: Mapping[str, Any]) -> Trial:
         self._written[frozen.number] = frozen.user_attrs[_TRIAL]
-        attributes = self._written[frozen.number] | self._study.user_attrs.get(f"late:{frozen.number}", {})
+        attributes = self._written[frozen.number] | of_study.get(f"late:{frozen.number}", {})
         return _decode_trial(frozen.number, attributes, f"study '{self.folder.name}', trial {frozen.number}")
 
     # --- the study itself
@@ -400,7 +404,7 @@ def _encode_trial(trial: Trial) -> dict[str, Any]:
 
 def _decode_trial(number: int, attributes: dict[str, Any], where: str) -> Trial:
     values = {key: from_record(hint, attributes[key], where) for key, hint in _SAVED.items() if key in attributes}
-    values |= {key: list(values[key]) for key in ("rungs", "confirmations", "segments") if key in values}
+    values |= {key: list(value) for key, value in values.items() if isinstance(value, tuple)}
     trial = Trial(number=number, **values)
     trial.spec = fill_settings(trial.spec)
     return trial

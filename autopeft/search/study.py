@@ -23,6 +23,8 @@ from autopeft.methods import refuse_spec
 from autopeft.records import (
     Completed,
     Failed,
+    FailedConfirmation,
+    FailureReason,
     Refused,
     Stopped,
     StudyConfig,
@@ -63,6 +65,8 @@ class _Running(NamedTuple):
     stretch: Stretch
     trial: Trial
     step: int
+    loading_seconds: float = 0.0
+    """Wall seconds in which its worker came up first."""
 
 
 class Search:
@@ -134,8 +138,7 @@ class Search:
     def _start(self) -> None:
         self._note_workers(self.executor.start())
         self.account.start_clock()
-        for trial in [*self.store.trials, *([self.store.baseline] if self.store.baseline else [])]:
-            self.speed.learn_all(trial, self.executor.device_rate)
+        self.speed.learn_all([*self.store.trials, *([self.store.baseline] if self.store.baseline else [])])
         if not self.store.reference and not self._awaits_base():
             self._fix_reference()
         enqueue_first(self.store, self.space, self.account.ledger.trials_left())
@@ -317,6 +320,9 @@ class Search:
         running = self._running.get(event.worker)
         if isinstance(event.event, Ready):
             complete_provenance(self.store.provenance, event.event, self.config)
+            if running is not None:
+                loading = self.account.measure_open(event.worker, event.at_seconds)
+                self._running[event.worker] = running._replace(loading_seconds=loading)
             return
         if running is None:
             return
@@ -356,7 +362,8 @@ class Search:
         rung = len(trial.rungs) if stretch.purpose == "search" else len(self.config.rungs) - 1
         score = make_rung_score(finished, rung=rung, step=stretch.to_step, device_seconds=seconds)
         trial.rungs.append(score)
-        self.speed.learn(trial.spec, score, stretch.to_step - stretch.from_step, self.executor.device_rate)
+        wall = seconds / self.executor.device_rate - running.loading_seconds
+        self.speed.learn(trial.spec, score, stretch.to_step - stretch.from_step, wall)
         cost = trial.cost
         if finished.peak_vram_bytes is not None and trial.cost is not None:
             trial.cost = measured_cost(trial.cost, finished.peak_vram_bytes, finished.reserved_vram_bytes)
@@ -390,7 +397,7 @@ class Search:
     def _record_end(self, running: _Running, ended: Ended) -> None:
         trial = running.trial
         if running.stretch.purpose == "confirm":
-            self._note(f"A confirmation of trial {trial.number} ended: {ended.reason}, {ended.detail}.")
+            self._give_up_confirmation(running, ended.reason, ended.detail)
             return
         if ended.peak_vram_bytes is not None and trial.cost is not None:
             trial.cost = measured_cost(trial.cost, ended.peak_vram_bytes, None)
@@ -401,6 +408,12 @@ class Search:
                 f"The untrained base could not be scored ({ended.reason}), so trials are compared with 0 instead."
             )
             self._set_floor(0.0, 0.0)
+
+    def _give_up_confirmation(self, running: _Running, reason: FailureReason, detail: str) -> None:
+        """It would end the same way again."""
+        failed = FailedConfirmation(seed=running.stretch.spec.seed, reason=reason, detail=detail)
+        running.trial.failed_confirmations.append(failed)
+        self.store.save(running.trial)
 
     def _give_up(self, failed: Trial) -> None:
         self.store.save(failed)
@@ -438,7 +451,7 @@ class Search:
                     self._carry_out(self.race.judge_beaten_by(trial))
         elif running.stretch.purpose == "confirm":
             if trial.deaths >= _MOST_DEATHS:
-                self._note(f"A confirmation of trial {trial.number} was given up: its workers died.")
+                self._give_up_confirmation(running, "worker_died", detail[-300:])
             else:
                 self._confirm_queue.insert(0, (trial, running.stretch.spec.seed))
         elif running.stretch.purpose == "baseline":
@@ -475,8 +488,11 @@ class Search:
             self._conclude()
 
     def _next_confirmation(self) -> tuple[Trial, Stretch] | None:
+        provenance = self.store.provenance
         for index, (trial, seed) in enumerate(self._confirm_queue):
-            needed = self.speed.predict(trial.spec.method, trial.spec.max_steps)
+            # The test split is scored as well.
+            passes = 1 + provenance.num_test / max(provenance.num_validation, 1)
+            needed = self.speed.predict(trial.spec.method, trial.spec.max_steps, passes=passes)
             if needed <= self.account.seconds_left():
                 del self._confirm_queue[index]
                 return trial, make_stretch(

@@ -126,7 +126,9 @@ def search(*changes: str, task: str = "demo", budget: str = "3trials") -> list[s
         (search("--plan-for", "h100"), ["--dry-run"]),
         (search("--plan-for", "h1000", "--dry-run"), ["Did you mean 'h100'?"]),
         (search("--model", "./nowhere"), ["./nowhere", "does not exist"]),
-        (search("--data-dir", "nowhere", task="sst2"), ["nowhere", "sst2", "--data-dir", "--task demo"]),
+        (search("--data-dir", "nowhere", task="sst2"), ["nowhere", "sst2/train.jsonl", "--data-dir", "does not exist"]),
+        (search("--data-dir", "model", task="mine.yaml"), ["--data-dir", "its files:"]),
+        (search("--data-dir", "model"), ["--data-dir", "made, not read"]),
         (search(task="sst2"), ["No --data-dir", "AUTOPEFT_DATA_DIR", "--task demo"]),
         (["resume", "nothing"], ["'nothing'", "none yet"]),
         (["report", "nothing"], ["'nothing'"]),
@@ -300,6 +302,42 @@ def test_a_study_name_that_exists_offers_to_resume(refuse: Refusal, study: str) 
 
 def test_an_unknown_study_gets_the_nearest_name(refuse: Refusal, study: str) -> None:
     assert "Did you mean 'mine'?" in refuse("resume", "mnie")
+
+
+def test_a_study_may_be_named_by_its_folder(refuse: Refusal, study: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", f"studies/{study}"]) == 0
+    assert "reports/mine.html" in capsys.readouterr().out
+    assert "has no 'knee' yet" in refuse("train", f"studies/{study}/", "--pick", "knee")
+    assert "no study 'elsewhere/mine'" in refuse("resume", "elsewhere/mine")
+
+
+def test_rows_that_have_moved_are_looked_for_in_the_data_folder(
+    refuse: Refusal, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from autopeft.search.plan import make_plan, make_provenance
+    from autopeft.search.request import Request
+    from autopeft.search.store import StudyStore
+
+    plan = make_plan(Request(task="mine.yaml", budget="3trials", model="model", name="own"), studies=Path("studies"))
+    StudyStore.create(Path("studies"), plan.config, make_provenance(plan), np.zeros(3, dtype=np.int64))
+    for name in ("reports", "leaderboards", "moved"):
+        (folder / name).mkdir()
+    (folder / "train.jsonl").rename(folder / "moved" / "train.jsonl")
+    assert "train.jsonl" in (said := refuse("resume", "own"))
+    assert "--data-dir" in said
+    resumed = []
+    monkeypatch.setattr("autopeft.cli.session.run_study", lambda store, *args: resumed.append(store) or 0)
+    assert main(["resume", "own", "--data-dir", "moved"]) == 0
+    assert str(folder / "moved" / "train.jsonl") in resumed[0].config.task
+    # From here on they are known.
+    assert main(["resume", "own"]) == 0
+    write_rows(folder / "moved" / "train.jsonl", ROWS[::-1])
+    assert "have changed since 'own' began" in refuse("resume", "own")
+
+
+def test_a_task_whose_name_is_no_file_name_is_refused_before_anything_is_fetched(refuse: Refusal, folder: Path) -> None:
+    (folder / "mine.yaml").write_text(TASK.replace("name: mine", "name: my own"))
+    assert "--name" in refuse(*search("--dry-run", task="mine.yaml"))
 
 
 def test_a_study_of_a_newer_schema_is_refused(refuse: Refusal, study: str) -> None:

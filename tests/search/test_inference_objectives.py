@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from autopeft.executors.inline import InlineExecutor
 from autopeft.methods import METHODS
 from autopeft.records import Cost, StudyRecord, TrialSpec, from_record, to_record
 from autopeft.search.front import cost_vector, parse_objectives, round_latency, scale_point
-from autopeft.search.plan import restore_space, with_budget
+from autopeft.search.plan import raise_budget, restore_space
 from autopeft.search.study import Search
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def test_a_resumed_study_goes_on_comparing_with_what_it_began_with(
     calm = fake.fake_latency
     monkeypatch.setattr(fake, "fake_latency", lambda times: calm(3 * times))
     store = studies.open()
-    store.save_config(with_budget(store.config, "16trials"))
+    store.save_config(dataclasses.replace(store.config, budget=raise_budget(store, "16trials")))
     second, executor = search_listening(studies, store)
     assert second.reference == first.reference
     assert executor.measured

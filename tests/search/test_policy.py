@@ -62,7 +62,7 @@ def make_situation(trials: Sequence[Trial], **changes: object) -> Situation:
 def one_a_second(make_spec: MakeSpec) -> Speed:
     """A step takes a second, scoring nothing."""
     speed = Speed()
-    speed.learn(make_spec(), make_score(0, 0.5, seconds=40.0), 40, 1.0)
+    speed.learn(make_spec(), make_score(0, 0.5), 40, 40.0)
     return speed
 
 

@@ -15,11 +15,12 @@ import sqlalchemy
 from sqlalchemy.engine import Engine
 
 from autopeft.backends.base import Ready
-from autopeft.errors import ModelError, RecordError, StudyError
+from autopeft.errors import BudgetError, ModelError, RecordError, StudyError
 from autopeft.executors.base import WorkerEvent
 from autopeft.executors.inline import InlineExecutor
 from autopeft.records import SCHEMA_VERSION, StudyRecord, from_record, to_record
-from autopeft.search.plan import restore_space, with_budget
+from autopeft.search import plan
+from autopeft.search.plan import restore_space
 from autopeft.search.racing import LearnedRacing
 from autopeft.search.results import build_record
 from autopeft.search.status import Status
@@ -259,7 +260,7 @@ def test_a_finished_study_changes_nothing_when_it_is_resumed(studies: FakeStudie
 
 def raise_budget(studies: FakeStudies, budget: str) -> None:
     store = studies.open()
-    store.save_config(with_budget(store.config, budget))
+    store.save_config(dataclasses.replace(store.config, budget=plan.raise_budget(store, budget)))
 
 
 def test_a_raised_budget_continues_the_study(studies: FakeStudies) -> None:
@@ -398,7 +399,26 @@ def test_a_study_cut_off_while_it_was_created_leaves_its_name_free(studies: Fake
 def test_a_budget_of_another_kind_is_refused_on_resume(studies: FakeStudies) -> None:
     store = studies.create(budget="4trials")
     with pytest.raises(ValueError, match="keeps its kind of budget"):
-        with_budget(store.config, "2h")
+        plan.raise_budget(store, "2h")
+
+
+@pytest.mark.parametrize(("budget", "less", "spent"), [("4trials", "3trials", "4trials"), ("4min", "3min", r"3\.\d")])
+def test_a_total_that_is_spent_is_no_budget_to_go_on_with(
+    studies: FakeStudies, budget: str, less: str, spent: str
+) -> None:
+    studies.run(studies.create(budget=budget))
+    with pytest.raises(BudgetError, match=f"new total.*'{less}' is no more than the {spent}"):
+        plan.raise_budget(studies.open(), less)
+
+
+def test_a_raised_time_is_searched_with_what_confirmation_has_not_had(studies: FakeStudies) -> None:
+    first = studies.run(studies.create(budget="8min"))
+    assert first.ledger.confirm_seconds > 0
+    raise_budget(studies, "10min")
+    more = studies.run(studies.open())
+    kept = 0.25 * 600 - first.ledger.confirm_seconds
+    longest = max(segment.end_seconds - segment.start_seconds for segment in more.segments)
+    assert more.ledger.search_seconds - first.ledger.search_seconds > 120 - kept - longest
 
 
 def test_the_configuration_holds_no_path(studies: FakeStudies) -> None:

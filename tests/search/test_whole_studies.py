@@ -19,6 +19,8 @@ from autopeft.records import Failed, Refused, Stopped, StudyRecord, TrialSpec
 from autopeft.search.front import find_nondominated
 from autopeft.search.plan import restore_space
 from autopeft.search.racing import Contender, LearnedRacing, LossCurve, PairedRacing, RacingRule, Verdict
+from autopeft.search.results import analyze, build_record
+from autopeft.search.status import Status
 from autopeft.search.study import Search
 
 if TYPE_CHECKING:
@@ -460,10 +462,62 @@ def test_a_confirmation_that_kills_two_workers_is_given_up_and_said(studies: Fak
     executor.deaths, executor.purpose = 2, "confirm"
     record = Search(store, executor, restore_space(store.config)).run()
     assert record.finished
-    (note,) = (note for note in record.notes if "given up" in note)
+    (note,) = (note for note in record.notes if "ended without a score: worker_died" in note)
     number = int(note.split()[4])
     others = [trial for trial in record.trials if trial.confirmations and trial.number != number]
     assert len(record.trials[number].confirmations) < len(others[0].confirmations)
+
+
+class Diverging(InlineExecutor):
+    """The first confirmation diverges."""
+
+    begun = 0
+
+    def assign(self, worker: int, pack: Pack) -> None:
+        super().assign(worker, pack)
+        (stretch,) = pack.stretches
+        if stretch.purpose == "confirm":
+            self.begun += 1
+            if self.begun == 1:
+                due, job, _ = self._due.pop()
+                ended = Ended(job=stretch.job, reason="diverged", detail="loss is nan", peak_vram_bytes=None)
+                self._due.append((due, job, WorkerEvent(worker, ended, due)))
+
+
+def test_what_diverges_with_another_seed_is_not_picked_and_not_retrained_again(studies: FakeStudies) -> None:
+    store = studies.create()
+    executor = Diverging(studies.executor(store)._setup, 1)
+    record = Search(store, executor, restore_space(store.config)).run()
+    (shaky,) = (trial for trial in record.trials if trial.failed_confirmations)
+    assert [failed.seed for failed in shaky.failed_confirmations] == [1]
+    assert shaky.number not in {pick.number for pick in record.picks}
+    assert any(f"trial {shaky.number} ended without a score: diverged, loss is nan." in note for note in record.notes)
+    again = studies.run(studies.open())
+    assert again.trials == record.trials
+    assert again.picks == record.picks
+    assert again.notes == record.notes
+
+
+def test_what_was_quick_to_confirm_is_not_all_that_is_picked_from(studies: FakeStudies) -> None:
+    """An interrupt after the first confirmation."""
+    store = studies.create()
+
+    def interrupt(status: Status) -> None:
+        if any(trial.confirmations for trial in status.trials):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        studies.search(store, on_change=interrupt).run()
+    wanted = {pick.name: pick.number for pick in analyze(store, confirmed=False).picks}
+    picks = {pick.name: pick for pick in build_record(store).picks}
+    assert len(set(wanted.values())) > 1
+    assert picks["smallest"].number == wanted["smallest"]
+    for pick in picks.values():
+        is_confirmed = bool(store.trials[pick.number].confirmations)
+        assert ("not confirmed with another seed yet" in pick.why) == (not is_confirmed)
+    finished = studies.run(studies.open())
+    assert all(finished.trials[pick.number].confirmations for pick in finished.picks)
+    assert not any("not confirmed" in pick.why for pick in finished.picks)
 
 
 # --- recipes, included configurations, the baseline
