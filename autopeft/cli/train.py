@@ -24,9 +24,10 @@ _SECONDS_TO_SPEAK = 5.0
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "train",
-        help="train a chosen configuration on all data",
-        description="Trains a chosen configuration on all data, goes on where it was interrupted, and scores it on the "
-        "test split beside what the study predicted.",
+        help="train a chosen configuration at full length",
+        description="Trains a chosen configuration on the training rows, keeps the best checkpoint by the "
+        "search-validation rows (--all-rows trains on those too), goes on where it was interrupted, and scores it on "
+        "the test split beside what the study predicted.",
         epilog="On several GPUs: accelerate launch -m autopeft train STUDY --pick knee",
     )
     parser.add_argument("source", help="a study's name, or a folder with training.yaml")

@@ -80,10 +80,11 @@ def export_trial(
     epochs: float | None = None,
     steps: int | None = None,
 ) -> Exported:
-    """Writes everything that `target` needs to train the trial on all rows into the new folder `out`.
+    """Writes everything that `target` needs to train the trial into the new folder `out`.
 
-    `model` and `data_dir` say where model and rows lie on this machine. Without `epochs` or `steps` the length is the
-    recipe's own (`production.recipe.lay_out`). Raises ExportError where the target cannot say it, and writes nothing.
+    Its training rows are the study's: those of search-validation stay apart. `model` and `data_dir` say where model
+    and rows lie on this machine. Without `epochs` or `steps` the length is the recipe's own
+    (`production.recipe.lay_out`). Raises ExportError where the target cannot say it, and writes nothing.
     """
     if target not in TARGETS:
         raise ExportError(f"There is no export target '{target}'. {suggest_nearest(target, TARGETS)}")

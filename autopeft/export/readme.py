@@ -79,8 +79,10 @@ def _length(recipe: Recipe) -> str:
     trial_warmup = math.ceil(spec.warmup_ratio * spec.max_steps)
     return (
         f"The trial took {spec.max_steps:,} steps of {spec.batch_size} rows, with {trial_warmup:,} steps of warm-up. "
-        f"These files take {recipe.steps:,} steps, which see each of the {recipe.num_train:,} rows {recipe.epochs:.3g} "
-        f"times, with {recipe.warmup_steps:,} of warm-up; the batch, and with it the learning rate, stays. "
+        f"These files take {recipe.steps:,} steps, which see each of the {recipe.num_train:,} training rows "
+        f"{recipe.epochs:.3g} times, with {recipe.warmup_steps:,} of warm-up; the batch, and with it the learning "
+        f"rate, stays. The {recipe.prediction.num_validation:,} search-validation rows are not among them: `autopeft "
+        "train .` chooses the best checkpoint by them, or trains on them too with `--all-rows`. "
         f"On several devices, divide the batch so that a step still sees {recipe.effective_batch} rows in all."
     )
 

@@ -109,9 +109,9 @@ class LocalPlaces:
 
 # --- training.yaml
 
-_HEAD = (
-    "# How to train the chosen configuration on all data. Read by autopeft train; other trainers' files say the same."
-)
+_HEAD = """\
+# How to train the chosen configuration on the task's training rows. Read by autopeft train, which trains on the
+# search-validation rows too with --all-rows; other trainers' files say the same."""
 _SECTIONS = {
     "model": "What is trained, on what.",
     "steps": "How. The batch is the trial's, so its learning rate holds; the length is scaled to num_train rows.",

@@ -1,9 +1,9 @@
 """What production training needs to know of a chosen trial, for every trainer.
 
-A trial is short and sees a part of the data. Its recipe keeps what its score depends on and stretches the rest:
+A trial is short and sees a part of the rows. Its recipe keeps what its score depends on and stretches the rest:
 
 - the effective batch stays the trial's, so that its learning rate stays right;
-- there are as many steps as the epochs over the full data need, but no fewer than the trial took;
+- there are as many steps as the epochs over the training rows need, but no fewer than the trial took;
 - warm-up keeps its share of them, and the schedule is laid out over the new length.
 
 No path of a machine is in it.
