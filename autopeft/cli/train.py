@@ -55,7 +55,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--patience",
         type=int,
-        default=10,
         help="stop after so many evaluations without a better one; 0 never (default: 10)",
     )
     parser.add_argument(
@@ -186,11 +185,11 @@ def _pretrain(  # type: ignore[no-untyped-def]
 
 
 def _options(args: argparse.Namespace) -> Options:
-    from autopeft.production.session import Options
+    from autopeft.production.session import PATIENCE, Options
 
     return Options(
         all_rows=args.all_rows,
-        patience=args.patience or None,
+        patience=PATIENCE if args.patience is None else args.patience or None,
         evaluate_every=args.eval_every,
         save_every=args.save_every,
         report_to=tuple(part.strip() for part in args.report_to.split(",")) if args.report_to else (),
@@ -208,6 +207,11 @@ def _check_stage(args: argparse.Namespace) -> None:
         raise SpecError("--text is read by --stage pretrain alone. Add it, or leave --text away.")
     if args.epochs is not None and args.steps is not None:
         raise SpecError("A training's length is given by --epochs or by --steps, but was given by both.")
+    if args.all_rows and args.patience is not None:
+        raise SpecError(
+            "--all-rows trains on the search-validation rows too, so there are no evaluations for --patience to count. "
+            "Leave one of them away."
+        )
 
 
 def _read_source(args: argparse.Namespace) -> _Source:
@@ -280,7 +284,7 @@ def _change(recipe: Recipe, args: argparse.Namespace, task, data_dir: str | None
         recipe = replace(recipe, schedule=args.schedule, num_cycles=args.cycles or 1)
     elif args.cycles:
         recipe = replace(recipe, num_cycles=args.cycles)
-    if args.patience < 0:
+    if args.patience is not None and args.patience < 0:
         raise SpecError(f"--patience counts evaluations, 0 for never, but is {args.patience}.")
     if args.batch_size is not None or args.micro_batch is not None:
         before = recipe

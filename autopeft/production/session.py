@@ -19,6 +19,9 @@ from autopeft.production.recipe import Recipe
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 _TRACKER_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
+PATIENCE = 10
+"""Half of the usual twenty evaluations: scores often stand still until the rate falls, and the best weights are kept
+anyway."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,9 +30,8 @@ class Options:
 
     all_rows: bool = False
     """Trains on the search-validation rows too: then nothing is left to choose the best checkpoint by."""
-    patience: int | None = 10
-    """Evaluations without a better one before stopping; None goes on to the end. Half of the usual twenty: scores often
-    stand still until the rate falls, and the best weights are kept anyway."""
+    patience: int | None = PATIENCE
+    """Evaluations without a better one before stopping; None goes on to the end."""
     evaluate_every: int | None = None
     """Optimizer steps; None is a twentieth of them all, or more where scoring would take over a quarter of the steps'
     time (`run.plan_rhythm`)."""

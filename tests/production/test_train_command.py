@@ -80,6 +80,7 @@ def test_restarts_can_be_asked_for(folder: Path) -> None:
         (["recipe", "--steps", "3", "--epochs", "2"], "by --epochs or by --steps"),
         (["recipe", "--cycles", "3"], "has no cycles"),
         (["recipe", "--patience", "-1"], "--patience counts evaluations"),
+        (["recipe", "--patience", "10", "--all-rows"], "no evaluations for --patience to count"),
         (["recipe", "--micro-batch", "3"], "Choose a divisor"),
         (["recipe", "--report-to", "wandbb"], "--report-to knows"),
         (["recipe", "--out", "full"], "holds other files"),
