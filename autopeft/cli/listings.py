@@ -77,7 +77,9 @@ def list_tasks(args: argparse.Namespace) -> int:
     for name, path in list_tasks().items():
         task = parse_task(path.read_text(encoding="utf-8"), name)
         kind = f"{task.num_labels} labels" if task.num_labels is not None else "generation"
-        print(f"{name:<11} {task.title}: {kind}, scored by {task.scorer}")
+        has_rows = task.embedded or task.files is not None or task.hub is not None
+        needs = "" if has_rows else "; needs --data-dir"
+        print(f"{name:<11} {task.title}: {kind}, scored by {task.scorer}{needs}")
     return 0
 
 

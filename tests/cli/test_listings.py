@@ -41,6 +41,11 @@ def test_a_listing_prints_a_line_for_each(command: str, say: Say) -> None:
     assert sorted(printed) == sorted(known[command])
 
 
+def test_tasks_without_rows_of_their_own_say_what_they_need(say: Say) -> None:
+    needing = [line.split()[0] for line in say("tasks").splitlines() if line.endswith("; needs --data-dir")]
+    assert needing == ["e2e_nlg", "trec"]
+
+
 # --- all methods
 
 
