@@ -1,8 +1,14 @@
-"""`autopeft methods`, `tasks`, `spaces`: what there is to choose from."""
+"""`autopeft methods`, `tasks`, `spaces`: what there is to choose from; `studies`: what there is in this folder."""
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+from autopeft.wording import in_one_line, say_count
+
+if TYPE_CHECKING:
+    from autopeft.search.store import StudyStore
 
 _METHOD_KEYS = """\
 keys of a method with --json (all methods: {"methods": [...], "excluded": {peft type: reason}}):
@@ -41,6 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     for name, run, what in (
         ("tasks", list_tasks, "shipped tasks"),
         ("spaces", list_spaces, "shipped search spaces"),
+        ("studies", list_studies, "the studies of the current folder"),
     ):
         parser = subparsers.add_parser(name, help=f"list {what}", description=f"Lists {what}.")
         parser.set_defaults(run=run)
@@ -93,3 +100,37 @@ def list_spaces(args: argparse.Namespace) -> int:
         methods = data["methods"] if isinstance(data["methods"], str) else ", ".join(data["methods"])
         print(f"{name:<12} for {data['serves']}: {methods}")
     return 0
+
+
+def list_studies(args: argparse.Namespace) -> int:
+    from autopeft.cli.session import STUDIES
+    from autopeft.errors import AutopeftError
+    from autopeft.search.store import StudyStore
+
+    names = sorted(path.parent.name for path in STUDIES.glob("*/study.db"))
+    if not names:
+        print(f"There are no studies in '{STUDIES}' yet; autopeft search starts one.")
+    width = max(map(len, names), default=0)
+    for name in names:
+        try:
+            said = _describe_study(StudyStore.open(STUDIES, name))
+        except AutopeftError as exc:
+            # One that cannot be read hides none of the others.
+            said = in_one_line(exc)
+        print(f"{name:<{width}} {said}")
+    return 0
+
+
+def _describe_study(store: StudyStore) -> str:
+    from autopeft.report.words import format_quality, title_scorer
+
+    config = store.config
+    complete = [trial.to_record() for trial in store.trials if trial.state == "complete"]
+    # As the pick `best` is chosen: the highest of many single scores is partly luck.
+    among = [trial for trial in complete if trial.confirmations] or complete
+    qualities = [trial.quality for trial in among if trial.quality is not None]
+    best = f", best {title_scorer(config.scorer)} {format_quality(max(qualities), config.scorer)}" if qualities else ""
+    return (
+        f"{config.task_name} on {config.model}, {config.budget}: {say_count(len(store.trials), 'trial')}, "
+        f"{'finished' if store.finished else 'unfinished'}{best}"
+    )

@@ -15,7 +15,7 @@ OPTIONS = {
         "--stop-when-gain-below", "--task", "--until", "--warm-start", "--workers",
     ],
     "resume": ["--budget", "STUDY"],
-    "report": ["STUDY"],
+    "report": ["--json", "STUDY"],
     "export": ["--data-dir", "--epochs", "--out", "--pick", "--steps", "--to", "STUDY"],
     "train": [
         "--all-rows", "--batch-size", "--cycles", "--data-dir", "--epochs", "--eval-every", "--from",
@@ -34,6 +34,7 @@ OPTIONS = {
     "methods": ["--json", "NAME"],
     "tasks": [],
     "spaces": [],
+    "studies": [],
 }  # fmt: skip
 
 
