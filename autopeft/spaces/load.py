@@ -40,7 +40,9 @@ def find_space(name: str) -> tuple[str, str]:
     if name in shipped:
         return name, _write_out_all(shipped[name].read_text(encoding="utf-8"))
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") and path.is_file():
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise SpaceError(f"--space names the file '{name}', which does not exist. {suggest_nearest(name, shipped)}")
         try:
             return path.stem, _write_out_all(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as exc:

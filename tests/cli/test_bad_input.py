@@ -74,6 +74,7 @@ def search(*changes: str, task: str = "demo", budget: str = "3trials") -> list[s
         (search("--methods", "lorra"), ["'lorra'", "Did you mean 'lora'?"]),
         (search("--methods", "lora,ia4"), ["'ia4'", "Did you mean 'ia3'?"]),
         (search("--space", "defualt"), ["'defualt'", "Did you mean 'default'?"]),
+        (search("--space", "my-space.yaml"), ["the file 'my-space.yaml', which does not exist", "everything"]),
         (search("--fix", "lora.rnk=8"), ["rnk", "Did you mean 'rank'?"]),
         (search("--fix", "loora.rank=8"), ["loora", "Did you mean 'lora'?"]),
         (search("--fix", "bitz=4"), ["bitz", "Did you mean 'bits'?"]),
