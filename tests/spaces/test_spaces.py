@@ -250,6 +250,18 @@ def test_pissa_is_only_asked_for_on_an_unquantized_base() -> None:
         assert ("lora.init" in suggester.params) == (spec.bits == 32)
 
 
+def test_the_documented_file_means_what_is_said_of_it() -> None:
+    document = Path(__file__).parents[2] / "docs/spaces.md"
+    text = document.read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
+    space = parse(text, "cuda", model_kind="decoder")
+    lora = {d.name: d for d in space.methods["lora"].dimensions}
+    assert (lora["rank"].low, lora["rank"].high, lora["rank"].log) == (4, 64, True)
+    assert (lora["learning_rate"].low, lora["learning_rate"].high) == (5e-5, 2e-3)
+    assert set(lora["bits"].choices) == {4, 16}
+    assert space.methods["lora"].fixed["dropout"] == 0.0
+    assert list(space.methods) == ["lora", "ia3", "bitfit"]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
