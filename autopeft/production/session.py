@@ -81,6 +81,12 @@ class Session(NamedTuple):
 
 def open_session(recipe: Recipe, out: Path, options: Options) -> Session:
     """Starts what connects the processes. Raises DeviceError or SpecError for what this machine cannot do."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise SpecError(
+            "Several processes train by DDP or FSDP, but accelerate launch was told to use DeepSpeed, with which "
+            "autopeft does not train. Use accelerate launch --multi_gpu, or --use_fsdp where one GPU is too small for "
+            "the model."
+        )
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"

@@ -304,6 +304,15 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_deepspeed_is_refused_before_anything_is_written(
+    make_recipe_for: Make, places: LocalPlaces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(SpecError, match=r"told to use DeepSpeed.*--multi_gpu"):
+        run(make_recipe_for(), places, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("processes", "micro", "expected"), [(1, 8, (8, 1)), (2, 8, (4, 1)), (2, 2, (2, 2)), (4, 8, (2, 1)), (8, 3, (1, 1))]
 )
