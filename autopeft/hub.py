@@ -148,6 +148,11 @@ def explain(model: str, error: BaseException) -> ModelError:
             f"The base model '{model}' is neither a folder on this machine nor a model of the hub that may be read "
             "without a token, or with yours. Check the name; for a private one log in (hf auth login) or set HF_TOKEN."
         )
+    if any("trust_remote_code" in str(cause) for cause in causes):
+        return ModelError(
+            f"The base model '{model}' needs code of its own, which comes with its files, but autopeft runs that of "
+            "installed packages alone. Name a model whose architecture transformers has, such as a Llama or a BERT."
+        )
     if isinstance(error, ValueError) or not is_hub_id(model):
         said = first_line(error) or type(error).__name__
         return ModelError(f"The base model '{model}' must be one that transformers can load, but it cannot: {said}")

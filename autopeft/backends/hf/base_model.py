@@ -84,7 +84,7 @@ def load_config(name: str, num_labels: int | None) -> Any:
     """
     sizes = {} if num_labels is None else {"num_labels": num_labels}
     try:
-        config = transformers.AutoConfig.from_pretrained(resolve_model(name), **sizes)
+        config = transformers.AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False, **sizes)
     except (OSError, ValueError) as exc:
         raise explain(name, exc) from exc
     if getattr(config, "quantization_config", None) is not None:
@@ -167,7 +167,7 @@ def _check_writes(name: str, config: Any) -> None:
 
 def load_tokenizer(name: str) -> Any:
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(resolve_model(name))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=False)
     except (OSError, ValueError) as exc:
         raise explain(name, exc) from exc
     if tokenizer.pad_token is None:
@@ -215,7 +215,7 @@ _TABLES_OF_POSITIONS = frozenset({"position_embeddings", "wpe", "embed_positions
 def build_meta_model(config: Any, dtype: torch.dtype = torch.float32) -> Any:
     """The classifier or language model without weights."""
     with torch.device("meta"):
-        return _auto_class(config).from_config(config, dtype=dtype)
+        return _auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def _auto_class(config: Any) -> Any:
@@ -254,7 +254,7 @@ def load_base(name: str, *, num_labels: int | None, bits: Bits, device: str) -> 
     """
     config = load_config(name, num_labels)
     head = find_head(build_meta_model(config))
-    arguments: dict[str, Any] = {"config": config, "dtype": compute_dtype(device)}
+    arguments: dict[str, Any] = {"config": config, "dtype": compute_dtype(device), "trust_remote_code": False}
     if bits < 16:
         arguments["quantization_config"] = quantization_config(bits, head, compute_dtype(device))
     arguments["device_map"] = {"": device}

@@ -13,7 +13,7 @@ import pytest
 import transformers
 from safetensors.torch import load_file, save_file
 
-from autopeft.backends.hf.base_model import QuietLoading, load_base
+from autopeft.backends.hf.base_model import QuietLoading, load_base, load_config, load_tokenizer
 from autopeft.errors import ModelError
 from autopeft.testing.tiny_models import tiny_folder
 
@@ -76,3 +76,25 @@ def test_a_base_that_comes_quantized_is_refused(tmp_path: Path) -> None:
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"llama-bnb-4bit' comes quantized already\. Name the model that"):
         load_base(str(copy), num_labels=2, bits=16, device="cpu")
+
+
+@pytest.mark.parametrize("upstream", ["", "acme/code--"])
+def test_a_model_that_needs_code_of_its_own_is_refused_without_advice_that_cannot_be_followed(
+    tmp_path: Path, upstream: str
+) -> None:
+    config = {"model_type": "acme", "auto_map": {"AutoConfig": f"{upstream}configuration_acme.AcmeConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="needs code of its own") as info:
+        load_config(str(tmp_path), 2)
+    assert "trust_remote_code" not in str(info.value)
+
+
+def test_code_that_comes_with_a_known_architecture_is_not_run(tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_folder("bert"), tmp_path / "bert"))
+    config = json.loads((copy / "config.json").read_text())
+    config["auto_map"] = {name: "modeling_acme.Acme" for name in ("AutoConfig", "AutoModelForSequenceClassification")}
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "modeling_acme.py").write_text("raise RuntimeError('was run')")
+    base = load_base(str(copy), num_labels=2, bits=32, device="cpu")
+    assert type(base.model).__name__ == "BertForSequenceClassification"
+    assert load_tokenizer(str(copy)).pad_token is not None
