@@ -184,8 +184,8 @@ def _check_identity(recipe: Recipe, data: TaskData, model: str, session: Session
         if digest and digest != recipe.model_digest:
             raise ModelError(
                 f"The base's weights must be those that the study chose for, with digest {recipe.model_digest}, but "
-                f"'{recipe.model}' has {digest} here. Get that revision, or remove model_digest's value in "
-                "training.yaml to train on other weights knowingly."
+                f"'{recipe.model}' has {digest} here. Name a folder that has the study's with --model. To train on "
+                "other weights knowingly, train from an export whose training.yaml says model_digest: ''."
             )
     if data.splits.digest != recipe.provenance.task_digest:
         notes.append(

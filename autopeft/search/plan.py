@@ -265,8 +265,9 @@ def complete_provenance(provenance: Provenance, ready: Ready, config: StudyConfi
         if ready.model_digest != provenance.model_digest:
             raise ModelError(
                 f"A study goes on with the weights that it began with, digest {provenance.model_digest}, but those of "
-                f"'{config.model}' here have {ready.model_digest or 'none'}: its scores would not compare. Bring that "
-                f"revision back, or begin another study, with --warm-start {config.name} to keep what was learned."
+                f"'{config.model}' here have {ready.model_digest or 'none'}: its scores would not compare. Name a "
+                "folder that has the old ones with --model, or begin another study, with --warm-start "
+                f"{config.name} to keep what was learned."
             )
         return provenance
     return replace(

@@ -18,7 +18,7 @@ from autopeft.backends.hf.build import trainable_parameters
 from autopeft.backends.hf.trial import HfBackend
 from autopeft.errors import ModelError, RecordError, SpecError, TrainingError
 from autopeft.production import checkpoints
-from autopeft.production.files import LocalPlaces, TrainingResult, read_recipe, read_result
+from autopeft.production.files import LocalPlaces, TrainingResult, read_recipe, read_result, write_recipe
 from autopeft.production.job import Progress
 from autopeft.production.recipe import Recipe
 from autopeft.production.run import EVALUATION_SHARE, Listener, explaining_memory, plan_rhythm, train
@@ -267,8 +267,15 @@ def test_running_out_of_memory_is_told_with_what_needs_less() -> None:
 def test_other_base_weights_than_the_studys_are_refused(
     make_recipe_for: Make, places: LocalPlaces, tmp_path: Path
 ) -> None:
-    with pytest.raises(ModelError, match="digest 0123456789abcdef"):
+    with pytest.raises(ModelError, match=r"digest 0123456789abcdef.*with --model\. .*says model_digest: ''"):
         run(make_recipe_for(model_digest="0123456789abcdef"), places, tmp_path)
+
+
+def test_a_recipe_without_a_digest_is_trained_on_any_weights(make_recipe_for: Make, tmp_path: Path) -> None:
+    write_recipe(make_recipe_for(model_digest="0123456789abcdef"), tmp_path)
+    path = tmp_path / "training.yaml"
+    path.write_text(path.read_text().replace("model_digest: 0123456789abcdef", "model_digest: ''"))
+    assert read_recipe(tmp_path).model_digest == ""
 
 
 def test_other_rows_than_the_studys_are_trained_on_but_not_compared(
