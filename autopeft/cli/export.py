@@ -25,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--data-dir", help="folder with the task's rows, if they have moved since the search")
     length = parser.add_mutually_exclusive_group()
     length.add_argument(
-        "--epochs", type=float, help="length over all rows; 3, but no less than the trial, unless given"
+        "--epochs", type=float, help="length over the training rows; 3, but no less than the trial, unless given"
     )
     length.add_argument("--steps", help="length in optimizer steps, or 'trial' for the trial's own")
     parser.set_defaults(run=run)
