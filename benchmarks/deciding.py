@@ -1,10 +1,11 @@
-"""What a decision takes: asking for a configuration, choosing what a free worker does, and telling a score.
+"""What a decision takes: asking for a configuration, choosing what a free worker does, and telling a score. Beside it,
+what writing takes: a new trial's and its score's, in the study's database.
 
     python benchmarks/deciding.py --out deciding
 
 The study is as a long search leaves it: every trial scored at the first rung with 1,000 per-example losses, half of
-them stopped there, the others paused, and one in eight at its end. Costs are known beforehand. The targets: all three
-together below 50 ms at 200 trials and below 250 ms at 2,000.
+them stopped there, the others paused, and one in eight at its end. Costs are known beforehand. The targets: to ask, to
+decide and to tell below 50 ms together at 200 trials and below 250 ms at 2,000.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +28,7 @@ from autopeft.backends.replay import Curves, Recording, ReplayBackend, ReplayCos
 from autopeft.executors.inline import InlineExecutor
 from autopeft.records import Completed, Cost, Provenance, RungScore, Stopped, StudyConfig
 from autopeft.search.policy import Promote, StartNew, choose_next
-from autopeft.search.store import Trial
+from autopeft.search.store import StudyStore, Trial
 from autopeft.search.study import Search
 from autopeft.spaces.load import find_space, parse_space
 
@@ -55,14 +58,14 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--out", metavar="NAME", help="write results/NAME.json and results/NAME.md")
     arguments = parser.parse_args()
-    lines = ["| trials | ask and decide, ms | tell, ms | together |", "|--:|--:|--:|--:|"]
+    lines = ["| trials | ask and decide, ms | tell, ms | together | write, ms |", "|--:|--:|--:|--:|--:|"]
     record = []
     for count in arguments.trials:
         times = measure(count, arguments.repeat)
-        record.append({"trials": count, **times})
-        lines.append(
-            f"| {count} | " + " | ".join(f"{value:.1f}" for value in (*times.values(), sum(times.values()))) + " |"
-        )
+        written = measure_writing(count, arguments.repeat)
+        record.append({"trials": count, **times, "write": written})
+        values = (*times.values(), sum(times.values()), written)
+        lines.append(f"| {count} | " + " | ".join(f"{value:.1f}" for value in values) + " |")
     tell_result("\n".join(lines), record, name=arguments.out)
 
 
@@ -86,6 +89,25 @@ def measure(count: int, repeat: int) -> dict[str, float]:
 
     calls = {"decide": decide, "tell": tell}
     return {name: _time(call, repeat) for name, call in calls.items()}
+
+
+def measure_writing(count: int, repeat: int) -> float:
+    """Milliseconds, median, for a new trial and its first score."""
+    search = make_search(count)
+    config, rng = search.store.config, np.random.default_rng(1)
+    space = parse_space(config.space, name=config.space_name, device_kind="cpu", max_steps=_RUNGS[-1])
+    labels = np.zeros(_NUM_EXAMPLES, dtype=np.int64)
+    specs = iter(draw_specs(space, count + repeat + 1, max_steps=_RUNGS[-1], seed=0))
+    with tempfile.TemporaryDirectory() as folder:
+        store = StudyStore.create(Path(folder), config, search.store.provenance, labels)
+
+        def write() -> None:
+            trial = store.add(next(specs), "sampler", space)
+            store.save(_make_trial(trial, rng))
+
+        for _ in range(count):
+            write()
+        return _time(write, repeat)
 
 
 def _time(call: Callable[[], object], repeat: int) -> float:

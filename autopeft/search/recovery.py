@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from autopeft.budget import Ledger
 from autopeft.search.store import StudyStore, Trial
-from autopeft.spaces.space import SearchSpace
 
 
-def recover(store: StudyStore, space: SearchSpace, ledger: Ledger) -> None:
+def recover(store: StudyStore, ledger: Ledger) -> None:
     """After a driver that died or was interrupted: what it had running is paused or waits."""
-    store.repair(space)
+    store.repair()
     for trial in store.trials:
         if trial.state in ("running", "paused"):
             requeue(trial, store, ledger)

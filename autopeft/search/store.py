@@ -220,7 +220,7 @@ class StudyStore:
             study = optuna.load_study(
                 study_name=_STUDY,
                 storage=storage,
-                # Only asked for what has been enqueued; worth.py says what that is.
+                # It is never asked; worth.py says what is tried.
                 sampler=optuna.samplers.RandomSampler(seed=0),
             )
         except Exception as exc:  # sqlalchemy's and optuna's many types, none of which a user can tell apart
@@ -249,27 +249,27 @@ class StudyStore:
     def add(self, spec: TrialSpec, source: TrialSource, space: SearchSpace) -> Trial:
         """A new trial. It is stored with its configuration at once, so that a crash loses no question asked."""
         trial = Trial(number=len(self.trials), spec=spec, source=source)
-        self._study.enqueue_trial(space.params(spec) or {}, user_attrs={_TRIAL: _encode_trial(trial)})
-        self._ask(spec, space)
-        self.trials.append(trial)
-        self.save(trial)
-        return trial
-
-    def _ask(self, spec: TrialSpec, space: SearchSpace) -> None:
-        """Makes the trial that waits in Optuna's queue a running one."""
         params = space.params(spec) or {}
         asked = keep_known(distributions(space, params), self._known, params) if params else {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self._study.ask(asked)
+        encoded = _encode_trial(trial)
+        # One write. What is asked of the study itself reads all trials that have not ended, of which there are many.
+        running = optuna.trial.create_trial(
+            state=optuna.trial.TrialState.RUNNING, params={name: params[name] for name in asked}, distributions=asked,
+            user_attrs={_TRIAL: encoded},
+        )  # fmt: skip
+        self._storage.create_new_trial(self._study_id, template_trial=running)
         self._known = asked | self._known
+        self._written[trial.number] = encoded
+        self.trials.append(trial)
+        return trial
 
-    def repair(self, space: SearchSpace) -> None:
+    def repair(self) -> None:
         """Brings Optuna's trials up to ours, where a driver was killed between writing the one and the other."""
         for frozen in self._study.get_trials(deepcopy=False):
             trial = self.trials[frozen.number]
             if frozen.state == optuna.trial.TrialState.WAITING:
-                self._ask(trial.spec, space)
+                # Earlier versions had it wait in Optuna's queue first.
+                self._storage.set_trial_state_values(frozen._trial_id, optuna.trial.TrialState.RUNNING)
             if is_ended(trial) and not self.may_revive(trial) and not frozen.state.is_finished():
                 self._tell(trial)
 

@@ -115,7 +115,7 @@ class Search:
     def drive(self) -> None:
         """Runs until the budget is spent or nothing is left to do. KeyboardInterrupt leaves everything written."""
         self.account.reopen()
-        recover(self.store, self.space, self.account.ledger)
+        recover(self.store, self.account.ledger)
         try:
             self._start()
             while self.phase != "done":

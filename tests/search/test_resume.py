@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -419,6 +420,37 @@ def test_a_raised_time_is_searched_with_what_confirmation_has_not_had(studies: F
     kept = 0.25 * 600 - first.ledger.confirm_seconds
     longest = max(segment.end_seconds - segment.start_seconds for segment in more.segments)
     assert more.ledger.search_seconds - first.ledger.search_seconds > 120 - kept - longest
+
+
+def test_a_new_trial_is_stored_whole_and_without_a_look_at_the_others(
+    studies: FakeStudies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = studies.create()
+    space = restore_space(store.config)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a study has thousands")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store._study._storage), "get_all_trials", fail)
+        added = store.add(space.recipes[0], "recipe", space)
+    (frozen,) = store._study.get_trials()
+    assert frozen.state == optuna.trial.TrialState.RUNNING
+    assert frozen.params == space.params(added.spec)
+    (trial,) = studies.open().trials
+    assert trial == added
+
+
+def test_a_trial_that_waits_in_optunas_queue_as_earlier_versions_had_it_is_begun(studies: FakeStudies) -> None:
+    store = studies.create(budget="2trials")
+    space = restore_space(store.config)
+    store.add(space.recipes[0], "recipe", space)
+    with sqlite3.connect(store.folder / "study.db") as database:
+        database.execute("UPDATE trials SET state = 'WAITING'")
+    database.close()
+    record = studies.run(studies.open())
+    assert [trial.state for trial in record.trials] == ["complete", "complete"]
+    assert all(frozen.state.is_finished() for frozen in studies.open()._study.get_trials())
 
 
 def test_the_configuration_holds_no_path(studies: FakeStudies) -> None:
