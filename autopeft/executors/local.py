@@ -27,6 +27,7 @@ from autopeft.backends.base import (
 from autopeft.errors import ModelError, WorkerError
 from autopeft.executors.base import WorkerEvent
 from autopeft.records import TrialSpec
+from autopeft.wording import first_line
 
 _COST = -1
 """The cost process's number among the workers."""
@@ -52,7 +53,6 @@ class _Process:
             encoding="utf-8",
         )
         self._events = events
-        self._silent = False
         self.send(setup)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -65,16 +65,23 @@ class _Process:
             self.process.stdin.flush()
 
     def _read(self) -> None:
+        """Puts all events. The last is `Broken` or else the process's end: a death is told once, and nothing after it
+        could be taken for its successor's."""
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._put(WorkerEvent(self.number, decode_event(line), time.monotonic()))
+        after = ""
+        try:
+            for line in self.process.stdout:
+                event = decode_event(line)
+                self._events.put(WorkerEvent(self.number, event, time.monotonic()))
+                if isinstance(event, Broken):
+                    return
+        except Exception as exc:
+            # A line that a kill cut short, or that no worker wrote: what follows would be no more readable.
+            self.process.kill()
+            after = f" after a line that is no event ({first_line(exc)})"
         code = self.process.wait()
-        self._put(WorkerEvent(self.number, None, time.monotonic(), f"exit status {code}. {self.last_words()}"))
-
-    def _put(self, event: WorkerEvent) -> None:
-        # A worker that was replaced has nothing more to say: its end would be taken for its successor's.
-        if not self._silent:
-            self._events.put(event)
+        detail = f"exit status {code}{after}. {self.last_words()}"
+        self._events.put(WorkerEvent(self.number, None, time.monotonic(), detail))
 
     def last_words(self) -> str:
         with contextlib.suppress(OSError, ValueError):
@@ -84,7 +91,6 @@ class _Process:
         return ""
 
     def kill(self) -> None:
-        self._silent = True
         self.process.kill()
         self.process.wait()
         # The process is gone, so its pipe ends and the reader with it.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from autopeft.backends.base import Finished, Pack, Stretch, WorkerSetup
+from autopeft.backends.base import Broken, Finished, Pack, Stretch, WorkerSetup
 from autopeft.errors import ModelError
 from autopeft.executors.local import LocalExecutor
 from autopeft.methods import METHODS
@@ -32,11 +32,10 @@ def make_setup(folder: Path, backend: str = "fake", model: str = "") -> WorkerSe
     )
 
 
-def make_pack(job: int) -> Pack:
-    recipe = METHODS["ia3"].recipe
+def make_pack(job: int, method: str = "ia3", **settings: int) -> Pack:
     spec = TrialSpec(
-        method="ia3",
-        settings=dict(recipe.settings),
+        method=method,
+        settings=settings or dict(METHODS[method].recipe.settings),
         target_modules=None,
         bits=32,
         learning_rate=0.01,
@@ -85,6 +84,38 @@ def test_a_killed_worker_is_reported_once_and_its_successor_works(executor: Loca
     while not any(isinstance(event.event, Finished) for event in answers):
         answers += executor.wait(10.0)
     assert not any(event.event is None for event in answers)
+
+
+def test_a_worker_that_breaks_is_reported_once_and_its_successor_works(executor: LocalExecutor) -> None:
+    # A configuration without the rank that the backend looks for.
+    executor.assign(0, make_pack(1, "lora", alpha_over_rank=2))
+    (broken,) = executor.wait(10.0)
+    assert isinstance(broken.event, Broken)
+    assert "KeyError: 'rank'" in broken.event.detail
+    executor._processes[0].process.wait(10.0)
+    executor._processes[0]._reader.join(10.0)
+    executor.restart(0)
+    executor.assign(0, make_pack(2))
+    answers = []
+    while not any(isinstance(event.event, Finished) for event in answers):
+        answers += executor.wait(10.0)
+    assert not any(event.event is None for event in answers)
+
+
+@pytest.mark.parametrize("afterwards", ["exit 7", "echo; exec sleep 60"])
+def test_a_worker_whose_line_cannot_be_read_is_reported_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, afterwards: str
+) -> None:
+    script = tmp_path / "python"
+    script.write_text(f"""#!/bin/sh\nread setup\nprintf '{{"kind": "finis'\n{afterwards}\n""")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    executor = LocalExecutor(make_setup(tmp_path), ["cpu"])
+    executor._spawn(0)
+    events = executor.wait(10.0)
+    executor.close()
+    assert [(event.worker, event.event) for event in events] == [(0, None)]
+    assert "a line that is no event" in events[0].detail
 
 
 def test_a_worker_that_cannot_have_its_model_says_so_in_a_paragraph(tmp_path: Path) -> None:
