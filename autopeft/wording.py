@@ -15,3 +15,8 @@ def in_one_line(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """Of what a library says, which may go on for pages; empty where it says nothing."""
     return next(iter(str(error).strip().splitlines()), "")
+
+
+def last_line(text: str) -> str:
+    """Of a traceback or a log, where it says most; empty where it says nothing."""
+    return next(reversed(text.strip().splitlines()), "")

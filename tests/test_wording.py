@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autopeft.wording import first_line, in_one_line, say_count
+from autopeft.wording import first_line, in_one_line, last_line, say_count
 
 
 def test_one_is_singular_and_everything_else_is_not() -> None:
@@ -17,3 +17,8 @@ def test_errors_are_told_in_a_line() -> None:
     error = ValueError("\nfirst of\n  two lines")
     assert (first_line(error), in_one_line(error)) == ("first of", "first of two lines")
     assert first_line(ValueError()) == ""
+
+
+def test_the_end_of_a_log_is_told() -> None:
+    assert last_line("Traceback:\n  File x\nValueError: no\n\n") == "ValueError: no"
+    assert last_line("\n") == ""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from autopeft.backends.base import CostReply, Event, Pack, Ready
+from autopeft.errors import WorkerError
 from autopeft.records import TrialSpec
+from autopeft.wording import last_line
 
 
 class WorkerEvent(NamedTuple):
@@ -48,3 +50,10 @@ class Executor(Protocol):
     def close(self) -> None:
         """Ends all workers at once."""
         ...
+
+
+def make_worker_error(sentence: str, words: str) -> WorkerError:
+    """`sentence` and the last line of a worker's words, all of which stand below a traceback of it."""
+    error = WorkerError(f"{sentence} {last_line(words)}")
+    error.add_note(words)
+    return error

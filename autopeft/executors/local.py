@@ -25,9 +25,9 @@ from autopeft.backends.base import (
     encode_message,
 )
 from autopeft.errors import ModelError, WorkerError
-from autopeft.executors.base import WorkerEvent
+from autopeft.executors.base import WorkerEvent, make_worker_error
 from autopeft.records import TrialSpec
-from autopeft.wording import first_line
+from autopeft.wording import first_line, last_line
 
 _COST = -1
 """The cost process's number among the workers."""
@@ -80,7 +80,9 @@ class _Process:
             self.process.kill()
             after = f" after a line that is no event ({first_line(exc)})"
         code = self.process.wait()
-        detail = f"exit status {code}{after}. {self.last_words()}"
+        words = self.last_words()
+        # The last line is what users see; the others are for whoever looks for the cause.
+        detail = f"{words}\nexit status {code}{after}. {last_line(words)}".strip()
         self._events.put(WorkerEvent(self.number, None, time.monotonic(), detail))
 
     def last_words(self) -> str:
@@ -203,5 +205,5 @@ def _death(event: WorkerEvent) -> WorkerError | ModelError:
     if isinstance(event.event, Broken):
         if event.event.usage:
             return ModelError(event.event.detail)
-        return WorkerError(f"A worker broke: {event.event.detail}")
-    return WorkerError(f"A worker process died: {event.detail}")
+        return make_worker_error("A worker broke:", event.event.detail)
+    return make_worker_error("A worker process died:", event.detail)

@@ -17,6 +17,7 @@ from typing import TextIO
 from autopeft.backends.base import Broken, CostReply, CostRequest, Event, WorkerSetup, decode_command, encode_message
 from autopeft.errors import AutopeftError, SpecError, UsageError
 from autopeft.records import from_record
+from autopeft.wording import first_line
 
 
 def main() -> None:
@@ -37,8 +38,9 @@ def main() -> None:
             _serve_packs(setup, lines, emit)
     except AutopeftError as exc:
         emit(Broken(detail=str(exc), usage=isinstance(exc, UsageError)))
-    except Exception:
-        emit(Broken(detail=traceback.format_exc(), usage=False))
+    except Exception as exc:
+        # Its last line is what users see, and a message of CUDA's ends in advice on debugging.
+        emit(Broken(detail=f"{traceback.format_exc()}{type(exc).__name__}: {first_line(exc)}", usage=False))
     os._exit(1)
 
 

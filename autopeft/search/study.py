@@ -17,8 +17,7 @@ from typing import NamedTuple
 
 from autopeft.backends.base import Broken, Ended, Finished, Pack, Progress, Ready, Stretch
 from autopeft.budget import Purpose as LedgerPurpose
-from autopeft.errors import WorkerError
-from autopeft.executors.base import Executor, WorkerEvent
+from autopeft.executors.base import Executor, WorkerEvent, make_worker_error
 from autopeft.methods import refuse_spec
 from autopeft.records import (
     Completed,
@@ -433,7 +432,7 @@ class Search:
         if running is None:
             self._idle_deaths += 1
             if self._idle_deaths > _MOST_IDLE_DEATHS:
-                raise WorkerError(f"Workers die even without work, so the search was ended. Last words: {detail}")
+                raise make_worker_error("Workers die even without work, so the search was ended. Last words:", detail)
             self.executor.restart(event.worker)
             return
         self._charge(running, "lost", event.at_seconds)
@@ -456,11 +455,11 @@ class Search:
                 self._confirm_queue.insert(0, (trial, running.stretch.spec.seed))
         elif running.stretch.purpose == "baseline":
             if trial.deaths >= _MOST_DEATHS:
-                raise WorkerError(f"The baseline cannot be trained: its worker died twice. {detail}")
+                raise make_worker_error("The baseline cannot be trained: its worker died twice. Last words:", detail)
             trial.state = "waiting"
             self.store.save(trial)
         if sum(t.deaths for t in self.store.trials) > 3 * self.executor.num_workers + 3:
-            raise WorkerError(f"Workers keep dying, so the search was ended. The last one's words: {detail}")
+            raise make_worker_error("Workers keep dying, so the search was ended. The last one's words:", detail)
         self.executor.restart(event.worker)
 
     # --- race

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from autopeft.backends.base import Broken, Finished, Pack, Stretch, WorkerSetup
-from autopeft.errors import ModelError
+from autopeft.errors import ModelError, WorkerError
 from autopeft.executors.local import LocalExecutor
 from autopeft.methods import METHODS
 from autopeft.records import TrialSpec
@@ -118,6 +120,39 @@ def test_a_worker_whose_line_cannot_be_read_is_reported_dead(
     assert "a line that is no event" in events[0].detail
 
 
+@pytest.fixture
+def patched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], LocalExecutor]]:
+    """An executor whose processes, all that are started from here on, run the given lines before anything else."""
+    executor = LocalExecutor(make_setup(tmp_path), ["cpu"])
+
+    def patch(lines: str) -> LocalExecutor:
+        (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(lines))
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *map(str, sys.path)]))
+        return executor
+
+    yield patch
+    executor.close()
+
+
+def test_a_worker_that_cannot_start_says_why_in_a_line_and_all_of_it_below_a_traceback(
+    patched: Callable[[str], LocalExecutor],
+) -> None:
+    executor = patched("""
+        from autopeft.backends import fake
+
+        def ready(self):
+            raise RuntimeError("CUDA error: out of luck\\nFor debugging consider a page of advice")
+
+        fake.FakeBackend.ready = ready
+    """)
+    with pytest.raises(WorkerError) as failure:
+        executor.start()
+    assert str(failure.value) == "A worker broke: RuntimeError: CUDA error: out of luck"
+    (words,) = failure.value.__notes__
+    assert "Traceback" in words
+    assert "a page of advice" in words
+
+
 def test_a_worker_that_cannot_have_its_model_says_so_in_a_paragraph(tmp_path: Path) -> None:
     # Without it a worker breaks before it looks for the model.
     pytest.importorskip("torch")
@@ -174,3 +209,14 @@ def test_a_worker_gets_the_gpu_that_nvidia_smi_numbers_so(tmp_path: Path, monkey
     # CUDA's own numbers begin with the fastest GPU.
     assert environments[0]["CUDA_VISIBLE_DEVICES"] == "3"
     assert environments[0]["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
+def test_a_gpu_that_torch_cannot_use_is_told_in_a_paragraph(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("torch can use the GPU that is here")
+    executor = LocalExecutor(make_setup(tmp_path, "hf"), ["cuda:0"])
+    with pytest.raises(ModelError, match=rf"torch {re.escape(torch.__version__)}, .*autopeft doctor") as failure:
+        executor.start()
+    executor.close()
+    assert "\n" not in str(failure.value)

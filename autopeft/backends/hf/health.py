@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from autopeft.errors import DeviceError
 from autopeft.wording import say_count
 
 
@@ -22,6 +23,16 @@ def examine_torch() -> TorchFacts:
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     seen = f", sees {say_count(torch.cuda.device_count(), 'GPU')}" if has_cuda else ""
     return TorchFacts(has_cuda, f"{torch.__version__}, {build}{seen}", torch.version.cuda)
+
+
+def check_cuda() -> None:
+    """Raises DeviceError where torch cannot use the GPU that nvidia-smi has shown."""
+    facts = examine_torch()
+    if not facts.has_cuda:
+        raise DeviceError(
+            f"Workers train on the GPUs that nvidia-smi shows, but torch {facts.detail}, cannot use them: autopeft "
+            "doctor says what to install or update. Where CUDA_VISIBLE_DEVICES is empty, new searches run on the CPU."
+        )
 
 
 def examine_bitsandbytes(device: str) -> str | None:

@@ -25,6 +25,7 @@ from autopeft.backends.base import Ended, Event, Finished, Progress, Ready, Stre
 from autopeft.backends.hf.base_model import BaseModel, describe_base, digest_file, load_base, resolve_model
 from autopeft.backends.hf.build import build_trial_model, trainable_parameters
 from autopeft.backends.hf.data import TaskData, TokenizedSplit, longest_batch, plan_batches
+from autopeft.backends.hf.health import check_cuda
 from autopeft.backends.hf.kernels import install_onednn_products, prefers_onednn
 from autopeft.backends.hf.latency import measure_latencies
 from autopeft.backends.hf.row_start import start_from_rows
@@ -101,6 +102,8 @@ class HfBackend:
         if setup.device == "cpu" and prefers_onednn():
             install_onednn_products()
         self.setup = setup
+        if self._on_gpu:
+            check_cuda()
         self.task = parse_task(setup.task, "task")
         self.data = TaskData(self.task, model=setup.model, data_dir=setup.data_dir, split_seed=setup.split_seed)
         self._bases: dict[Bits, BaseModel] = {}
