@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
-from autopeft.errors import BudgetError, NothingFeasibleError, UsageError
+from autopeft.errors import BudgetError, NothingFeasibleError
 from autopeft.wording import say_count
 
 if TYPE_CHECKING:
@@ -46,13 +46,15 @@ def run_new_study(plan: Plan) -> int:
             "It is in the cache now, so run this again."
         )
     store = StudyStore.create(STUDIES, plan.config, make_provenance(plan), plan.validation_labels())
-    _write_local(store, plan.model_argument, plan.data_dir)
-    executor = LocalExecutor(plan.setup(STUDIES), list(plan.devices))
     try:
+        _write_local(store, plan.model_argument, plan.data_dir)
+        executor = LocalExecutor(plan.setup(STUDIES), list(plan.devices))
         return run_study(store, executor, plan.space, limit)
-    except UsageError:
-        # It ended before it began: a model that cannot be had must not leave the name taken.
-        if not store.trials:
+    except Exception:
+        # It ended before it began: a model that cannot be had, or workers that cannot start, must not leave the name
+        # taken. Scoring an untrained base may have taken long.
+        has_scored = store.baseline is not None and store.baseline.rungs
+        if not (store.trials or has_scored or store.finished):
             delete_study(STUDIES, plan.config.name)
         raise
 

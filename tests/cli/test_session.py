@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from autopeft.backends.base import Pack, Ready, WorkerSetup
 from autopeft.cli import session
-from autopeft.errors import BudgetError
+from autopeft.errors import BudgetError, WorkerError
+from autopeft.executors.inline import InlineExecutor
+from autopeft.search.plan import make_plan
+from autopeft.search.request import Request
 
 
 @pytest.fixture
@@ -53,3 +59,36 @@ def test_a_download_takes_nothing_of_a_budget_but_of_the_time_to_an_hour(begin: 
 def test_an_hour_that_passed_during_the_download_is_told(begin: Any) -> None:
     with pytest.raises(BudgetError, match=r"by 18:00, which has passed while 'acme/large' was fetched"):
         begin(300.0)
+
+
+class Broken(InlineExecutor):
+    """Its workers break when they start, or under the first trial."""
+
+    def __init__(self, setup: WorkerSetup, devices: list[str], *, starts: bool) -> None:
+        super().__init__(replace(setup, backend="fake"), len(devices))
+        self._starts = starts
+
+    def start(self) -> list[Ready]:
+        if not self._starts:
+            raise WorkerError("A worker broke: no kernel")
+        return super().start()
+
+    def assign(self, worker: int, pack: Pack) -> None:
+        if pack.stretches[0].purpose == "search":
+            raise WorkerError("Workers keep dying")
+        super().assign(worker, pack)
+
+
+@pytest.mark.parametrize("starts", [False, True])
+def test_a_study_whose_start_failed_leaves_its_name_free_and_one_that_began_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, starts: bool
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    plan = make_plan(Request(task="demo", budget="3trials", model="model", name="mine"), studies=Path("studies"))
+    monkeypatch.setattr("autopeft.executors.local.LocalExecutor", functools.partial(Broken, starts=starts))
+    with pytest.raises(WorkerError):
+        session.run_new_study(plan)
+    assert (tmp_path / "studies" / "mine").exists() == starts
