@@ -161,6 +161,13 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Listening:
+    """The cost process holds the model and waits for requests: what it dies of from here on is one of them."""
+
+    kind: Literal["listening"] = "listening"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CostReply:
     """The cost, or the rule by which the configuration cannot be built."""
 
@@ -179,7 +186,7 @@ class Broken:
 
 
 Command = Pack | CostRequest
-Event = Ready | Progress | Finished | Ended | CostReply | Broken
+Event = Ready | Progress | Finished | Ended | Listening | CostReply | Broken
 
 
 class Backend(Protocol):

@@ -147,7 +147,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _why_nothing(record: StudyRecord) -> str:
     states = [trial.state for trial in record.trials]
     refused = next((t.outcome.rule for t in record.trials if t.outcome and t.outcome.kind == "refused"), None)
-    why = f" One was refused because it {refused}." if refused else ""
+    why = f" One was refused: {refused.rstrip('.')}." if refused else ""
     return (
         f"The budget '{record.config.budget}' ended before any configuration was feasible and trained to its full "
         f"length: of {say_count(len(states), 'trial')}, refused: {states.count('refused')}, failed: "

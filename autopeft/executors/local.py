@@ -18,6 +18,7 @@ from autopeft.backends.base import (
     Command,
     CostReply,
     CostRequest,
+    Listening,
     Pack,
     Ready,
     WorkerSetup,
@@ -115,6 +116,7 @@ class LocalExecutor:
         self.device_rate = float(setup.threads) if on_cpu else 1.0
         self._events: queue.Queue[WorkerEvent] = queue.Queue()
         self._cost_events: queue.Queue[WorkerEvent] = queue.Queue()
+        self._cost_process_listens = False
         self._processes: dict[int, _Process] = {}
 
     def start(self) -> list[Ready]:
@@ -147,16 +149,17 @@ class LocalExecutor:
         self._spawn(worker)
 
     def cost(self, spec: TrialSpec) -> CostReply:
-        if _COST not in self._processes:
-            self._spawn(_COST)
-        self._processes[_COST].send(CostRequest(spec=spec))
-        try:
-            event = self._cost_events.get(timeout=_COST_SECONDS)
-        except queue.Empty:
-            raise WorkerError(f"The cost process gave no answer in {_COST_SECONDS:.0f} s for {spec}.") from None
-        if isinstance(event.event, CostReply):
-            return event.event
-        raise _death(event)
+        """Refused where the cost process twice dies of it or gives no answer: others' costs may still be known."""
+        for _ in range(2):
+            self._await_cost_process()
+            self._processes[_COST].send(CostRequest(spec=spec))
+            event = self._next_of_costs(_COST_SECONDS)
+            if isinstance(event.event, CostReply):
+                return event.event
+            if isinstance(event.event, Broken):
+                raise _death(event)
+            self._processes.pop(_COST).kill()
+        return CostReply(cost=None, refused=f"its cost cannot be computed, tried twice: {last_line(event.detail)}")
 
     def now(self) -> float:
         return time.monotonic()
@@ -180,6 +183,9 @@ class LocalExecutor:
             # Costs are computed without a device, but modelled for the one that will train.
             environment |= {"CUDA_VISIBLE_DEVICES": ""}
             setup = replace(setup, role="cost", device=self._devices[0])
+            # What a predecessor still says, answers no request of now.
+            self._cost_events = queue.Queue()
+            self._cost_process_listens = False
         elif self._devices[worker] == "cpu":
             environment |= {"CUDA_VISIBLE_DEVICES": ""}
             setup = replace(setup, device="cpu")
@@ -190,6 +196,22 @@ class LocalExecutor:
             setup = replace(setup, device="cuda:0")
         events = self._cost_events if worker == _COST else self._events
         self._processes[worker] = _Process(worker, setup, environment, events)
+
+    def _await_cost_process(self) -> None:
+        """Raises what it says it broke on, as `start` does."""
+        if _COST not in self._processes:
+            self._spawn(_COST)
+        if not self._cost_process_listens:
+            event = self._next_of_costs(_START_SECONDS)
+            if not isinstance(event.event, Listening):
+                raise _death(event)
+            self._cost_process_listens = True
+
+    def _next_of_costs(self, timeout_seconds: float) -> WorkerEvent:
+        try:
+            return self._cost_events.get(timeout=timeout_seconds)
+        except queue.Empty:
+            return WorkerEvent(_COST, None, time.monotonic(), f"no answer in {timeout_seconds:.0f} s")
 
     def _too_late(self) -> WorkerEvent:
         return WorkerEvent(0, None, time.monotonic(), f"not ready after {_START_SECONDS:.0f} s")

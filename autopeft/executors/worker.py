@@ -14,9 +14,19 @@ import threading
 import traceback
 from typing import TextIO
 
-from autopeft.backends.base import Broken, CostReply, CostRequest, Event, WorkerSetup, decode_command, encode_message
+from autopeft.backends.base import (
+    Broken,
+    CostModel,
+    CostReply,
+    CostRequest,
+    Event,
+    Listening,
+    WorkerSetup,
+    decode_command,
+    encode_message,
+)
 from autopeft.errors import AutopeftError, SpecError, UsageError
-from autopeft.records import from_record
+from autopeft.records import TrialSpec, from_record
 from autopeft.wording import first_line
 
 
@@ -60,13 +70,23 @@ def _serve_costs(setup: WorkerSetup, lines: queue.Queue[str], emit) -> None:  # 
     from autopeft.backends import load_cost_model
 
     model = load_cost_model(setup)
+    emit(Listening())
     while True:
         command = decode_command(lines.get())
         assert isinstance(command, CostRequest)
-        try:
-            emit(CostReply(cost=model.cost(command.spec), refused=None))
-        except SpecError as exc:
-            emit(CostReply(cost=None, refused=str(exc)))
+        emit(_answer(model, command.spec))
+
+
+def _answer(model: CostModel, spec: TrialSpec) -> CostReply:
+    try:
+        return CostReply(cost=model.cost(spec), refused=None)
+    except SpecError as exc:
+        return CostReply(cost=None, refused=str(exc))
+    except AutopeftError:
+        raise
+    except Exception as exc:
+        # Whatever a library makes of one configuration is no reason to end the search of the others.
+        return CostReply(cost=None, refused=f"its cost cannot be computed: {type(exc).__name__}: {first_line(exc)}")
 
 
 def _claim_standard_output() -> TextIO:

@@ -10,11 +10,12 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from autopeft.backends.base import Broken, Finished, Pack, Stretch, WorkerSetup
+from autopeft.backends.base import Broken, CostReply, Finished, Pack, Stretch, WorkerSetup
 from autopeft.errors import ModelError, WorkerError
 from autopeft.executors.local import LocalExecutor
 from autopeft.methods import METHODS
@@ -128,10 +129,73 @@ def patched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     def patch(lines: str) -> LocalExecutor:
         (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(lines))
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *map(str, sys.path)]))
+        monkeypatch.setenv("ONCE", str(tmp_path / "once"))
         return executor
 
     yield patch
     executor.close()
+
+
+PATCHED_COSTS = """
+    import os, pathlib, time
+    from autopeft.backends import fake
+
+    once, cost = pathlib.Path(os.environ["ONCE"]), fake.FakeCostModel.cost
+
+    def die():
+        os.kill(os.getpid(), 9)
+
+    def cost_or_not(self, spec):
+        if spec.max_steps == 41:
+            raise RuntimeError("no kernel for this\\nand a page of advice")
+        if spec.max_steps == 42:
+            die()
+        if spec.max_steps in (43, 44) and not once.exists():
+            once.touch()
+            die() if spec.max_steps == 43 else time.sleep(60)
+        return cost(self, spec)
+
+    fake.FakeCostModel.cost = cost_or_not
+"""
+
+
+def make_spec(max_steps: int) -> TrialSpec:
+    return replace(make_pack(1).stretches[0].spec, max_steps=max_steps)
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "rule"),
+    [
+        (41, "its cost cannot be computed: RuntimeError: no kernel for this"),
+        (42, "its cost cannot be computed, tried twice: exit status -9."),
+    ],
+)
+def test_what_no_cost_can_be_computed_of_is_refused_and_others_are_answered(
+    patched: Callable[[str], LocalExecutor], max_steps: int, rule: str
+) -> None:
+    executor = patched(PATCHED_COSTS)
+    assert executor.cost(make_spec(max_steps)) == CostReply(cost=None, refused=rule)
+    assert executor.cost(make_spec(40)).cost is not None
+
+
+@pytest.mark.parametrize("max_steps", [43, 44])
+def test_a_cost_process_that_dies_or_hangs_once_is_asked_again(
+    patched: Callable[[str], LocalExecutor], monkeypatch: pytest.MonkeyPatch, max_steps: int
+) -> None:
+    monkeypatch.setattr("autopeft.executors.local._COST_SECONDS", 1.0)
+    executor = patched(PATCHED_COSTS)
+    assert executor.cost(make_spec(max_steps)).cost is not None
+
+
+def test_a_cost_process_that_cannot_start_ends_the_search(patched: Callable[[str], LocalExecutor]) -> None:
+    executor = patched("""
+        import os
+        from autopeft import backends
+
+        backends.load_cost_model = lambda setup: os.kill(os.getpid(), 9)
+    """)
+    with pytest.raises(WorkerError, match="died: exit status -9"):
+        executor.cost(make_spec(40))
 
 
 def test_a_worker_that_cannot_start_says_why_in_a_line_and_all_of_it_below_a_traceback(
