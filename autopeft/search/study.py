@@ -56,6 +56,7 @@ _MOST_DEATHS = 2
 _MOST_REFUSED = 50
 """Suggestions refused in a row before the space is taken to hold nothing more that fits."""
 _MOST_IDLE_DEATHS = 3
+"""Workers that may die without work, since a stretch last finished."""
 _WAIT_SECONDS = 0.5
 
 
@@ -100,6 +101,7 @@ class Search:
         self._jobs = itertools.count(1)
         self._can_suggest = True
         self._refused_in_a_row = 0
+        self._deaths_in_a_row = 0
         self._idle_deaths = 0
         self._confirm_queue: list[tuple[Trial, int]] = []
         self._ends_early = False
@@ -335,6 +337,8 @@ class Search:
             self._record_end(running, event.event)
         else:
             assert isinstance(event.event, Finished)
+            # The machine is well: those that died before did so of their trials.
+            self._deaths_in_a_row = self._idle_deaths = 0
             self._record_score(running, event.event, seconds)
         self.account.heartbeat(force=True)
         self.on_change(self.status())
@@ -439,6 +443,7 @@ class Search:
         del self._running[event.worker]
         trial = running.trial
         trial.deaths += 1
+        self._deaths_in_a_row += 1
         if running.stretch.purpose == "search":
             if trial.deaths >= _MOST_DEATHS:
                 trial.state = "failed"
@@ -458,7 +463,7 @@ class Search:
                 raise make_worker_error("The baseline cannot be trained: its worker died twice. Last words:", detail)
             trial.state = "waiting"
             self.store.save(trial)
-        if sum(t.deaths for t in self.store.trials) > 3 * self.executor.num_workers + 3:
+        if self._deaths_in_a_row > 3 * self.executor.num_workers + 3:
             raise make_worker_error("Workers keep dying, so the search was ended. The last one's words:", detail)
         self.executor.restart(event.worker)
 

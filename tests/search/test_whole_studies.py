@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from autopeft.backends.base import Ended, Pack
+from autopeft.errors import WorkerError
 from autopeft.executors.base import WorkerEvent
 from autopeft.executors.inline import InlineExecutor
 from autopeft.records import Failed, Refused, Stopped, StudyRecord, TrialSpec
@@ -518,6 +519,51 @@ def test_what_was_quick_to_confirm_is_not_all_that_is_picked_from(studies: FakeS
     finished = studies.run(studies.open())
     assert all(finished.trials[pick.number].confirmations for pick in finished.picks)
     assert not any("not confirmed" in pick.why for pick in finished.picks)
+
+
+def test_configurations_that_fail_for_good_end_no_search_in_which_others_finish(
+    studies: FakeStudies, make_spec: MakeSpec
+) -> None:
+    included = [make_spec(settings={"rank": 2**i}) for i in range(5)]
+    others = [make_spec("ia3", learning_rate=1e-3 * 2**i) for i in range(5)]
+    paired = tuple(itertools.chain(*zip(included, others, strict=True)))
+    store = studies.create(budget="10trials", included=paired)
+    executor = Dying(studies.executor(store)._setup, 1)
+    executor.deaths = 10
+    record = Search(store, executor, restore_space(store.config)).run()
+    assert [trial.state == "failed" for trial in record.trials] == [True, False] * 5
+
+
+def test_a_search_whose_workers_die_one_after_another_is_ended(studies: FakeStudies, make_spec: MakeSpec) -> None:
+    store = studies.create(budget="8trials", included=tuple(make_spec(settings={"rank": 2**i}) for i in range(6)))
+    executor = Dying(studies.executor(store)._setup, 1)
+    executor.deaths = 12
+    with pytest.raises(WorkerError, match=r"keep dying, .* killed by signal 9"):
+        Search(store, executor, restore_space(store.config)).run()
+    # What a later run may still try.
+    assert any(trial.state == "waiting" for trial in store.trials)
+
+
+class DyingAfterwards(InlineExecutor):
+    """A worker dies whenever it has finished a stretch."""
+
+    restarts = 0
+
+    def wait(self, timeout_seconds: float) -> list[WorkerEvent]:
+        events = super().wait(timeout_seconds)
+        return [*events, *(WorkerEvent(event.worker, None, event.at_seconds, "gone") for event in events)]
+
+    def restart(self, worker: int) -> None:
+        self.restarts += 1
+
+
+def test_workers_that_die_between_stretches_end_no_search_in_which_all_finish(studies: FakeStudies) -> None:
+    store = studies.create(budget="4trials")
+    executor = DyingAfterwards(studies.executor(store)._setup, 1)
+    record = Search(store, executor, restore_space(store.config)).run()
+    assert record.finished
+    assert executor.restarts > 4
+    assert {trial.state for trial in record.trials} <= {"complete", "stopped"}
 
 
 # --- recipes, included configurations, the baseline
