@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import re
 import shutil
+import sqlite3
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import optuna
+import sqlalchemy
 
 from autopeft.budget import Ledger
 from autopeft.errors import RecordError, StudyError, suggest_nearest
@@ -107,6 +109,18 @@ _SAVED: dict[str, Any] = {
 """What is kept of a trial, and its types."""
 
 _LATE = ("confirmations", "failed_confirmations", "segments")
+_REMEDIES = {
+    sqlite3.SQLITE_FULL: "Make room on its disk",
+    sqlite3.SQLITE_BUSY: "End whatever else writes to it",
+    sqlite3.SQLITE_LOCKED: "End whatever else writes to it",
+    sqlite3.SQLITE_IOERR: "See that its disk works and has room",
+    sqlite3.SQLITE_READONLY: "See that the file and its folder can be written to",
+    sqlite3.SQLITE_CANTOPEN: "See that the file and its folder can be written to",
+    sqlite3.SQLITE_CORRUPT: "Restore it from a copy",
+    sqlite3.SQLITE_NOTADB: "Restore it from a copy",
+}
+"""By what befell the file: https://www.sqlite.org/rescode.html. Whatever else SQLite reports is for Optuna to see."""
+
 _TRIAL = "trial"
 """The user attribute that holds all of it: one, because each is a write of its own, and a driver may be killed between
 two of them."""
@@ -223,6 +237,8 @@ class StudyStore:
                 # It is never asked; worth.py says what is tried.
                 sampler=optuna.samplers.RandomSampler(seed=0),
             )
+        except StudyError:
+            raise
         except Exception as exc:  # sqlalchemy's and optuna's many types, none of which a user can tell apart
             raise StudyError(f"The study in '{folder}' cannot be read: {exc}. Restore study.db from a copy.") from exc
         return cls(folder, study, storage)
@@ -394,8 +410,32 @@ def delete_study(root: Path, name: str) -> None:
 
 
 def _open_storage(path: Path) -> optuna.storages.RDBStorage:
+    """Raises StudyError, here and whenever it is used, where the file cannot be read or written."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna.storages.RDBStorage(f"sqlite:///{path.resolve()}", engine_kwargs={"connect_args": {"timeout": 60}})
+    url = f"sqlite:///{path.resolve()}"
+    try:
+        storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as exc:
+        _refuse_unusable(path, exc)
+        raise
+    # Where they arise, before they are Optuna's: it has no type of its own for them.
+    sqlalchemy.event.listen(
+        storage.engine, "handle_error", lambda context: _refuse_unusable(path, context.original_exception)
+    )
+    return storage
+
+
+def _refuse_unusable(path: Path, error: BaseException | None) -> None:
+    """Raises StudyError where what SQLite reports, by whatever it is wrapped, befell the file."""
+    while error is not None and not isinstance(error, sqlite3.Error):
+        error = error.__cause__
+    # The lowest byte; the others only say more of it.
+    remedy = _REMEDIES.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
+    if remedy is not None:
+        raise StudyError(
+            f"The database '{path}' cannot be read or written: {error}. {remedy}. A search that was under way goes on "
+            f"with: autopeft resume {path.parent.name}."
+        ) from error
 
 
 def _encode_trial(trial: Trial) -> dict[str, Any]:

@@ -132,8 +132,9 @@ class Search:
             self._abandon_running()
             raise
         finally:
-            self.account.write()
+            # First: where nothing can be written, workers would go on without a driver.
             self.executor.close()
+            self.account.write()
         self.store.save_study(finished=True, running=[])
 
     def _start(self) -> None:

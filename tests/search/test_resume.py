@@ -3,11 +3,11 @@ uninterrupted one would."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import optuna
@@ -25,6 +25,7 @@ from autopeft.search.plan import restore_space
 from autopeft.search.racing import LearnedRacing
 from autopeft.search.results import build_record
 from autopeft.search.status import Status
+from autopeft.search.store import StudyStore
 from autopeft.search.study import Search
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def decisions(record: StudyRecord) -> list[tuple[object, ...]]:
     ]
 
 
-@contextmanager
+@contextlib.contextmanager
 def kill_at_write(number: int) -> Iterator[list[int]]:
     """Every write to a database from the given one on fails. Yields a list whose length is the count of writes."""
     writes: list[int] = []
@@ -373,8 +374,47 @@ def test_a_study_of_a_newer_schema_is_refused_and_nothing_is_changed(studies: Fa
 def test_a_damaged_database_is_one_helpful_error(studies: FakeStudies) -> None:
     store = studies.create()
     (store.folder / "study.db").write_bytes(b"not a database" * 100)
-    with pytest.raises(StudyError, match="cannot be read"):
+    with pytest.raises(StudyError, match=r"study\.db' cannot be read .* Restore it from a copy"):
         studies.open()
+
+
+def set_pragma(store: StudyStore, pragma: str) -> None:
+    """For the one connection that a store keeps."""
+    with store._storage.engine.connect() as connection:
+        connection.exec_driver_sql(f"PRAGMA {pragma}")
+
+
+def test_a_disk_that_fills_up_ends_the_search_and_its_workers_and_costs_no_decision(
+    studies: FakeStudies, uninterrupted: StudyRecord
+) -> None:
+    store = studies.create(budget=BUDGET)
+
+    class Counting(InlineExecutor):
+        closed = 0
+
+        def close(self) -> None:
+            self.closed += 1
+
+    def fill(status: Status) -> None:
+        if any(trial.rungs for trial in status.trials):
+            # No page more than there are.
+            set_pragma(store, "max_page_count = 1")
+
+    executor = Counting(studies.executor(store)._setup, 1)
+    with pytest.raises(StudyError, match=r"study\.db' .* disk is full\. Make room .* autopeft resume study"):
+        Search(store, executor, restore_space(store.config), on_change=fill).run()
+    assert executor.closed == 1
+    check_same(studies.run(studies.open()), uninterrupted)
+
+
+def test_a_database_that_another_program_holds_is_one_helpful_error(studies: FakeStudies) -> None:
+    store = studies.create()
+    set_pragma(store, "busy_timeout = 10")
+    with contextlib.closing(sqlite3.connect(store.folder / "study.db")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(StudyError, match=r"is locked\. End whatever else writes to it"):
+            store.save_study(notes=["news"])
+    store.save_study(notes=["news"])
 
 
 def test_two_drivers_are_locked_out_of_each_other(studies: FakeStudies) -> None:
