@@ -9,10 +9,12 @@ import shutil
 import sqlite3
 import uuid
 import warnings
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +46,7 @@ from autopeft.records import (
 from autopeft.search.distributions import distributions, keep_known, optuna_directions
 from autopeft.search.front import cost_vector
 from autopeft.spaces.space import SearchSpace
+from autopeft.wording import in_one_line
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _STUDY = "autopeft"
@@ -374,7 +377,7 @@ class StudyStore:
 
     def read_scores(self, scores_file: str, key: str) -> npt.NDArray[Any]:
         """`validation_losses`, `validation_predictions`, or the same of `test`, (N,)."""
-        with np.load(self.folder / scores_file) as arrays:
+        with self._reading(scores_file) as file, np.load(file) as arrays:
             return np.asarray(arrays[key])
 
     def read_losses(self, scores_file: str) -> npt.NDArray[np.float64] | None:
@@ -383,7 +386,21 @@ class StudyStore:
 
     def read_labels(self) -> npt.NDArray[np.int64]:
         """Labels of the search-validation split, (N,)."""
-        return np.asarray(np.load(self.folder / "labels.npy"))
+        with self._reading("labels.npy") as file:
+            return np.asarray(np.load(file))
+
+    @contextlib.contextmanager
+    def _reading(self, name: str) -> Iterator[IO[bytes]]:
+        """Raises StudyError where the file is gone, cut short or damaged."""
+        path = self.folder / name
+        try:
+            with path.open("rb") as file:
+                yield file
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as exc:
+            raise StudyError(
+                f"A study's scores are read from the files beside its database, but '{path}' cannot be read: "
+                f"{in_one_line(exc)}. Restore it from a copy."
+            ) from exc
 
     def has_checkpoint(self, trial: Trial) -> bool:
         """Whether the trial can go on from where it paused: the file is there, and whole."""

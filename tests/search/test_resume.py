@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import sqlite3
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -415,6 +416,21 @@ def test_a_database_that_another_program_holds_is_one_helpful_error(studies: Fak
         with pytest.raises(StudyError, match=r"is locked\. End whatever else writes to it"):
             store.save_study(notes=["news"])
     store.save_study(notes=["news"])
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "cut short"])
+@pytest.mark.parametrize("file", ["labels", "scores"])
+def test_damaged_scores_are_one_helpful_error(studies: FakeStudies, file: str, damage: str) -> None:
+    store = studies.create(budget="1trials")
+    (trial,) = studies.run(store).trials
+    path = store.folder / ("labels.npy" if file == "labels" else trial.rungs[-1].scores_file)
+    whole = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(whole[: len(whole) // 2] if damage == "cut short" else b"")
+    with pytest.raises(StudyError, match=rf"'{re.escape(str(path))}' cannot be read: .*\. Restore it from a copy"):
+        build_record(studies.open())
 
 
 def test_two_drivers_are_locked_out_of_each_other(studies: FakeStudies) -> None:
