@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -12,7 +14,10 @@ from autopeft.records import StudyConfig, TrialState
 from autopeft.report.words import describe_spec, format_quality, format_seconds
 from autopeft.search.status import Status
 from autopeft.search.store import Trial
+from autopeft.wording import last_line
 
+_WHY_WIDTH = 120
+"""Characters of what a library said of a failure, which may go on for pages."""
 _STATES: tuple[TrialState, ...] = ("running", "paused", "complete", "stopped", "failed", "refused")
 
 
@@ -25,7 +30,8 @@ def show_progress(config: StudyConfig) -> Iterator[Callable[[Status], None]]:
     from rich.live import Live
 
     with Live(refresh_per_second=4, transient=False) as live:
-        lines = _Lines(config, live.console.print)
+        # A target's pattern may have brackets, which are no markup.
+        lines = _Lines(config, functools.partial(live.console.print, highlight=False, markup=False, soft_wrap=True))
 
         def update(status: Status) -> None:
             lines(status)
@@ -66,10 +72,13 @@ class _Lines:
             return f"{spent}trial {trial.number:>3} seed {last.seed:<5} {quality} test {test}"
         if trial.rungs:
             words += f" step {trial.step:>5}  {format_quality(trial.rungs[-1].quality, self._config.scorer)}"
+        why = ""
         if trial.outcome is not None and trial.outcome.kind == "failed":
             words += f" {trial.outcome.reason}"
-        why = f": {trial.outcome.rule}" if trial.outcome is not None and trial.outcome.kind == "refused" else ""
-        return f"{words}  {describe_spec(trial.spec)}{why}"
+            why = textwrap.shorten(last_line(trial.outcome.detail), _WHY_WIDTH, placeholder=" ...")
+        elif trial.outcome is not None and trial.outcome.kind == "refused":
+            why = trial.outcome.rule
+        return f"{words}  {describe_spec(trial.spec)}{why and f': {why}'}"
 
 
 def _print_line(text: str) -> None:
