@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from autopeft import __version__
 from autopeft.cli import doctor, estimate, export, listings, merge, push, report, resume, search, train, verify
 from autopeft.errors import AutopeftError
-from autopeft.wording import in_one_line
+from autopeft.wording import first_line, in_one_line
 
 COMMANDS = (search, resume, report, export, train, merge, verify, push, estimate, listings, doctor)
 
@@ -50,6 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         where = f": '{exc.filename}'" if exc.filename is not None else ""
         print(f"autopeft: This machine could not do what was needed: {exc.strerror or exc}{where}.", file=sys.stderr)
+        return 1
+    except Exception as exc:
+        if args.debug:
+            raise
+        what = f"{type(exc).__name__}: {first_line(exc)}"
+        again = "Run it again as autopeft --debug ... for the traceback, and report it with that."
+        print(f"autopeft: This is a defect of autopeft: {what}. {again}", file=sys.stderr)
         return 1
 
 

@@ -409,6 +409,21 @@ def test_what_the_system_refuses_is_told_without_a_traceback(
         main(["--debug", "tasks"])
 
 
+def test_a_defect_is_told_in_a_paragraph_and_with_its_traceback_where_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(args: object) -> int:
+        raise KeyError("rank")
+
+    monkeypatch.setattr("autopeft.cli.listings.list_tasks", fail)
+    assert main(["tasks"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("autopeft: This is a defect of autopeft: KeyError: 'rank'. ")
+    assert told.count("\n") == 1
+    with pytest.raises(KeyError):
+        main(["--debug", "tasks"])
+
+
 @pytest.mark.parametrize("name", ["studies", "reports", "leaderboards"])
 def test_a_file_where_outputs_go_is_refused_before_anything_starts(refuse: Refusal, folder: Path, name: str) -> None:
     (folder / name).write_text("in the way")
