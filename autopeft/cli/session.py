@@ -152,8 +152,8 @@ def _why_nothing(record: StudyRecord) -> str:
         f"The budget '{record.config.budget}' ended before any configuration was feasible and trained to its full "
         f"length: of {say_count(len(states), 'trial')}, refused: {states.count('refused')}, failed: "
         f"{states.count('failed')}.{why}"
-        f" Nothing is lost: raise the limit or the budget, or lower --max-steps. To go on: autopeft resume "
-        f"{record.config.name} --budget LARGER."
+        f" To go on with more: autopeft resume {record.config.name} --budget LARGER. With a higher limit, or a smaller "
+        "--max-steps, search anew."
     )
 
 
