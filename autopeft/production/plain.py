@@ -27,9 +27,8 @@ def load_base(job: dict[str, Any], name: str) -> Any:
     import transformers
 
     dtype = getattr(torch, job["dtype"])
-    arguments: dict[str, Any] = {"dtype": dtype}
-    if job["device"] != "cpu":
-        arguments["device_map"] = {"": job["device"]}
+    # Said for a CPU too: where there is a GPU, transformers would quantize on that.
+    arguments: dict[str, Any] = {"dtype": dtype, "device_map": {"": job["device"]}}
     if job["bits"] < 16:
         arguments["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=job["bits"] == 4,

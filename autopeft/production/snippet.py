@@ -75,13 +75,14 @@ def _answer(task: TaskSpec) -> list[str]:
         note = "  # as rows had it, with their columns for what is in braces" if task.prompt else ""
         return [
             f"prompt = {task.prompt or 'How a text begins'!r}{note}",
-            'inputs = tokenizer(prompt, return_tensors="pt")',
+            'inputs = tokenizer(prompt, return_tensors="pt").to(model.device)',
             f"written = model.generate(**inputs, max_new_tokens={length}, do_sample=False)",
             'print(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
         ]
     texts = '"A text"' if task.text_pair is None else '"A text", "and the other"'
     return [
         f"labels = {list(task.labels)!r}",
-        f'inputs = tokenizer({texts}, truncation=True, max_length={task.max_length}, return_tensors="pt")',
+        f'inputs = tokenizer({texts}, truncation=True, max_length={task.max_length}, return_tensors="pt")'
+        ".to(model.device)",
         "print(labels[model(**inputs).logits.argmax().item()])",
     ]

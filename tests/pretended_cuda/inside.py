@@ -25,6 +25,7 @@ from autopeft.backends.hf.trial import HfBackend
 from autopeft.errors import ModelError, SpecError
 from autopeft.methods import METHODS, refuse_spec
 from autopeft.methods.faults import make_recipe_spec
+from autopeft.production import plain
 from autopeft.records import TrialSpec
 from autopeft.tasks.spec import find_task_text
 
@@ -274,6 +275,15 @@ def test_a_configuration_is_timed_beside_its_base(backend: HfBackend) -> None:
     assert finished.inference is not None
     assert finished.inference.device == "Pretended GPU"
     assert finished.inference.base is not None
+
+
+# --- a finished training
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantized_base_that_is_to_answer_on_the_cpu_is_loaded_there(tiny_bert: str, bits: int) -> None:
+    job = {"device": "cpu", "dtype": "float32", "bits": bits, "num_labels": 2, "head": ["classifier"]}
+    assert find_places(plain.load_base({**job, "pad_token_id": 0}, tiny_bert)) == {"cpu"}
 
 
 # --- every method

@@ -191,6 +191,8 @@ def test_the_code_of_the_card_runs(
 ) -> None:
     folder = make_finished(tmp_path / "done", method, architecture, bits=bits)
     text = make_card(folder, read_recipe(folder), read_result(folder), None)
+    # Where there is a GPU, transformers loads a quantized base onto it.
+    assert 'return_tensors="pt").to(model.device)' in text
     assert run_snippet(text, folder, monkeypatch, base=tiny_folder(architecture)) in ("even", "odd")
 
 
