@@ -22,7 +22,7 @@ PRETENCE = TESTS / "pretended_cuda"
 
 
 def make_environment(gpus: str = "24576,24576", **more: str) -> dict[str, str]:
-    path = os.pathsep.join(map(str, (PRETENCE, TESTS, TESTS.parent)))
+    path = os.pathsep.join(map(str, (PRETENCE, TESTS, TESTS / "production", TESTS.parent)))
     return {
         **{name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"},
         "HF_HUB_OFFLINE": "1",

@@ -38,8 +38,10 @@ _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 class Built(NamedTuple):
     model: Any
     base: BaseModel | None
-    """Kept only where saving needs it."""
+    """What it shares its weights with; None where it has weights of its own."""
     head: tuple[str, ...]
+    initial: dict[str, torch.Tensor] | None
+    """The adapter that it was built with, where it took a part of the base's weights."""
 
 
 def save_weights(
@@ -48,7 +50,7 @@ def save_weights(
     """`adapter/`, in the form that the plainest library loads. `step` is the checkpoint's with the kept weights."""
     folder = out / ADAPTER
     spec = recipe.training_spec()
-    trained, base = built.model, built.base
+    trained = built.model
     if is_sharded():
         # The model's parameters are in pieces; whole ones are in the checkpoint.
         base = load_base(model, num_labels=task.num_labels, bits=spec.bits, device="cpu")
@@ -60,8 +62,7 @@ def save_weights(
     folder.mkdir(parents=True, exist_ok=True)
     saved_as: SavedAs = "autopeft"
     if isinstance(trained, peft.PeftModel):
-        assert base is not None
-        save_adapter(trained, base, spec, folder)
+        save_adapter(trained, spec, folder, initial=built.initial)
         name_base(folder / "adapter_config.json", recipe.model)
         # peft's card names the folder that the base was loaded from.
         (folder / "README.md").unlink(missing_ok=True)

@@ -22,7 +22,7 @@ def measure_inference(
 ) -> Inference | None:
     """Of a trained model on rows of the test split, alone and in batches of `batch_size`; on the device that it is on.
 
-    `base` is what it was built on, None where it was not kept; `name` is the base as transformers can load it,
+    `base` is what it shares its weights with, None where it has its own; `name` is the base as transformers loads it,
     `adapter` the folder that it was saved to. Merging leaves the base's modules with other values in them, so the
     merged model's latency is measured on the unquantized base, the two models taking turns on the same batches. Where
     there is no room for that base beside the model, nothing is measured of it; None where there is not even room to
@@ -60,17 +60,14 @@ def _time(models: list[Any], data: TaskData, batch_size: int, device: str) -> li
 
 def _find_unquantized(base: BaseModel | None, name: str, data: TaskData, device: str) -> Any:
     """The base in the precision that it would be merged in, `base`'s or loaded; None where there is no room for it."""
+    if base is not None:
+        return base.model
     try:
-        if base is not None:
-            # It may have been moved aside for a copy that trains.
-            return base.model.to(device)
         bits: Bits = 16 if device.startswith("cuda") else 32
         return load_base(name, num_labels=data.task.num_labels, bits=bits, device=device).model
     except (MemoryError, RuntimeError) as exc:
         if not is_out_of_memory(exc):
             raise
-    if base is not None:
-        base.model.to("cpu")
     release_memory()
     return None
 

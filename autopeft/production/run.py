@@ -16,6 +16,7 @@ from autopeft.backends.hf.base_model import load_base
 from autopeft.backends.hf.build import build_trial_model
 from autopeft.backends.hf.data import TaskData, TokenizedSplit, plan_batches
 from autopeft.backends.hf.row_start import start_from_rows
+from autopeft.backends.hf.saved import copy_adapter
 from autopeft.backends.hf.steps import Diverged, SplitScores, checkpoint_activations
 from autopeft.backends.hf.trial import digest_weights, is_out_of_memory, release_memory
 from autopeft.errors import ModelError, RecordError, SpecError, TrainingError
@@ -242,11 +243,11 @@ def _build(recipe: Recipe, task: TaskSpec, model: str, session: Session) -> Buil
     trained = build_trial_model(base, spec, device=session.device)
     if recipe.checkpoint_activations:
         checkpoint_activations(trained)
-    head = base.head
-    if writes_base and method.peft is None:
-        # Only peft's PiSSA and the like are saved relative to the base's.
-        return Built(trained, None, head)
-    return Built(trained, base, head)
+    if not writes_base:
+        return Built(trained, base, base.head, None)
+    # Only peft's PiSSA and the like are saved relative to what they began with. A resumed training builds the same
+    # again, from the seed and on the same kind of device.
+    return Built(trained, None, base.head, None if method.peft is None else copy_adapter(trained))
 
 
 def _count_items(task: TaskSpec, split: TokenizedSplit, rows: Sequence[int]) -> int:

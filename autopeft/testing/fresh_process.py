@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 from autopeft.backends.hf.base_model import BaseModel
-from autopeft.backends.hf.saved import save_adapter, save_trained
+from autopeft.backends.hf.build import build_trial_model
+from autopeft.backends.hf.saved import copy_adapter, save_adapter, save_trained
+from autopeft.methods import find_method
 from autopeft.methods.base import Method
 from autopeft.records import TrialSpec
 from autopeft.testing.tiny_models import NUM_LABELS
@@ -37,7 +39,9 @@ class Saved(NamedTuple):
 def save_for_use(model: Any, base: BaseModel, spec: TrialSpec, folder: Path) -> Saved:
     """Writes the model with the plainest library that can load it again."""
     if isinstance(model, peft.PeftModel):
-        save_adapter(model, base, spec, folder)
+        writes_base = find_method(spec.method).writes_base(spec)
+        initial = copy_adapter(build_trial_model(base, spec)) if writes_base else None
+        save_adapter(model, spec, folder, initial=initial)
         return Saved(folder, "peft")
     if is_plain(model, base):
         model.save_pretrained(folder)

@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from finished_folders import make_recipe, write_rows
+from listeners import Silent
+from safetensors.torch import load_file
 from tiny_models import make_tiny_bert
 
 from autopeft.backends.base import Ended, Finished, Stretch, WorkerSetup
@@ -26,8 +29,12 @@ from autopeft.errors import ModelError, SpecError
 from autopeft.methods import METHODS, refuse_spec
 from autopeft.methods.faults import make_recipe_spec
 from autopeft.production import plain
+from autopeft.production.files import LocalPlaces, TrainingResult
+from autopeft.production.recipe import Recipe, find_task_files
+from autopeft.production.run import Listener, train
+from autopeft.production.session import Options
 from autopeft.records import TrialSpec
-from autopeft.tasks.spec import find_task_text
+from autopeft.tasks.spec import TaskSpec, find_task_text, parse_task
 
 pytestmark = pytest.mark.filterwarnings("default")
 pretended_gpus = sys.modules["pretended_gpus"]
@@ -277,7 +284,40 @@ def test_a_configuration_is_timed_beside_its_base(backend: HfBackend) -> None:
     assert finished.inference.base is not None
 
 
-# --- a finished training
+# --- a training, and what is asked of it when it is finished
+
+
+def make_training(folder: Path, spec: TrialSpec, model: str, **changes: Any) -> tuple[Recipe, TaskSpec, LocalPlaces]:
+    """A recipe of 6 steps on a GPU, whose task has made-up rows."""
+    text = write_rows(folder / "rows")
+    task = parse_task(text, "tiny")
+    recipe = make_recipe(spec, text, model=f"local:{Path(model).name}", num_test=96)
+    recipe = replace(recipe, device_kind="cuda", precision="bfloat16", steps=spec.max_steps, **changes)
+    places = LocalPlaces(model=model, files=dict(find_task_files(text)))
+    return recipe, task, places
+
+
+def train_to_end(
+    folder: Path, spec: TrialSpec, model: str, listener: Listener | None = None, **changes: Any
+) -> TrainingResult:
+    recipe, task, places = make_training(folder, spec, model, **changes)
+    options = Options(patience=None, evaluate_every=3)
+    result = train(
+        recipe, task, places, model=model, out=folder / "out", options=options, listener=listener or Silent()
+    )
+    assert result is not None
+    return result
+
+
+def test_an_adapter_that_took_a_part_of_its_base_on_a_gpu_and_learned_nothing_adds_nothing(
+    tiny_bert: str, tmp_path: Path
+) -> None:
+    """PiSSA draws numbers on the device that it is built on."""
+    train_to_end(tmp_path, make_spec("lora", init="pissa", rank=4), tiny_bert, learning_rate=1e-12)
+    saved = load_file(tmp_path / "out/adapter/adapter_model.safetensors")
+    added = [saved[name.replace("lora_A", "lora_B")] @ saved[name] for name in saved if "lora_A" in name]
+    assert added
+    assert max(float(delta.abs().max()) for delta in added) < 1e-6
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -15,7 +15,7 @@ import transformers
 from autopeft.backends.hf.base_model import digest_file
 from autopeft.backends.hf.build import build_trial_model, count_trainable
 from autopeft.backends.hf.data import TaskData, scoring_batches
-from autopeft.backends.hf.saved import save_adapter, save_trained
+from autopeft.backends.hf.saved import copy_adapter, save_adapter, save_trained
 from autopeft.backends.hf.steps import build_optimizer, score_batches, train_step
 from autopeft.backends.hf.trial import digest_weights
 from autopeft.methods import METHODS
@@ -81,12 +81,13 @@ def make_finished(
     data = TaskData(parse_task(task_text, "tiny"), model=base_folder, data_dir=None, split_seed=0)
     base = tiny_base(architecture, bits)
     model = build_trial_model(base, spec)
+    initial = copy_adapter(model) if isinstance(model, peft.PeftModel) else None
     optimizer = build_optimizer(model, spec)
     for step in range(NUM_STEPS):
         batch = data.collate(data.train, range(8 * (step % 8), 8 * (step % 8) + 8), "cpu")
         train_step(model, optimizer, batch, learning_rate=spec.learning_rate, device="cpu")
     model.eval()
-    saved_as = save(model, base, spec, folder / "adapter")
+    saved_as = save(model, spec, folder / "adapter", initial)
     data.tokenizer.save_pretrained(folder / "adapter")
     test = data.test
     scores = score_batches(
@@ -122,9 +123,9 @@ def make_finished(
     return folder
 
 
-def save(model: Any, base: Any, spec: TrialSpec, folder: Path) -> SavedAs:
+def save(model: Any, spec: TrialSpec, folder: Path, initial: dict[str, Any] | None) -> SavedAs:
     if isinstance(model, peft.PeftModel):
-        save_adapter(model, base, spec, folder)
+        save_adapter(model, spec, folder, initial=initial)
         return "peft"
     if METHODS[spec.method].writes_base(spec):
         assert isinstance(model, transformers.PreTrainedModel)

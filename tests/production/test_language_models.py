@@ -91,7 +91,7 @@ def make_finished(folder: Path, llama: Path, method: str, scorer: str, bits: Bit
     scores = score_split(model, data, data.test, batch_size=8, device="cpu")
     score = summarize(task, data.test, scores)
     model.eval()
-    save_adapter(model, base, spec, folder / "adapter")
+    save_adapter(model, spec, folder / "adapter")
     data.tokenizer.save_pretrained(folder / "adapter")
     np.savez(folder / "scores.npz", test_losses=scores.losses, test_predictions=scores.predictions)
     recipe = make_recipe(spec, text, model="local:llama", num_test=score.num_examples)

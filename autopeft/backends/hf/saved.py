@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +41,29 @@ def save_trained(model: Any, spec: TrialSpec, folder: Path) -> None:
     (folder / _CONFIGURATION).write_text(json.dumps(configuration, indent=2) + "\n", encoding="utf-8")
 
 
-def save_adapter(model: Any, base: BaseModel, spec: TrialSpec, folder: Path) -> None:
+def copy_adapter(model: Any) -> dict[str, torch.Tensor]:
+    """A peft model's adapter as it is now, on the CPU, under the names that peft saves it by."""
+    # Embeddings are never resized here; left to itself, peft would ask the hub whether they were.
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def save_adapter(
+    model: Any, spec: TrialSpec, folder: Path, *, initial: Mapping[str, torch.Tensor] | None = None
+) -> None:
     """Writes a peft model's adapter so that plain peft loads it onto the untouched base.
 
     PiSSA and OLoRA move a part of the base's weights into the adapter when they are built. What they learned is then
-    the difference to the adapter that they began with, which peft writes as a LoRA of twice the rank.
+    the difference to the adapter that they began with, which peft writes as a LoRA of twice the rank. That is
+    `initial`, copied when the model was built: built again on another device, PiSSA would draw other numbers.
     """
     if not find_method(spec.method).writes_base(spec):
         model.save_pretrained(folder)
         return
-    with tempfile.TemporaryDirectory(prefix="autopeft-initial-") as initial:
-        build_trial_model(base, spec).save_pretrained(initial)
-        model.save_pretrained(folder, path_initial_model_for_weight_conversion=initial)
+    assert initial is not None
+    with tempfile.TemporaryDirectory(prefix="autopeft-initial-") as begun:
+        save_file(dict(initial), Path(begun) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        model.save_pretrained(folder, path_initial_model_for_weight_conversion=begun)
     # peft 0.21.2 converts the factors alone and leaves out the head, without which its own loading fails.
     path = folder / SAFETENSORS_WEIGHTS_NAME
     save_file(get_peft_model_state_dict(model) | load_file(path), path, metadata={"format": "pt"})

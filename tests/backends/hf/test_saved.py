@@ -15,7 +15,7 @@ import transformers
 
 from autopeft.backends.hf.base_model import digest_model
 from autopeft.backends.hf.build import build_trial_model, trainable_parameters
-from autopeft.backends.hf.saved import load_trained, merge_adapter, save_adapter, save_trained
+from autopeft.backends.hf.saved import copy_adapter, load_trained, merge_adapter, save_adapter, save_trained
 from autopeft.errors import RecordError
 from autopeft.methods import METHODS
 from autopeft.records import TrialSpec
@@ -28,10 +28,14 @@ SPEC = Case(METHODS["bottleneck"], "bert", 32).spec()
 def train_by_hand(spec: TrialSpec, architecture: ArchitectureName = "bert") -> Any:
     """A model whose trainable parameters are no longer those that it was built with."""
     model = build_trial_model(tiny_base(architecture, 32), spec)
+    change_what_trains(model)
+    return model
+
+
+def change_what_trains(model: Any) -> None:
     with torch.no_grad():
         for parameter in trainable_parameters(model).values():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +115,11 @@ def test_a_damaged_file_is_named(saved: Path, name: str) -> None:
 @pytest.mark.parametrize("init", ["default", "pissa", "olora"])
 def test_plain_peft_loads_an_adapter_onto_the_untouched_base(init: str, tmp_path: Path) -> None:
     spec = Case(METHODS["lora"], "bert", 32, (("init", init),)).spec()
-    model = train_by_hand(spec)
+    model = build_trial_model(tiny_base("bert", 32), spec)
+    initial = copy_adapter(model)
+    change_what_trains(model)
     expected = compute_logits(model)
-    save_adapter(model, tiny_base("bert", 32), spec, tmp_path)
+    save_adapter(model, spec, tmp_path, initial=initial)
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_folder("bert"), num_labels=2)
     loaded = peft.PeftModel.from_pretrained(plain, str(tmp_path))
     torch.testing.assert_close(compute_logits(loaded), expected, rtol=1e-4, atol=1e-4)
