@@ -62,10 +62,12 @@ def _state(model: nn.Module) -> dict[str, Any]:
 
 def _restore(model: nn.Module, state: dict[str, Any]) -> None:
     allocator = _tuner(model).rankallocator
-    allocator.exp_avg_ipt = dict(state["sensitivity"])
-    allocator.exp_avg_unc = dict(state["uncertainty"])
+    # A checkpoint may have been read on the CPU.
+    devices = {name: parameter.device for name, parameter in _tuner(model).model.named_parameters()}
+    allocator.exp_avg_ipt = {name: tensor.to(devices[name]) for name, tensor in state["sensitivity"].items()}
+    allocator.exp_avg_unc = {name: tensor.to(devices[name]) for name, tensor in state["uncertainty"].items()}
     # Of the last step's importance only the names are read: what is not among them begins anew.
-    allocator.ipt = dict(state["sensitivity"])
+    allocator.ipt = dict(allocator.exp_avg_ipt)
     _config(model).rank_pattern = state["kept"]
 
 

@@ -30,6 +30,7 @@ from autopeft.methods import METHODS, refuse_spec
 from autopeft.methods.faults import make_recipe_spec
 from autopeft.production import plain
 from autopeft.production.files import LocalPlaces, TrainingResult
+from autopeft.production.job import Progress
 from autopeft.production.recipe import Recipe, find_task_files
 from autopeft.production.run import Listener, train
 from autopeft.production.session import Options
@@ -324,6 +325,25 @@ def test_an_adapter_that_took_a_part_of_its_base_on_a_gpu_and_learned_nothing_ad
 def test_a_quantized_base_that_is_to_answer_on_the_cpu_is_loaded_there(tiny_bert: str, bits: int) -> None:
     job = {"device": "cpu", "dtype": "float32", "bits": bits, "num_labels": 2, "head": ["classifier"]}
     assert find_places(plain.load_base({**job, "pad_token_id": 0}, tiny_bert)) == {"cpu"}
+
+class KillAfterSaving(Silent):
+    def progress(self, progress: Progress) -> None:
+        if progress.saved:
+            raise KeyboardInterrupt
+
+
+def test_a_killed_training_on_a_gpu_ends_with_the_weights_of_an_unbroken_one(tiny_bert: str, tmp_path: Path) -> None:
+    """AdaLoRA keeps tensors beside what trains, and checkpoints are read on the CPU."""
+    spec = make_spec("adalora", rank=2, dropout=0.1)
+    train_to_end(tmp_path / "unbroken", spec, tiny_bert)
+    with pytest.raises(KeyboardInterrupt):
+        train_to_end(tmp_path / "killed", spec, tiny_bert, KillAfterSaving())
+    train_to_end(tmp_path / "killed", spec, tiny_bert)
+    unbroken, killed = (
+        load_file(tmp_path / name / "out/adapter/adapter_model.safetensors") for name in ("unbroken", "killed")
+    )
+    assert unbroken.keys() == killed.keys()
+    assert all(torch.equal(unbroken[name], killed[name]) for name in unbroken)
 
 
 # --- every method
