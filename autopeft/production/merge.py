@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -26,6 +27,7 @@ from autopeft.methods import find_method
 from autopeft.production import plain
 from autopeft.production.finished import Finished, ask_fresh_process, load_data, make_job
 from autopeft.production.layout import complete_folder
+from autopeft.production.verify import choose_tolerance, read_recorded
 from autopeft.report.files import check_new_folder, new_folder
 from autopeft.wording import say_count
 
@@ -75,6 +77,8 @@ def merge(finished: Finished, out: Path, *, dtype: Dtype | None = None) -> Merge
     with QuietLoading(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, before, plain_before = _load_unmerged(finished, job)
+        if data.splits.digest == finished.result.data_digest:
+            _check_recorded(finished, rows, before)
         merged = merge_adapter(model)
         after = _ask(merged, job)
     scale = max(1.0, before.largest)
@@ -169,6 +173,25 @@ def _load_unmerged(finished: Finished, job: dict[str, Any]) -> tuple[Any, _Answe
     else:
         model = _dequantize(model)
     return model, before, _ask(model, job)
+
+
+def _check_recorded(finished: Finished, rows: Sequence[int], found: _Answers) -> None:
+    """Raises ExportError where what was loaded is not what was trained: peft computes some methods' frozen parts anew
+    at every load (AdaMSS, PSOFT), on a CPU with other numbers than on a GPU."""
+    recorded = read_recorded(finished).get("test_losses")
+    if recorded is None:
+        return
+    known, loss = float(recorded[list(rows)].astype(np.float64).mean()), float(found.losses.mean())
+    # That of a mean over the whole split; over a part of it, rounding evens out less.
+    most = 2 * choose_tolerance(finished, "cpu").loss
+    if not abs(loss - known) <= most:
+        raise ExportError(
+            f"What is merged must answer as it did when it was trained, within {most:g} nats in the mean, but on "
+            f"{say_count(len(rows), 'row')} of the test split '{finished.folder}' loaded on the CPU has a loss of "
+            f"{loss:.4f} where {known:.4f} is recorded. Nothing was written. Base or libraries differ, or "
+            f"{find_method(finished.recipe.spec.method).title} computes a part of itself anew wherever it is loaded: "
+            "autopeft verify tells them apart, on the kind of device that it was trained on."
+        )
 
 
 def _dequantize(model: Any) -> Any:

@@ -66,7 +66,7 @@ def verify(finished: Finished, *, device: str | None = None) -> Verification:
             "eos_token_id": data.tokenizer.eos_token_id,
         }
     answers = ask_fresh_process("score", job)
-    recorded = _read_recorded(finished)
+    recorded = read_recorded(finished)
     predictions: npt.NDArray[Any] = answers["predictions"]
     if finished.num_labels is not None:
         predictions = predictions.astype(np.int64)
@@ -149,7 +149,8 @@ def _check_digests(finished: Finished, data_digest: str) -> None:
         )
 
 
-def _read_recorded(finished: Finished) -> dict[str, npt.NDArray[Any]]:
+def read_recorded(finished: Finished) -> dict[str, npt.NDArray[Any]]:
+    """Losses and answers that the training wrote down, by split; empty where they were not kept."""
     path = finished.folder / finished.result.scores_file
     if not Path(path).is_file():
         return {}

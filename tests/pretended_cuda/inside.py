@@ -326,6 +326,7 @@ def test_a_quantized_base_that_is_to_answer_on_the_cpu_is_loaded_there(tiny_bert
     job = {"device": "cpu", "dtype": "float32", "bits": bits, "num_labels": 2, "head": ["classifier"]}
     assert find_places(plain.load_base({**job, "pad_token_id": 0}, tiny_bert)) == {"cpu"}
 
+
 class KillAfterSaving(Silent):
     def progress(self, progress: Progress) -> None:
         if progress.saved:

@@ -181,6 +181,20 @@ def test_a_merge_that_answers_otherwise_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_part_that_is_computed_otherwise_at_loading_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a CPU what was trained on a GPU: AdaMSS draws numbers for its frozen directions."""
+    from peft.tuners.adamss import layer
+
+    folder = make_finished(tmp_path / "done", "adamss", "bert")
+    draw = layer.slice_pca
+    monkeypatch.setattr(layer, "slice_pca", lambda *args, **kwargs: draw(*args, **{**kwargs, "random_seed": 7}))
+    with pytest.raises(ExportError, match=r"must answer as it did when it was trained.*AdaMSS computes a part.*verify"):
+        merge(open_finished(folder), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_a_failure_while_writing_leaves_nothing_behind(
     lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
