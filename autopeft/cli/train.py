@@ -272,11 +272,14 @@ def _change(recipe: Recipe, args: argparse.Namespace, task, data_dir: str | None
     from dataclasses import replace
 
     from autopeft.errors import SpecError
+    from autopeft.executors.devices import find_gpus
     from autopeft.production.recipe import check_recipe, lay_out, with_batch
     from autopeft.report.words import format_learning_rate
     from autopeft.tasks.data import load_splits
 
     notes = []
+    if recipe.device_kind == "cpu" and find_gpus():
+        notes.append("The study was made on CPUs, so training takes the CPU too. To train on the GPU, search on it.")
     recipe = _seeded(recipe, args)
     if args.gradient_checkpointing:
         recipe = replace(recipe, checkpoint_activations=True)

@@ -80,8 +80,11 @@ class Session(NamedTuple):
 
 
 def open_session(recipe: Recipe, out: Path, options: Options) -> Session:
-    """Starts what connects the processes. Raises DeviceError or SpecError for what this machine cannot do."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+    """Starts what connects the processes. A CPU study's recipe trains on the CPU, where there is a GPU too.
+
+    Raises DeviceError or SpecError for what this machine cannot do.
+    """
+    if _env_says("ACCELERATE_USE_DEEPSPEED"):
         raise SpecError(
             "Several processes train by DDP or FSDP, but accelerate launch was told to use DeepSpeed, with which "
             "autopeft does not train. Use accelerate launch --multi_gpu, or --use_fsdp where one GPU is too small for "
@@ -89,10 +92,20 @@ def open_session(recipe: Recipe, out: Path, options: Options) -> Session:
         )
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+    on_gpu = recipe.device_kind == "cuda" and torch.cuda.is_available() and not _env_says("ACCELERATE_USE_CPU")
     rule = refuse_spec(recipe.training_spec(), "cuda" if on_gpu else "cpu")
     if rule is not None:
         raise SpecError(rule)
+    if recipe.precision == "float32" and on_gpu:
+        raise DeviceError(
+            "On a GPU training computes in bfloat16, as the study's trials did, but the recipe says float32. Set "
+            "precision: bfloat16 in training.yaml, or hide the GPU (CUDA_VISIBLE_DEVICES=) to train on the CPU."
+        )
+    if recipe.precision == "bfloat16" and recipe.device_kind == "cpu":
+        raise DeviceError(
+            "The recipe is of a study on CPUs and trains on one, in float32, but says bfloat16, which is for GPUs. Set "
+            "precision: float32 in training.yaml, or search on a GPU."
+        )
     if recipe.precision == "bfloat16" and not on_gpu:
         raise DeviceError(
             "The recipe computes in bfloat16, which is for GPUs, but this machine has none. Train where there is one, "
@@ -145,7 +158,11 @@ def split_effective_batch(recipe: Recipe, processes: int) -> tuple[int, int]:
 
 
 def is_sharded() -> bool:
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return _env_says("ACCELERATE_USE_FSDP")
+
+
+def _env_says(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"
 
 
 def find_peak(session: Session) -> int | None:

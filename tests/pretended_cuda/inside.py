@@ -30,10 +30,12 @@ from autopeft.methods import METHODS, refuse_spec
 from autopeft.methods.faults import make_recipe_spec
 from autopeft.production import plain
 from autopeft.production.files import LocalPlaces, TrainingResult
+from autopeft.production.finished import open_finished
 from autopeft.production.job import Progress
 from autopeft.production.recipe import Recipe, find_task_files
 from autopeft.production.run import Listener, train
 from autopeft.production.session import Options
+from autopeft.production.verify import verify
 from autopeft.records import TrialSpec
 from autopeft.tasks.spec import TaskSpec, find_task_text, parse_task
 
@@ -293,7 +295,7 @@ def make_training(folder: Path, spec: TrialSpec, model: str, **changes: Any) -> 
     text = write_rows(folder / "rows")
     task = parse_task(text, "tiny")
     recipe = make_recipe(spec, text, model=f"local:{Path(model).name}", num_test=96)
-    recipe = replace(recipe, device_kind="cuda", precision="bfloat16", steps=spec.max_steps, **changes)
+    recipe = replace(recipe, **{"device_kind": "cuda", "precision": "bfloat16", "steps": spec.max_steps} | changes)
     places = LocalPlaces(model=model, files=dict(find_task_files(text)))
     return recipe, task, places
 
@@ -325,6 +327,18 @@ def test_an_adapter_that_took_a_part_of_its_base_on_a_gpu_and_learned_nothing_ad
 def test_a_quantized_base_that_is_to_answer_on_the_cpu_is_loaded_there(tiny_bert: str, bits: int) -> None:
     job = {"device": "cpu", "dtype": "float32", "bits": bits, "num_labels": 2, "head": ["classifier"]}
     assert find_places(plain.load_base({**job, "pad_token_id": 0}, tiny_bert)) == {"cpu"}
+
+
+@pytest.mark.slow
+def test_a_quantized_base_of_a_study_on_cpus_is_trained_on_the_cpu(tiny_bert: str, tmp_path: Path) -> None:
+    result = train_to_end(
+        tmp_path, make_spec("lora", bits=4), tiny_bert, device_kind="cpu", precision="float32", optimizer="adamw"
+    )
+    assert "GPU" not in result.device
+    assert result.peak_bytes is None
+    found = verify(open_finished(tmp_path / "out"))
+    assert found.device == "cpu"
+    assert found.num_changed == 0
 
 
 class KillAfterSaving(Silent):

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from autopeft.backends.base import Finished, Stretch, WorkerSetup
 from autopeft.backends.hf.build import trainable_parameters
 from autopeft.backends.hf.trial import HfBackend
-from autopeft.errors import ModelError, RecordError, SpecError, TrainingError
+from autopeft.errors import DeviceError, ModelError, RecordError, SpecError, TrainingError
 from autopeft.production import checkpoints
 from autopeft.production.files import LocalPlaces, TrainingResult, read_recipe, read_result, write_recipe
 from autopeft.production.job import Progress
 from autopeft.production.recipe import Recipe
 from autopeft.production.run import EVALUATION_SHARE, Listener, explaining_memory, plan_rhythm, train
-from autopeft.production.session import Options, split_effective_batch
+from autopeft.production.session import Options, open_session, split_effective_batch
 from autopeft.records import TrialSpec
 from autopeft.tasks.spec import parse_task
 from autopeft.testing.tiny_models import tiny_folder, tiny_task
@@ -333,6 +333,21 @@ def test_the_effective_batch_is_divided_among_processes(
 def test_a_batch_that_cannot_be_divided_is_refused(make_recipe_for: Make) -> None:
     with pytest.raises(SpecError, match="no multiple of 3 processes"):
         split_effective_batch(make_recipe_for(), 3)
+
+
+def test_a_recipe_of_a_cpu_trains_there_beside_a_gpu(
+    make_recipe_for: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert open_session(make_recipe_for(), tmp_path, Options()).device == "cpu"
+    with pytest.raises(DeviceError, match="precision: float32"):
+        open_session(make_recipe_for(precision="bfloat16"), tmp_path, Options())
+
+
+def test_float32_is_refused_on_a_gpu(make_recipe_for: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(DeviceError, match="precision: bfloat16"):
+        open_session(make_recipe_for(device_kind="cuda", spec={"bits": 4}), tmp_path, Options())
 
 
 # --- how often it is scored

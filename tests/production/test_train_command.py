@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from autopeft.cli.main import main
-from autopeft.executors.devices import describe_cpu
+from autopeft.executors.devices import Gpu, describe_cpu
 from autopeft.production.files import LocalPlaces, read_recipe, write_local, write_recipe
 from autopeft.production.recipe import Recipe
 
@@ -65,6 +65,14 @@ def test_a_changed_batch_says_what_becomes_of_the_rate(folder: Path, capsys: pyt
     assert "note: The effective batch goes from 8 to 32, so the learning rate goes from 3e-2 to 6e-2" in output
     assert "batch 32 (4 x 8), lr 6e-2" in output
     assert read_recipe(folder.parent / "big").gradient_accumulation == 4
+
+
+def test_a_recipe_of_a_cpu_says_that_the_gpu_is_not_for_it(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autopeft.executors.devices.find_gpus", lambda: [Gpu("0", "NVIDIA L4", 2**34, 2**34)])
+    assert main(["train", "recipe", "--steps", "1"]) == 0
+    assert "note: The study was made on CPUs, so training takes the CPU too." in capsys.readouterr().out
 
 
 def test_restarts_can_be_asked_for(folder: Path) -> None:
