@@ -118,7 +118,7 @@ def computing(job: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
 
 
 def compute_logits(model: Any, job: dict[str, Any]) -> Iterator[tuple[list[int], Any, Any]]:
-    """(rows, logits (B, C) or (B, T, V) in float32, the batch) of every batch."""
+    """(rows, logits (B, C) or (B, T, V) as they were computed, the batch) of every batch."""
     import torch
 
     model.eval()
@@ -127,14 +127,14 @@ def compute_logits(model: Any, job: dict[str, Any]) -> Iterator[tuple[list[int],
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         with torch.no_grad(), computing(job):
             logits = model(**inputs).logits
-        yield indices, logits.float(), batch
+        yield indices, logits, batch
 
 
 def score_classes(logits_BC: Any, classes: Sequence[int]) -> tuple[Any, Any]:
     """Cross-entropy in nats and predicted class of each row."""
     import torch
 
-    labels_B = torch.tensor(classes, device=logits_BC.device)
+    logits_BC, labels_B = logits_BC.float(), torch.tensor(classes, device=logits_BC.device)
     return torch.nn.functional.cross_entropy(logits_BC, labels_B, reduction="none"), logits_BC.argmax(-1)
 
 
@@ -144,13 +144,15 @@ def score_completions(logits_BTV: Any, labels_BT: Any) -> tuple[Any, Any]:
 
     # Soft prompts put positions of their own in front.
     logits_BTV, labels_BT = logits_BTV[:, -labels_BT.shape[1] :][:, :-1], labels_BT[:, 1:]
-    counted_BT = labels_BT != IGNORED
-    losses_BT = torch.nn.functional.cross_entropy(
-        logits_BTV.transpose(1, 2), labels_BT, reduction="none", ignore_index=IGNORED
-    )
-    hits_BT = (logits_BTV.argmax(-1) == labels_BT) & counted_BT
-    num_B = counted_BT.sum(-1).clamp(min=1)
-    return losses_BT.sum(-1) / num_B, hits_BT.sum(-1) / num_B
+    losses, shares = [], []
+    # Row by row: in float32, the logits of a whole batch would be the largest tensor by far.
+    for logits_TV, labels_T in zip(logits_BTV, labels_BT, strict=True):
+        counted_T = labels_T != IGNORED
+        count = counted_T.sum().clamp(min=1)
+        loss = torch.nn.functional.cross_entropy(logits_TV.float(), labels_T, reduction="sum", ignore_index=IGNORED)
+        losses.append(loss / count)
+        shares.append(((logits_TV.argmax(-1) == labels_T) & counted_T).sum() / count)
+    return torch.stack(losses), torch.stack(shares)
 
 
 def score_rows(job: dict[str, Any], indices: Sequence[int], logits: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
@@ -216,7 +218,7 @@ def read_logits(model: Any, job: dict[str, Any]) -> dict[str, Any]:
             logits = logits[:, -batch["input_ids"].shape[1] :]
             last_B = batch["attention_mask"].sum(-1) - 1
             logits = logits[torch.arange(len(indices), device=logits.device), last_B]
-        found.update(zip(indices, logits.cpu(), strict=True))
+        found.update(zip(indices, logits.float().cpu(), strict=True))
     return {"logits": torch.stack([found[index] for index in range(len(found))]).numpy(), "losses": losses}
 
 

@@ -135,6 +135,13 @@ class Recipe:
             seed=self.seed,
         )
 
+    @property
+    def scoring_batch(self) -> int:
+        """Rows at a time that are scored, on one process. Without activations kept for a backward pass, twice the
+        micro-batch mostly needs less memory; the study knows better where it has estimated that."""
+        known = self.cost.scoring_batch_size if self.cost is not None else None
+        return min(2 * self.micro_batch, known or 2 * self.micro_batch)
+
     def key(self) -> str:
         """Identity of the weights that it leads to on one machine: checkpoints of another key are not to be resumed."""
         record = to_record(self)

@@ -21,7 +21,8 @@ from autopeft.errors import VerificationError
 from autopeft.production.finished import Finished, ask_fresh_process, load_data, make_job
 from autopeft.tasks.scorers import score_predictions
 
-_BATCH_SIZE = 32
+_MOST_ROWS = 32
+"""At a time; fewer where training scored fewer, for which there was the memory."""
 
 
 class Tolerance(NamedTuple):
@@ -58,7 +59,8 @@ def verify(finished: Finished, *, device: str | None = None) -> Verification:
     data = load_data(finished)
     _check_digests(finished, data.splits.digest)
     test = data.test
-    job = make_job(finished, data, range(len(test.labels)), device=device, batch_size=_BATCH_SIZE)
+    batch_size = min(_MOST_ROWS, finished.recipe.scoring_batch)
+    job = make_job(finished, data, range(len(test.labels)), device=device, batch_size=batch_size)
     if finished.task.scorer == "exact_match":
         job |= {
             "prompts": [test.prompt_ids(i) for i in range(len(test.labels))],

@@ -10,17 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from finished_folders import make_finished, write_rows
 from fresh_process import REALLY_FRESH, one_process  # noqa: F401 (a fixture)
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopeft.backends.hf.base_model import digest_file
+from autopeft.backends.hf.language import score_completions
 from autopeft.cli.main import main
 from autopeft.errors import RecordError, VerificationError
-from autopeft.production import finished
+from autopeft.production import finished, plain
 from autopeft.production.files import read_local, read_recipe, read_result, write_local, write_result
 from autopeft.production.finished import open_finished
 from autopeft.production.verify import Verification, check_scores, choose_tolerance, verify
+from autopeft.records import Cost
 from autopeft.testing.tiny_models import ArchitectureName, tiny_folder
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_process")]
@@ -64,6 +68,49 @@ def test_every_way_of_saving_reproduces_its_score(
         largest = float(scores["test_losses"].max())
     # They are kept as float16, of 11 bits.
     assert found.largest_loss_difference < 1e-3 + largest * 2**-11
+
+
+@pytest.mark.parametrize(("micro_batch", "known", "expected"), [(8, None, 16), (64, None, 32), (8, 4, 4)])
+def test_no_more_rows_are_scored_at_a_time_than_training_had_the_memory_for(
+    folder: Path, micro_batch: int, known: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cost = Cost(
+        trainable_parameters=1, head_parameters=1, peak_vram_bytes=1, vram_source="estimated", scoring_batch_size=known
+    )
+    done = open_finished(folder)
+    done = done._replace(recipe=dataclasses.replace(done.recipe, micro_batch=micro_batch, cost=cost))
+    asked: list[int] = []
+
+    def ask(what: Any, job: dict[str, Any]) -> Any:
+        asked.append(job["batch_size"])
+        return finished.ask_fresh_process(what, job)
+
+    monkeypatch.setattr("autopeft.production.verify.ask_fresh_process", ask)
+    assert verify(done).num_changed == 0
+    assert asked == [expected]
+
+
+class Float32(TorchDispatchMode):
+    """The largest tensor of 32 bits that is made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float32:
+            self.largest = max(self.largest, made.numel())
+        return made
+
+
+def test_logits_of_a_batch_are_turned_into_float32_row_by_row() -> None:
+    torch.manual_seed(0)
+    logits_BTV, labels_BT = torch.randn(4, 8, 50).bfloat16(), torch.randint(0, 50, (4, 8))
+    labels_BT[:, :3] = plain.IGNORED
+    with Float32() as made:
+        losses_B, shares_B = plain.score_completions(logits_BTV, labels_BT)
+    assert made.largest <= 8 * 50
+    expected = score_completions(logits_BTV, labels_BT)
+    torch.testing.assert_close((losses_B, shares_B), expected)
 
 
 @pytest.mark.parametrize("init", ["pissa"])
