@@ -45,6 +45,7 @@ from autopeft.production.run import (
     plan_rhythm,
     run_trainer,
 )
+from autopeft.production.scores import own_forward
 from autopeft.production.session import Options, Session, check_options, is_sharded, open_session
 from autopeft.production.start import PRETRAINED, WEIGHTS, PretrainingResult, adapter_key
 from autopeft.production.trainer import RecipeTrainer
@@ -155,9 +156,10 @@ def pretrain(
         batches = [
             list(range(i, min(i + recipe.micro_batch, len(held)))) for i in range(0, len(held), recipe.micro_batch)
         ]
-        scores = score_batches(
-            model, batches, lambda rows: _make_batch([held[i] for i in rows], session.device), device=session.device
-        )
+        with own_forward(model):
+            scores = score_batches(
+                model, batches, lambda rows: _make_batch([held[i] for i in rows], session.device), device=session.device
+            )
         return float(scores.losses.mean())
 
     def evaluate(model: nn.Module, step: int) -> Evaluation:

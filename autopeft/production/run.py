@@ -29,7 +29,7 @@ from autopeft.production.finish import ADAPTER, Built, make_result, save_weights
 from autopeft.production.job import Job, Progress, Rhythm
 from autopeft.production.latency import measure_inference
 from autopeft.production.recipe import Recipe
-from autopeft.production.scores import join_splits, score_everywhere
+from autopeft.production.scores import join_splits, own_forward, score_everywhere
 from autopeft.production.session import Options, Session, check_options, find_peak, is_sharded, open_session
 from autopeft.production.start import read_start
 from autopeft.production.trainer import RecipeTrainer
@@ -118,10 +118,10 @@ def train(
             "the last step are kept."
         )
         rhythm = dataclasses.replace(rhythm, evaluate=None, patience=None)
-    scoring_batch = 2 * recipe.micro_batch
 
     def score(trained: Any, split: TokenizedSplit) -> SplitScores:
-        return score_everywhere(trained, data, split, batch_size=scoring_batch, device=session.device)
+        with own_forward(trained):
+            return score_everywhere(trained, data, split, batch_size=recipe.scoring_batch, device=session.device)
 
     def evaluate(trained: nn.Module, step: int) -> Evaluation:
         scores = score(trained, data.validation)
@@ -164,10 +164,11 @@ def train(
         processes=session.arguments.world_size, device=session.device,
     )  # fmt: skip
     if not is_sharded():
-        inference = measure_inference(
-            built.model, built.base, recipe.training_spec(), data, name=model, adapter=out / ADAPTER,
-            batch_size=scoring_batch,
-        )  # fmt: skip
+        with own_forward(built.model):
+            inference = measure_inference(
+                built.model, built.base, recipe.training_spec(), data, name=model, adapter=out / ADAPTER,
+                batch_size=recipe.scoring_batch,
+            )  # fmt: skip
         result = dataclasses.replace(result, inference=inference)
     write_result(result, out)
     session.close()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,21 @@ import torch
 from autopeft.backends.hf.data import TaskData, TokenizedSplit
 from autopeft.backends.hf.scoring import score_split
 from autopeft.backends.hf.steps import SplitScores
+
+
+@contextlib.contextmanager
+def own_forward(model: Any) -> Iterator[None]:
+    """Takes away meanwhile what accelerate puts around a model's forward for bfloat16, which turns whole logits into
+    float32: more memory and time than the model itself needs, or a trial took."""
+    wrapped, own = vars(model).get("forward"), vars(model).get("_original_forward")
+    if own is None:
+        yield
+        return
+    model.forward = own
+    try:
+        yield
+    finally:
+        model.forward = wrapped
 
 
 def join_splits(first: TokenizedSplit, second: TokenizedSplit) -> TokenizedSplit:

@@ -23,6 +23,8 @@ from autopeft.backends.base import Ended, Finished, Stretch, WorkerSetup
 from autopeft.backends.hf.base_model import digest_model
 from autopeft.backends.hf.build import build_trial_model, trainable_parameters
 from autopeft.backends.hf.health import examine_bitsandbytes, examine_torch
+from autopeft.backends.hf.latency import measure_latencies
+from autopeft.backends.hf.scoring import score_split
 from autopeft.backends.hf.steps import bind_after_step, build_optimizer, checkpoint_activations, score_batch, train_step
 from autopeft.backends.hf.trial import HfBackend
 from autopeft.errors import ModelError, SpecError
@@ -327,6 +329,31 @@ def test_an_adapter_that_took_a_part_of_its_base_on_a_gpu_and_learned_nothing_ad
 def test_a_quantized_base_that_is_to_answer_on_the_cpu_is_loaded_there(tiny_bert: str, bits: int) -> None:
     job = {"device": "cpu", "dtype": "float32", "bits": bits, "num_labels": 2, "head": ["classifier"]}
     assert find_places(plain.load_base({**job, "pad_token_id": 0}, tiny_bert)) == {"cpu"}
+
+
+def test_a_model_is_scored_and_timed_without_what_turns_its_logits_into_float32(
+    tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[torch.dtype]] = {"scored": set(), "timed": set()}
+
+    @torch.no_grad()
+    def look(what: str, model: Any, batch: dict[str, torch.Tensor]) -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            seen[what].add(model(**batch).logits.dtype)
+
+    def score(model: Any, data: Any, split: Any, **how: Any) -> Any:
+        look("scored", model, data.collate(split, [0], "cuda:0"))
+        return score_split(model, data, split, **how)
+
+    def measure(models: list[Any], rows: Any, **how: Any) -> Any:
+        for model in models:
+            look("timed", model, rows.collate([0]))
+        return measure_latencies(models, rows, **how)
+
+    monkeypatch.setattr("autopeft.production.scores.score_split", score)
+    monkeypatch.setattr("autopeft.production.latency.measure_latencies", measure)
+    train_to_end(tmp_path, make_spec("lora"), tiny_bert)
+    assert seen == {"scored": {torch.bfloat16}, "timed": {torch.bfloat16}}
 
 
 @pytest.mark.slow
