@@ -26,7 +26,6 @@ from autopeft.backends.hf.base_model import (
     load_config,
     load_tokenizer,
 )
-from autopeft.backends.hf.build import build_trial_model
 from autopeft.backends.hf.data import Batch, plan_batches
 from autopeft.backends.hf.steps import checkpoint_activations, score_batches
 from autopeft.backends.hf.trial import release_memory
@@ -39,6 +38,7 @@ from autopeft.production.job import Job
 from autopeft.production.recipe import Recipe, lay_out
 from autopeft.production.run import (
     Listener,
+    build_beside,
     check_parts,
     explaining_memory,
     find_resume,
@@ -249,13 +249,13 @@ def _build(recipe: Recipe, task: TaskSpec, model: str, session: Session) -> Any:
     if task.num_labels is not None:
         # First and gone again: a GPU need not have room for two bases.
         classifier = load_base(model, num_labels=task.num_labels, bits=spec.bits, device=session.device)
-        found = _find_adapter(build_trial_model(classifier, spec), classifier)
+        found = _find_adapter(build_beside(classifier, spec, device=session.device), classifier)
         adapter = {name: tensor.detach().to("cpu", copy=True) for name, tensor in found.items()}
         del classifier, found
         if session.device != "cpu":
             release_memory()
     language = load_base(model, num_labels=None, bits=spec.bits, device=session.device)
-    trained = build_trial_model(language, spec)
+    trained = build_beside(language, spec, device=session.device)
     if adapter is not None:
         _take_over(trained, language, adapter)
     if recipe.checkpoint_activations:

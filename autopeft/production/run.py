@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from autopeft.backends.hf.base_model import load_base
+from autopeft.backends.hf.base_model import BaseModel, load_base
 from autopeft.backends.hf.build import build_trial_model
 from autopeft.backends.hf.data import TaskData, TokenizedSplit, plan_batches
 from autopeft.backends.hf.row_start import start_from_rows
@@ -33,7 +33,7 @@ from autopeft.production.scores import join_splits, own_forward, score_everywher
 from autopeft.production.session import Options, Session, check_options, find_peak, is_sharded, open_session
 from autopeft.production.start import read_start
 from autopeft.production.trainer import RecipeTrainer
-from autopeft.records import digest_json
+from autopeft.records import TrialSpec, digest_json
 from autopeft.tasks.scorers import score_predictions
 from autopeft.tasks.spec import TaskSpec
 
@@ -236,19 +236,23 @@ def _build(recipe: Recipe, task: TaskSpec, model: str, session: Session) -> Buil
             "accelerate launch with DDP (--multi_gpu), or one process."
         )
     base = load_base(model, num_labels=task.num_labels, bits=spec.bits, device=session.device)
-    writes_base = method.writes_base(spec)
-    if writes_base and session.device != "cpu":
-        # The model gets weights of its own. As in a trial, a GPU need not have room for both, not even to build it.
-        base.model.to("cpu")
-        release_memory()
-    trained = build_trial_model(base, spec, device=session.device)
+    trained = build_beside(base, spec, device=session.device)
     if recipe.checkpoint_activations:
         checkpoint_activations(trained)
-    if not writes_base:
+    if not method.writes_base(spec):
         return Built(trained, base, base.head, None)
     # Only peft's PiSSA and the like are saved relative to what they began with. A resumed training builds the same
     # again, from the seed and on the same kind of device.
     return Built(trained, None, base.head, None if method.peft is None else copy_adapter(trained))
+
+
+def build_beside(base: BaseModel, spec: TrialSpec, *, device: str) -> Any:
+    """The model to train on `device`, the base moved aside where the model gets weights of its own: as in a trial, a
+    GPU need not have room for both, not even to build it."""
+    if find_method(spec.method).writes_base(spec) and device != "cpu":
+        base.model.to("cpu")
+        release_memory()
+    return build_trial_model(base, spec, device=device)
 
 
 def _count_items(task: TaskSpec, split: TokenizedSplit, rows: Sequence[int]) -> int:

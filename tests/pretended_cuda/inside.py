@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tiny_models import make_tiny_bert
 
 from autopeft.backends.base import Ended, Finished, Stretch, WorkerSetup
-from autopeft.backends.hf.base_model import digest_model
+from autopeft.backends.hf.base_model import BaseModel, digest_model
 from autopeft.backends.hf.build import build_trial_model, trainable_parameters
 from autopeft.backends.hf.health import examine_bitsandbytes, examine_torch
 from autopeft.backends.hf.latency import measure_latencies
@@ -30,16 +30,17 @@ from autopeft.backends.hf.trial import HfBackend
 from autopeft.errors import ModelError, SpecError
 from autopeft.methods import METHODS, refuse_spec
 from autopeft.methods.faults import make_recipe_spec
-from autopeft.production import plain
+from autopeft.production import plain, pretrain
 from autopeft.production.files import LocalPlaces, TrainingResult
 from autopeft.production.finished import open_finished
 from autopeft.production.job import Progress
 from autopeft.production.recipe import Recipe, find_task_files
 from autopeft.production.run import Listener, train
-from autopeft.production.session import Options
+from autopeft.production.session import Options, Session
 from autopeft.production.verify import verify
 from autopeft.records import TrialSpec
 from autopeft.tasks.spec import TaskSpec, find_task_text, parse_task
+from autopeft.testing.tiny_models import tiny_folder
 
 pytestmark = pytest.mark.filterwarnings("default")
 pretended_gpus = sys.modules["pretended_gpus"]
@@ -366,6 +367,24 @@ def test_a_quantized_base_of_a_study_on_cpus_is_trained_on_the_cpu(tiny_bert: st
     found = verify(open_finished(tmp_path / "out"))
     assert found.device == "cpu"
     assert found.num_changed == 0
+
+
+@pytest.mark.slow
+def test_pre_training_holds_one_base_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the model gets weights of its own, the base is aside before it is built."""
+    beside: list[set[str]] = []
+
+    def build(base: BaseModel, spec: TrialSpec, **where: Any) -> Any:
+        beside.append(find_places(base.model))
+        return build_trial_model(base, spec, **where)
+
+    for module in ("run", "pretrain"):
+        monkeypatch.setattr(f"autopeft.production.{module}.build_trial_model", build, raising=False)
+    llama = tiny_folder("llama")
+    recipe, task, _ = make_training(tmp_path, make_spec("lora", init="pissa", rank=4), llama)
+    trained = pretrain._build(recipe, task, llama, Session(None, "cuda:0"))  # type: ignore[arg-type]
+    assert beside == [{"cpu"}, {"cpu"}]
+    assert find_places(trained) == {"cuda"}
 
 
 class KillAfterSaving(Silent):
