@@ -87,7 +87,10 @@ def _name_words(gpu: KnownGpu) -> list[str]:
 
 
 def find_gpus() -> list[Gpu]:
-    """Visible NVIDIA GPUs, those that CUDA_VISIBLE_DEVICES hides left out; empty where there are none."""
+    """Visible NVIDIA GPUs, those that CUDA_VISIBLE_DEVICES hides left out; empty where there are none.
+
+    Raises DeviceError where it names them by numbers that are not nvidia-smi's.
+    """
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits"]
@@ -97,18 +100,31 @@ def find_gpus() -> list[Gpu]:
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     wanted = None if visible is None else [part.strip() for part in visible.split(",") if part.strip()]
+    rows = [[part.strip() for part in line.split(",")] for line in output.splitlines()]
+    rows = [row for row in rows if len(row) == 5]
+    _check_numbers(wanted or [], {row[0]: row[2] for row in rows})
     gpus = []
-    for line in output.splitlines():
-        fields = [part.strip() for part in line.split(",")]
-        if len(fields) != 5:
-            continue
-        index, uuid, name, *memory = fields
+    for index, uuid, name, *memory in rows:
         sizes = _read_memory(memory)
         if sizes is None:
             continue
         if wanted is None or index in wanted or any(uuid.startswith(part) for part in wanted if "-" in part):
             gpus.append(Gpu(index, name, *sizes))
     return gpus
+
+
+def _check_numbers(wanted: Sequence[str], names: dict[str, str]) -> None:
+    """`names` by nvidia-smi's numbers, which follow the PCI bus. CUDA's own begin with the fastest GPU, which is the
+    same where all are alike or all are wanted."""
+    numbers = {part for part in wanted if part.isdigit()}
+    is_same = len(set(names.values())) <= 1 or numbers >= names.keys()
+    if not numbers or is_same or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
+        return
+    raise DeviceError(
+        f"CUDA_VISIBLE_DEVICES names GPUs by number ({','.join(wanted)}), but on this machine they differ "
+        f"({', '.join(sorted(set(names.values())))}), and CUDA counts them by speed, nvidia-smi by PCI bus. "
+        "Set CUDA_DEVICE_ORDER=PCI_BUS_ID for nvidia-smi's numbers, or name GPUs by UUID, as nvidia-smi -L lists them."
+    )
 
 
 def names_part_of_gpu() -> bool:

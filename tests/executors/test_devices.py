@@ -48,8 +48,27 @@ def test_gpus_come_with_their_memory(tell):
 @pytest.mark.parametrize(("visible", "numbers"), [("1", ["1"]), ("GPU-aa", ["0"]), ("", [])])
 def test_hidden_gpus_are_left_out(tell, monkeypatch, visible, numbers):
     tell("".join(LINES))
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert [gpu.number for gpu in find_gpus()] == numbers
+
+
+def test_numbers_of_gpus_that_differ_are_refused_where_cuda_counts_them_by_speed(tell, monkeypatch):
+    tell("".join(LINES))
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with pytest.raises(DeviceError, match=r"by number \(1\).*NVIDIA A100, NVIDIA H100.*CUDA_DEVICE_ORDER=PCI_BUS_ID"):
+        find_gpus()
+
+
+@pytest.mark.parametrize(
+    ("second", "visible"), [("NVIDIA H100", "1"), ("NVIDIA A100", "1,0"), ("NVIDIA A100", "GPU-bb")]
+)
+def test_numbers_are_taken_where_no_order_changes_them(tell, monkeypatch, second, visible):
+    tell(LINES[0] + LINES[1].replace("NVIDIA A100", second))
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert "1" in [gpu.number for gpu in find_gpus()]
 
 
 @pytest.mark.parametrize("unknown", ["[N/A]", "N/A", "[Not Supported]"])
