@@ -239,6 +239,21 @@ def test_running_out_of_memory_anywhere_ends_the_trial_and_not_the_worker(
     assert isinstance(run(backend, make_spec("ia3"), 0, 2), Finished)
 
 
+def test_running_out_of_memory_while_a_base_is_quantized_ends_the_trial(
+    backend: HfBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers swallows it, and raises an error that does not say so."""
+    backend._bases.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(pretended_gpus, "_failure", pretended_gpus._Failure("quantize_4bit", 3))
+        patch.setattr(pretended_gpus, "_allocations_there", 0)
+        ended = run(backend, make_spec("lora", bits=4), 0, 2)
+    assert isinstance(ended, Ended)
+    assert ended.reason == "out_of_memory"
+    assert "CUDA out of memory" in ended.detail
+    assert isinstance(run(backend, make_spec("lora", bits=4), 0, 2), Finished)
+
+
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_noticed_though_it_is_not_read_at_every_step(backend: HfBackend) -> None:
     ended = run(backend, replace(make_spec("full"), learning_rate=1e30), 0, 6)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import traceback
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -250,7 +251,7 @@ def compute_dtype(device: str) -> torch.dtype:
 def load_base(name: str, *, num_labels: int | None, bits: Bits, device: str) -> BaseModel:
     """Loads and quantizes the base and freezes it; a language model where `num_labels` is None.
 
-    Raises ModelError where the model cannot be had.
+    Raises ModelError where the model cannot be had, OutOfMemoryError where there is no room for it.
     """
     config = load_config(name, num_labels)
     head = find_head(build_meta_model(config))
@@ -267,6 +268,11 @@ def load_base(name: str, *, num_labels: int | None, bits: Bits, device: str) -> 
             )
         except (OSError, ValueError) as exc:
             raise explain(name, exc) from exc
+        except RuntimeError as exc:
+            swallowed = _find_swallowed(exc)
+            if "out of memory" in swallowed:
+                raise torch.OutOfMemoryError(swallowed) from exc
+            raise
     _warn_of_missing(name, found["missing_keys"], head)
     model.requires_grad_(False)
     for module in model.modules():
@@ -278,6 +284,20 @@ def load_base(name: str, *, num_labels: int | None, bits: Bits, device: str) -> 
         # What its authors set for chatting (sampling, penalties) is not what is compared.
         model.generation_config = transformers.GenerationConfig()
     return make_base(model, bits)
+
+
+def _find_swallowed(error: RuntimeError) -> str:
+    """The last words of what went wrong while a weight was converted or quantized; `` where it was something else.
+
+    transformers 5.23 catches that, prints it in its report and raises an error that says nothing (core_model_loading,
+    log_conversion_errors). What it printed is only left where it raised.
+    """
+    frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+    found = [info for info in (local.get("loading_info") for local in frames) if info is not None]
+    said: dict[str, str] = getattr(found[-1], "conversion_errors", {}) if found else {}
+    # A traceback, in which the error's own words come last but for what was being converted.
+    lines = [line for text in said.values() for line in text.splitlines() if "Error: " in line]
+    return next((line for line in lines if "out of memory" in line), lines[0] if lines else "")
 
 
 def quantization_config(bits: Bits, head: Sequence[str], dtype: torch.dtype) -> Any:
