@@ -73,6 +73,7 @@ class RecipeTrainer(transformers.Trainer):
         self._started = self._told = time.monotonic()
         self._told_step = 0
         self._told_loss: torch.Tensor | float = 0.0
+        self._last_loss: torch.Tensor | None = None
         self._saved_at: int | None = None
         # Trainer makes these; declared for the type checker, which cannot read it.
         self.optimizer: Any
@@ -143,7 +144,7 @@ class RecipeTrainer(transformers.Trainer):
         step = self.state.global_step
         if (loss.device.type == "cpu" or step % 8 == 7) and not torch.isfinite(loss):
             raise Diverged(f"the training loss is {loss.item()} at step {step + 1}")
-        self._told_loss = self._told_loss + loss
+        self._told_loss, self._last_loss = self._told_loss + loss, loss
         return loss
 
     def floating_point_ops(self, inputs: Batch) -> int:
@@ -220,6 +221,7 @@ class RecipeTrainer(transformers.Trainer):
         step = self.state.global_step
         if self._saved_at == step:
             return
+        self._check_finite(step)
         is_main = self.args.process_index == 0
         part = checkpoints.checkpoint_folder(self.job.folder, step).with_suffix(".part")
         if is_main:
@@ -240,6 +242,16 @@ class RecipeTrainer(transformers.Trainer):
         self._saved_at = step
         self.accelerator.wait_for_everyone()
         self.report(saved=True)
+
+    def _check_finite(self, step: int) -> None:
+        """Raises Diverged: a checkpoint that cannot be gone on from would take the place of one that can."""
+        if self._last_loss is not None and not torch.isfinite(self._last_loss):
+            raise Diverged(f"the training loss is {self._last_loss.item()} at step {step}")
+        if is_sharded():
+            return
+        # The loss is of before the step, which may have been the one too many.
+        if not torch.stack([torch.isfinite(p).all() for p in trainable_parameters(self.trained).values()]).all():
+            raise Diverged(f"the weights are no longer finite after step {step}")
 
     def _collect_state(self) -> dict[str, Any]:
         """All that training goes on from, on every process; whole also where processes hold parts of it."""

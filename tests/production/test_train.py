@@ -254,6 +254,15 @@ def test_a_training_that_diverges_is_no_result(make_recipe_for: Make, places: Lo
     assert not (tmp_path / "result.json").exists()
 
 
+def test_no_checkpoint_is_left_that_cannot_be_gone_on_from(
+    make_recipe_for: Make, places: LocalPlaces, tmp_path: Path
+) -> None:
+    recipe = make_recipe_for("full", learning_rate=3e38, warmup_steps=0, steps=16, schedule="constant")
+    with pytest.raises(TrainingError, match="no longer finite after step 1"):
+        run(recipe, places, tmp_path / "out", Options(patience=None, evaluate_every=16, save_every=1))
+    assert checkpoints.find_newest(tmp_path / "out") is None
+
+
 def test_running_out_of_memory_is_told_with_what_needs_less() -> None:
     full = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 24.00 GiB"
     with pytest.raises(TrainingError, match=r"allocate 2\.00 GiB\. Make room.*--micro-batch"), explaining_memory():
