@@ -35,7 +35,11 @@ def heard() -> Iterator[list[str]]:
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logger.addHandler(handler)
+    # A training before, in the same process, silences all but errors.
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_warning()
     yield said
+    transformers.utils.logging.set_verbosity(verbosity)
     logger.removeHandler(handler)
 
 
