@@ -14,9 +14,9 @@ OPTIONS = {
         "--methods", "--model", "--name", "--objectives", "--plan-for", "--price", "--seed", "--space",
         "--stop-when-gain-below", "--task", "--until", "--warm-start", "--workers",
     ],
-    "resume": ["--budget", "STUDY"],
+    "resume": ["--budget", "--data-dir", "--model", "STUDY"],
     "report": ["--json", "STUDY"],
-    "export": ["--data-dir", "--epochs", "--out", "--pick", "--steps", "--to", "STUDY"],
+    "export": ["--data-dir", "--epochs", "--model", "--out", "--pick", "--steps", "--to", "STUDY"],
     "train": [
         "--all-rows", "--batch-size", "--cycles", "--data-dir", "--epochs", "--eval-every", "--from",
         "--gradient-checkpointing", "--micro-batch", "--model", "--out", "--patience", "--pick", "--report-to",

@@ -117,7 +117,12 @@ def test_for_a_configuration_file_no_hub_is_asked(tmp_path: Path, monkeypatch: p
             path.unlink()
     asked = []
     load = transformers.AutoTokenizer.from_pretrained
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: asked.append(name) or load(name))
+
+    def ask(name: str, **arguments: Any) -> Any:
+        asked.append(name)
+        return load(name, **arguments)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", ask)
     assert load_config(str(folder / "config.json"), NUM_LABELS).pad_token_id == (5 if alone else 0)
     assert asked == [str(folder)]
 
