@@ -424,6 +424,8 @@ class Segment:
     """Wall seconds since the study began, pauses of the study itself left out."""
     end_seconds: float
     step: int
+    loading_seconds: float = dataclasses.field(default=0.0, metadata={"leave_out_default": True})
+    """In which a worker that had died came up again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,11 +47,13 @@ def run(args: argparse.Namespace) -> int:
         # Not while another process runs it by the settings that it read.
         with store.lock():
             store.save_config(changed)
-    keep_places(store, places)
     config = store.config
     restored = restore_devices(config, store.provenance)
     if restored.note:
         print(restored.note)
     setup = make_setup(config, places.model, places.data_dir, STUDIES, restored.threads, restored.devices[0])
     executor = LocalExecutor(setup, restored.devices)
-    return run_study(store, executor, restore_space(config), seconds_until(config))
+    code = run_study(store, executor, restore_space(config), seconds_until(config))
+    # Only now is it known that the weights there are the study's.
+    keep_places(store, places)
+    return code

@@ -94,17 +94,18 @@ class Places(NamedTuple):
 
 def find_places(store: StudyStore, *, model: str | None = None, data_dir: str | None = None) -> Places:
     """`model` and `data_dir` are given where they have moved. Raises DataError where a file of the task is nowhere."""
-    from autopeft.production.places import find_task, list_data_folders
+    from autopeft.production.places import find_task, keep_folder, list_data_folders
     from autopeft.production.recipe import find_task_files, make_task_portable
 
     config, local = store.config, read_local(store)
-    data_dir = data_dir or local["data_dir"] or os.environ.get("AUTOPEFT_DATA_DIR")
+    data_dir = data_dir or keep_folder(local["data_dir"]) or os.environ.get("AUTOPEFT_DATA_DIR")
     task = find_task(
         make_task_portable(config.task), config.task_name, find_task_files(config.task),
         list_data_folders(data_dir, config.task_name),
     )  # fmt: skip
     model = model or local["model"]
     assert model is not None
+    model = str(Path(model).resolve()) if Path(model).is_dir() else model
     return Places(task, model, data_dir)
 
 

@@ -122,13 +122,14 @@ def _run(args: argparse.Namespace) -> int:
         find_model,
         find_task,
         is_training_folder,
+        keep_folder,
         list_data_folders,
     )
     from autopeft.tasks.spec import parse_task
 
     _check_stage(args)
     source = _read_source(args)
-    data_dir = args.data_dir or os.environ.get("AUTOPEFT_DATA_DIR") or source.places.data_dir
+    data_dir = args.data_dir or os.environ.get("AUTOPEFT_DATA_DIR") or keep_folder(source.places.data_dir)
     name = source.recipe.task_name
     folders = [*([source.folder] if source.folder else []), *list_data_folders(data_dir, name)]
     task_text = find_task(source.recipe.task, name, source.places.files, folders)

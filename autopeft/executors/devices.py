@@ -87,24 +87,10 @@ def _name_words(gpu: KnownGpu) -> list[str]:
 
 
 def find_gpus() -> list[Gpu]:
-    """Visible NVIDIA GPUs, those that CUDA_VISIBLE_DEVICES hides left out; empty where there are none.
-
-    Raises DeviceError where it names them by numbers that are not nvidia-smi's.
-    """
-    if shutil.which("nvidia-smi") is None:
-        return []
-    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits"]
-    try:
-        output = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    wanted = None if visible is None else [part.strip() for part in visible.split(",") if part.strip()]
-    rows = [[part.strip() for part in line.split(",")] for line in output.splitlines()]
-    rows = [row for row in rows if len(row) == 5]
-    _check_numbers(wanted or [], {row[0]: row[2] for row in rows})
+    """Visible NVIDIA GPUs, those that CUDA_VISIBLE_DEVICES hides left out; empty where there are none."""
+    wanted = _list_visible()
     gpus = []
-    for index, uuid, name, *memory in rows:
+    for index, uuid, name, *memory in _ask_driver():
         sizes = _read_memory(memory)
         if sizes is None:
             continue
@@ -113,9 +99,32 @@ def find_gpus() -> list[Gpu]:
     return gpus
 
 
-def _check_numbers(wanted: Sequence[str], names: dict[str, str]) -> None:
-    """`names` by nvidia-smi's numbers, which follow the PCI bus. CUDA's own begin with the fastest GPU, which is the
-    same where all are alike or all are wanted."""
+def _list_visible() -> list[str] | None:
+    """What CUDA_VISIBLE_DEVICES names; None where it is not set."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if visible is None else [part.strip() for part in visible.split(",") if part.strip()]
+
+
+def _ask_driver() -> list[list[str]]:
+    """(index, UUID, name, total and free MiB) of every GPU; empty where nvidia-smi tells none."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        output = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [[part.strip() for part in line.split(",")] for line in output.splitlines()]
+    return [row for row in rows if len(row) == 5]
+
+
+def check_visible() -> None:
+    """Raises DeviceError where CUDA_VISIBLE_DEVICES names GPUs by numbers that need not be nvidia-smi's.
+
+    Those follow the PCI bus. CUDA's own begin with the fastest GPU, which is the same where all are alike or all are
+    wanted.
+    """
+    wanted, names = _list_visible() or [], {row[0]: row[2] for row in _ask_driver()}
     numbers = {part for part in wanted if part.isdigit()}
     is_same = len(set(names.values())) <= 1 or numbers >= names.keys()
     if not numbers or is_same or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":

@@ -49,6 +49,11 @@ def find_task(text: str, name: str, files: Mapping[str, str], folders: Sequence[
     return yaml.safe_dump(data | {"files": here}, sort_keys=False, allow_unicode=True)
 
 
+def keep_folder(known: str | None) -> str | None:
+    """A folder that rows came from before, where it is still there; the hub may have them, too."""
+    return known if known and Path(known).is_dir() else None
+
+
 def list_data_folders(data_dir: str | None, task_name: str) -> list[Path]:
     """Where a task's own files may lie."""
     return [Path(data_dir), Path(data_dir) / task_name] if data_dir else []

@@ -61,7 +61,9 @@ class Account:
         at = self._executor.now() if at is None else at
         return max(0.0, at - self._open[worker].assigned_at)
 
-    def settle(self, worker: int, purpose: Purpose, step: int, at: float | None = None) -> Bill:
+    def settle(
+        self, worker: int, purpose: Purpose, step: int, at: float | None = None, *, loading_seconds: float = 0.0
+    ) -> Bill:
         """Ends a worker's stretch which reached `step`, at the executor's time `at` or now."""
         at = self._executor.now() if at is None else at
         seconds = self.measure_open(worker, at) * self._executor.device_rate
@@ -74,6 +76,7 @@ class Account:
             start_seconds=self._study_seconds(opened.assigned_at),
             end_seconds=self._study_seconds(at),
             step=step,
+            loading_seconds=loading_seconds,
         )
         return Bill(seconds, segment)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from autopeft.records import StudyConfig
+from autopeft.records import FailedConfirmation, StudyConfig
 from autopeft.search.store import Trial
 from autopeft.wording import say_count
 
@@ -49,7 +49,7 @@ def conclude(config: StudyConfig, trials: Sequence[Trial], ending: Ending) -> li
     elif ending.num_unconfirmed:
         count = say_count(ending.num_unconfirmed, "planned confirmation")
         notes.append(f"{count} did not fit into the budget.")
-    notes += [_say_failed(trial) for trial in complete if trial.failed_confirmations]
+    notes += [say_failed(trial, failed) for trial in complete for failed in trial.failed_confirmations]
     if ending.early_gain is not None:
         notes.append(
             f"The search was ended early: the rest of its budget was expected to enlarge the front's hypervolume "
@@ -65,8 +65,9 @@ def conclude(config: StudyConfig, trials: Sequence[Trial], ending: Ending) -> li
     return notes
 
 
-def _say_failed(trial: Trial) -> str:
-    tries = say_count(len(trial.failed_confirmations), "confirmation")
-    last = trial.failed_confirmations[-1]
-    so = " So it is not picked." if trial.to_record().diverges else ""
-    return f"{tries} of trial {trial.number} ended without a score: {last.reason}, {last.detail}.{so}"
+def say_failed(trial: Trial, failed: FailedConfirmation) -> str:
+    so = " So it is not picked." if failed.reason == "diverged" else ""
+    return (
+        f"The confirmation of trial {trial.number} with seed {failed.seed} ended without a score: {failed.reason}, "
+        f"{failed.detail}.{so}"
+    )

@@ -26,6 +26,7 @@ from autopeft.executors.devices import (
     KNOWN_GPUS,
     Gpu,
     KnownGpu,
+    check_visible,
     count_cores,
     describe_cpu,
     find_gpus,
@@ -57,7 +58,7 @@ from autopeft.spaces.load import find_space, parse_space
 from autopeft.spaces.space import SearchSpace
 from autopeft.tasks.data import Splits, load_splits, majority_predictions
 from autopeft.tasks.scorers import score_predictions
-from autopeft.tasks.spec import TaskSpec, find_task_text, parse_task
+from autopeft.tasks.spec import TaskSpec, check_new_task, find_task_text, parse_task
 from autopeft.wording import say_count
 
 _MOST_IMAGINED = 1024
@@ -144,6 +145,7 @@ def make_plan(
     objectives = parse_objectives(request.objectives)
     task_text = find_task_text(request.task)
     task = parse_task(task_text, request.task)
+    check_new_task(task, request.task)
     if request.data_dir is not None and (task.files is not None or task.embedded):
         raise SpecError(
             f"--data-dir is for tasks whose rows lie elsewhere, but those of '{request.task}' are "
@@ -318,6 +320,7 @@ def _choose_devices(request: Request, budget: Budget, gpus: Sequence[Gpu], *, dr
             raise DeviceError(f"There is no GPU '{request.plan_for}'. {suggest_nearest(request.plan_for, KNOWN_GPUS)}")
         return _imagine_gpus(KNOWN_GPUS[request.plan_for.lower()], request.workers, have_gpu=bool(gpus))
     if gpus and budget.device_kind != "cpu":
+        check_visible()
         devices = plan_gpu_workers(request.workers, gpus)
         used = _find_used(devices, gpus)
         title = ", ".join(f"{count} x {name}" for name, count in Counter(gpu.name for gpu in used).items())
@@ -472,6 +475,7 @@ def restore_devices(config: StudyConfig, provenance: Provenance) -> Restored:
                 f"The study '{config.name}' was begun on a GPU, and none was found here. Resume it where one is: its "
                 "scores on CPU would not compare."
             )
+        check_visible()
         devices, threads = plan_gpu_workers(min(config.workers, len(gpus)), gpus), 1
         names = [gpu.name for gpu in _find_used(devices, gpus)]
         # It is the first worker's that a study keeps, by the name that PyTorch gives it.

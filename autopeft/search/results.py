@@ -61,8 +61,9 @@ def find_confirmations(store: StudyStore) -> list[tuple[Trial, int]]:
 
 
 def _list_tried(trial: Trial) -> set[int]:
-    """Seeds; what failed once would fail again."""
-    return {done.seed for done in trial.confirmations} | {failed.seed for failed in trial.failed_confirmations}
+    """Seeds; what diverged would again, and whatever else befell a confirmation may pass."""
+    diverged = {failed.seed for failed in trial.failed_confirmations if failed.reason == "diverged"}
+    return diverged | {done.seed for done in trial.confirmations}
 
 
 def build_record(store: StudyStore) -> StudyRecord:

@@ -38,7 +38,8 @@ class Speed:
                 if (segment := segments.get(score.step)) is not None:
                     stretches.append((segment, trial.spec, score, score.step - before))
         for segment, spec, score, num_steps in sorted(stretches, key=lambda each: each[0].end_seconds):
-            self.learn(spec, score, num_steps, segment.end_seconds - segment.start_seconds)
+            seconds = segment.end_seconds - segment.start_seconds - segment.loading_seconds
+            self.learn(spec, score, num_steps, seconds)
 
     def predict(
         self,
@@ -58,7 +59,9 @@ class Speed:
         per_step = self._medians.get(method) if method is not None else None
         if per_step is None:
             per_step = unseen(self._medians.values())
-        return num_steps * per_step + passes * max(self._scoring[-20:])
+        recent = self._scoring[-20:]
+        # Loading and building are in them, once; the cheapest is nearest to a pass alone.
+        return num_steps * per_step + max(recent) + (passes - 1) * min(recent)
 
     def predict_to_end(
         self, method: str | None, step: int, rungs: Sequence[int], *, unseen: Callable[[Iterable[float]], float] = max

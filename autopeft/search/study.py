@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -32,7 +33,7 @@ from autopeft.records import (
 )
 from autopeft.search.account import Account
 from autopeft.search.baseline import make_baselines, make_dearest, make_reference
-from autopeft.search.conclusion import Ending, conclude
+from autopeft.search.conclusion import Ending, conclude, say_failed
 from autopeft.search.costs import WORST_LATENCY, Costs, measured_cost
 from autopeft.search.early_end import EarlyEnd
 from autopeft.search.lengths import next_rung
@@ -104,6 +105,8 @@ class Search:
         self._deaths_in_a_row = 0
         self._idle_deaths = 0
         self._confirm_queue: list[tuple[Trial, int]] = []
+        self._confirmation_deaths: Counter[tuple[int, int]] = Counter()
+        """By trial and seed."""
         self._ends_early = False
 
     # --- the whole study
@@ -141,7 +144,8 @@ class Search:
         self._note_workers(self.executor.start())
         self.account.start_clock()
         self.speed.learn_all([*self.store.trials, *([self.store.baseline] if self.store.baseline else [])])
-        if not self.store.reference and not self._awaits_base():
+        # It may lack what could not be told when the study began.
+        if not set(self.config.objectives) <= self.store.reference.keys() and not self._awaits_base():
             self._fix_reference()
         enqueue_first(self.store, self.space, self.account.ledger.trials_left())
         # A driver killed between a score and its consequences left them to its successor.
@@ -163,9 +167,14 @@ class Search:
         self._note(*first.notes)
 
     def _fix_reference(self) -> None:
-        cost = self.costs.find(make_dearest(self.config, self.space)).cost
+        reply = self.costs.find(make_dearest(self.config, self.space))
+        if reply.cost is None:
+            self._note(
+                f"What full fine-tuning costs cannot be told ({reply.refused}), so hypervolumes are of quality alone, "
+                "and the search goes by it."
+            )
         worst_latency = self.costs.worst_latency if "latency" in self.config.objectives else None
-        self.store.save_study(reference=make_reference(self.config, cost, worst_latency))
+        self.store.save_study(reference=make_reference(self.config, reply.cost, worst_latency))
 
     def _abandon_running(self) -> None:
         """An interrupt: the workers are ended, and what they had begun is charged and requeued."""
@@ -348,7 +357,7 @@ class Search:
         """Device-seconds from assignment to release, into the ledger and the timeline."""
         trial, stretch = running.trial, running.stretch
         step = running.step if purpose == "lost" else stretch.to_step
-        bill = self.account.settle(running.worker, purpose, step, at)
+        bill = self.account.settle(running.worker, purpose, step, at, loading_seconds=running.loading_seconds)
         if stretch.purpose != "confirm":
             trial.device_seconds += bill.device_seconds
         trial.segments.append(bill.segment)
@@ -414,10 +423,11 @@ class Search:
             self._set_floor(0.0, 0.0)
 
     def _give_up_confirmation(self, running: _Running, reason: FailureReason, detail: str) -> None:
-        """It would end the same way again."""
-        failed = FailedConfirmation(seed=running.stretch.spec.seed, reason=reason, detail=detail)
-        running.trial.failed_confirmations.append(failed)
-        self.store.save(running.trial)
+        trial, failed = running.trial, FailedConfirmation(seed=running.stretch.spec.seed, reason=reason, detail=detail)
+        others = [other for other in trial.failed_confirmations if other.seed != failed.seed]
+        trial.failed_confirmations = [*others, failed]
+        self.store.save(trial)
+        self._note(say_failed(trial, failed))
 
     def _give_up(self, failed: Trial) -> None:
         self.store.save(failed)
@@ -455,7 +465,9 @@ class Search:
                 if not trial.rungs:
                     self._carry_out(self.race.judge_beaten_by(trial))
         elif running.stretch.purpose == "confirm":
-            if trial.deaths >= _MOST_DEATHS:
+            confirmed = (trial.number, running.stretch.spec.seed)
+            self._confirmation_deaths[confirmed] += 1
+            if self._confirmation_deaths[confirmed] >= _MOST_DEATHS:
                 self._give_up_confirmation(running, "worker_died", detail[-300:])
             else:
                 self._confirm_queue.insert(0, (trial, running.stretch.spec.seed))

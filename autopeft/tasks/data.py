@@ -20,7 +20,8 @@ from autopeft.tasks.demo import generate_demo
 from autopeft.tasks.spec import TaskSpec, list_fields
 from autopeft.wording import first_line
 
-_FORMATS = (".jsonl", ".json", ".csv")
+_OTHER_FORMATS = (".arrow", ".feather", ".gz", ".parquet", ".pickle", ".pkl", ".tsv", ".xls", ".xlsx", ".zip", ".zst")
+"""What is no text, or not ours. Files of any other name are read as JSON Lines."""
 _LONGEST_FIELD = 2**31 - 1
 """Characters of a CSV field; Python's own limit of 128 Ki is shorter than some documents."""
 VALIDATION_SHARE = 0.1
@@ -241,10 +242,10 @@ def read_rows(task: TaskSpec, path: Path) -> list[Example]:
     """Rows of a .jsonl, .json or .csv file. Raises DataError with file and line."""
     if not path.is_file():
         raise DataError(f"Task '{task.name}' needs the file '{path}', which does not exist.")
-    if path.suffix not in _FORMATS:
+    if path.suffix.lower() in _OTHER_FORMATS:
         raise DataError(
-            f"Rows are read from {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}, but task '{task.name}' names "
-            f"'{path}'. Write it anew, for instance with pandas: "
+            f"Rows are read from .jsonl, .json or .csv, but task '{task.name}' names '{path}'. Write it anew, for "
+            "instance with pandas: "
             "pandas.read_parquet(FILE).to_json('rows.jsonl', orient='records', lines=True)."
         )
     try:

@@ -157,6 +157,15 @@ def _check_label_names(labels: Any, where: str) -> None:
             )
 
 
+def check_new_task(task: TaskSpec, where: str) -> None:
+    """Raises TaskError for what earlier versions took and studies may still have."""
+    if task.scorer == "f1_binary" and len(task.labels) > 2:
+        raise TaskError(
+            f"The scorer f1_binary is of two labels, of which the second is the positive one, but '{where}' names "
+            f"{len(task.labels)}. Take scorer: f1_macro."
+        )
+
+
 _OF_CLASSIFICATION = ("text", "text_pair", "label", "labels", "embedded")
 _OF_GENERATION = ("prompt", "prompt_without", "completion", "max_new_tokens", "answer")
 
@@ -193,11 +202,6 @@ def _check_classification(task: TaskSpec, where: str) -> None:
         raise TaskError(f"A classification task has at least two labels, but '{where}' names {len(task.labels)}.")
     if len(set(task.labels)) < len(task.labels):
         raise TaskError(f"The labels of task '{where}' must differ, but some are named twice.")
-    if task.scorer == "f1_binary" and len(task.labels) > 2:
-        raise TaskError(
-            f"The scorer f1_binary is of two labels, of which the second is the positive one, but '{where}' names "
-            f"{len(task.labels)}. Take scorer: f1_macro."
-        )
 
 
 def _check_generation(task: TaskSpec, where: str) -> None:

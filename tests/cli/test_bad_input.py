@@ -336,6 +336,37 @@ def test_rows_that_have_moved_are_looked_for_in_the_data_folder(
     assert "have changed since 'own' began" in refuse("resume", "own")
 
 
+def test_a_model_that_is_not_the_studys_is_not_remembered(
+    study: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from autopeft.cli.session import find_places, open_study
+    from autopeft.errors import ModelError
+
+    def refuse(*args: object) -> int:
+        raise ModelError("other weights")
+
+    monkeypatch.setattr("autopeft.cli.session.run_study", refuse)
+    (folder / "other").mkdir()
+    assert main(["resume", study, "--model", "other"]) == 2
+    assert find_places(open_study(study)).model == str(folder / "model")
+    monkeypatch.setattr("autopeft.cli.session.run_study", lambda *args: 0)
+    assert main(["resume", study, "--model", "other"]) == 0
+    assert find_places(open_study(study)).model == str(folder / "other")
+
+
+def test_a_data_folder_of_before_that_is_gone_is_in_nobodys_way(study: str) -> None:
+    from autopeft.cli.session import find_places, open_study
+
+    Path(f"studies/{study}/local.json").write_text(json.dumps({"model": "model", "data_dir": "/gone"}))
+    assert find_places(open_study(study)).data_dir is None
+
+
+def test_a_binary_score_of_three_labels_is_refused_for_a_new_study(refuse: Refusal, folder: Path) -> None:
+    (folder / "mine.yaml").write_text(TASK.replace("[bad, good]", "[bad, good, fair]") + "scorer: f1_binary\n")
+    assert "of two labels" in (said := refuse(*search(task="mine.yaml")))
+    assert "f1_macro" in said
+
+
 def test_a_task_whose_name_is_no_file_name_is_refused_before_anything_is_fetched(refuse: Refusal, folder: Path) -> None:
     (folder / "mine.yaml").write_text(TASK.replace("name: mine", "name: my own"))
     assert "--name" in refuse(*search("--dry-run", task="mine.yaml"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from autopeft.backends.base import Ended, Pack
+from autopeft.backends.base import CostReply, Ended, Pack
 from autopeft.errors import WorkerError
 from autopeft.executors.base import WorkerEvent
 from autopeft.executors.inline import InlineExecutor
@@ -492,11 +492,33 @@ def test_what_diverges_with_another_seed_is_not_picked_and_not_retrained_again(s
     (shaky,) = (trial for trial in record.trials if trial.failed_confirmations)
     assert [failed.seed for failed in shaky.failed_confirmations] == [1]
     assert shaky.number not in {pick.number for pick in record.picks}
-    assert any(f"trial {shaky.number} ended without a score: diverged, loss is nan." in note for note in record.notes)
+    assert any(
+        f"trial {shaky.number} with seed 1 ended without a score: diverged, loss is nan." in note
+        for note in record.notes
+    )
     again = studies.run(studies.open())
     assert again.trials == record.trials
     assert again.picks == record.picks
     assert again.notes == record.notes
+
+
+class WithoutDearest(InlineExecutor):
+    """Nobody can tell what full fine-tuning costs."""
+
+    def cost(self, spec: TrialSpec) -> CostReply:
+        if spec.method == "full":
+            return CostReply(cost=None, refused="its cost cannot be computed: RuntimeError: busy")
+        return super().cost(spec)
+
+
+def test_a_reference_without_costs_is_said_and_made_whole_by_a_resume(studies: FakeStudies) -> None:
+    store = studies.create(budget="3trials")
+    record = Search(store, WithoutDearest(studies.executor(store)._setup, 1), restore_space(store.config)).run()
+    assert record.reference.keys() == {"quality"}
+    assert any("quality alone" in note and "RuntimeError: busy" in note for note in record.notes)
+    again = studies.run(studies.open())
+    assert again.reference.keys() == {"quality", "vram", "params"}
+    assert not any("quality alone" in note for note in again.notes)
 
 
 def test_what_was_quick_to_confirm_is_not_all_that_is_picked_from(studies: FakeStudies) -> None:

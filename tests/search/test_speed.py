@@ -1,0 +1,45 @@
+"""Predicted seconds: what they leave out, and what a resumed study makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from autopeft.records import RungScore, Segment, TrialSpec
+from autopeft.search.speed import Speed
+from autopeft.search.store import Trial
+
+
+def make_trial(spec: TrialSpec, number: int, ended_at: float, seconds: float, loading: float = 0.0) -> Trial:
+    """40 steps of half a second, and what else its stretch took."""
+    score = RungScore(
+        rung=0, step=40, quality=0.5, loss=0.7, num_examples=100, device_seconds=seconds, train_seconds=20.0,
+        scores_file="x", scores_digest="x",
+    )  # fmt: skip
+    segment = Segment(
+        worker=0, trial=number, purpose="search", start_seconds=ended_at - seconds, end_seconds=ended_at, step=40,
+        loading_seconds=loading,
+    )  # fmt: skip
+    return Trial(number=number, spec=spec, source="sampler", rungs=[score], segments=[segment])
+
+
+def test_loading_after_a_workers_death_is_no_scoring(make_spec: Callable[..., TrialSpec]) -> None:
+    speed = Speed()
+    speed.learn_all([make_trial(make_spec(), 0, 100.0, 82.0, loading=60.0)])
+    assert speed.predict("lora", 40) == pytest.approx(20.0 + 2.0)
+
+
+def test_a_second_pass_costs_what_the_cheapest_stretch_had_beside_training(make_spec: Callable[..., TrialSpec]) -> None:
+    speed = Speed()
+    speed.learn_all([make_trial(make_spec(), 0, 100.0, 23.0), make_trial(make_spec(), 1, 200.0, 50.0)])
+    assert speed.predict("lora", 40) == pytest.approx(20.0 + 30.0)
+    assert speed.predict("lora", 40, passes=3.0) == pytest.approx(20.0 + 30.0 + 2 * 3.0)
+
+
+def test_the_last_stretches_are_those_that_ended_last(make_spec: Callable[..., TrialSpec]) -> None:
+    slow = make_trial(make_spec(), 0, 5000.0, 120.0)
+    quick = [make_trial(make_spec(), number, 100.0 * number, 22.0) for number in range(1, 30)]
+    speed = Speed()
+    speed.learn_all([slow, *quick])
+    assert speed.predict("lora", 0) == pytest.approx(100.0)
