@@ -207,10 +207,10 @@ def expected_improvement(
     """
     inside = points[(points < 1).all(axis=1)]
     levels, volumes = _measure_levels(inside[find_nondominated(inside)], costs)
+    values = means + np.multiply.outer(QUANTILES, deviations).reshape(-1, *(1,) * (means.ndim - 1), means.shape[-1])
     improvement = np.zeros(means.shape)
     for level, volume in zip(levels, volumes.T, strict=True):
-        gains = [np.maximum(level - means - quantile * deviations, 0.0) for quantile in QUANTILES]
-        improvement += np.mean(gains, axis=0) * volume
+        improvement += np.maximum(level - values, 0.0).mean(axis=0) * volume
     return improvement
 
 
