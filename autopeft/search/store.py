@@ -48,6 +48,8 @@ from autopeft.search.front import cost_vector
 from autopeft.spaces.space import SearchSpace
 from autopeft.wording import in_one_line
 
+_LOCKED_SECONDS = 60.0
+"""To wait for another program that writes to the database."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _STUDY = "autopeft"
 
@@ -431,7 +433,7 @@ def _open_storage(path: Path) -> optuna.storages.RDBStorage:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     url = f"sqlite:///{path.resolve()}"
     try:
-        storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
+        storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": _LOCKED_SECONDS}})
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as exc:
         _refuse_unusable(path, exc)
         raise

@@ -408,9 +408,11 @@ def test_a_disk_that_fills_up_ends_the_search_and_its_workers_and_costs_no_decis
     check_same(studies.run(studies.open()), uninterrupted)
 
 
-def test_a_database_that_another_program_holds_is_one_helpful_error(studies: FakeStudies) -> None:
+def test_a_database_that_another_program_holds_is_one_helpful_error(
+    studies: FakeStudies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autopeft.search.store._LOCKED_SECONDS", 0.01)
     store = studies.create()
-    set_pragma(store, "busy_timeout = 10")
     with contextlib.closing(sqlite3.connect(store.folder / "study.db")) as other:
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(StudyError, match=r"is locked\. End whatever else writes to it"):
