@@ -105,15 +105,15 @@ def list_spaces(args: argparse.Namespace) -> int:
 def list_studies(args: argparse.Namespace) -> int:
     from autopeft.cli.session import STUDIES
     from autopeft.errors import AutopeftError
-    from autopeft.search.store import StudyStore
+    from autopeft.search import store
 
-    names = sorted(path.parent.name for path in STUDIES.glob("*/study.db"))
+    names = store.list_studies(STUDIES)
     if not names:
         print(f"There are no studies in '{STUDIES}' yet; autopeft search starts one.")
     width = max(map(len, names), default=0)
     for name in names:
         try:
-            said = _describe_study(StudyStore.open(STUDIES, name))
+            said = _describe_study(store.StudyStore.open(STUDIES, name))
         except AutopeftError as exc:
             # One that cannot be read hides none of the others.
             said = in_one_line(exc)

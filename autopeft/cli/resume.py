@@ -55,5 +55,5 @@ def run(args: argparse.Namespace) -> int:
     executor = LocalExecutor(setup, restored.devices)
     code = run_study(store, executor, restore_space(config), seconds_until(config))
     # Only now is it known that the weights there are the study's.
-    keep_places(store, places)
+    keep_places(store, places.model, places.data_dir)
     return code

@@ -47,7 +47,7 @@ def run_new_study(plan: Plan) -> int:
         )
     store = StudyStore.create(STUDIES, plan.config, make_provenance(plan), plan.validation_labels())
     try:
-        _write_local(store, plan.model_argument, plan.data_dir)
+        keep_places(store, plan.model_argument, plan.data_dir)
         executor = LocalExecutor(plan.setup(STUDIES), list(plan.devices))
         return run_study(store, executor, plan.space, limit)
     except Exception:
@@ -78,7 +78,8 @@ def read_local(store: StudyStore) -> dict[str, str | None]:
     return {"model": store.config.model, "data_dir": None} | local
 
 
-def _write_local(store: StudyStore, model: str, data_dir: str | None) -> None:
+def keep_places(store: StudyStore, model: str, data_dir: str | None) -> None:
+    """For whatever is done with the study from here on."""
     local = {"model": model, "data_dir": str(Path(data_dir).resolve()) if data_dir else None}
     (store.folder / _LOCAL).write_text(json.dumps(local), encoding="utf-8")
 
@@ -107,11 +108,6 @@ def find_places(store: StudyStore, *, model: str | None = None, data_dir: str | 
     assert model is not None
     model = str(Path(model).resolve()) if Path(model).is_dir() else model
     return Places(task, model, data_dir)
-
-
-def keep_places(store: StudyStore, places: Places) -> None:
-    """For whatever is done with the study from here on."""
-    _write_local(store, places.model, places.data_dir)
 
 
 def run_study(store: StudyStore, executor: Executor, space: SearchSpace, limit: float) -> int:

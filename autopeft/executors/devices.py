@@ -124,10 +124,12 @@ def check_visible() -> None:
     Those follow the PCI bus. CUDA's own begin with the fastest GPU, which is the same where all are alike or all are
     wanted.
     """
-    wanted, names = _list_visible() or [], {row[0]: row[2] for row in _ask_driver()}
+    wanted = _list_visible() or []
     numbers = {part for part in wanted if part.isdigit()}
-    is_same = len(set(names.values())) <= 1 or numbers >= names.keys()
-    if not numbers or is_same or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
+    if not numbers or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
+        return
+    names = {row[0]: row[2] for row in _ask_driver()}
+    if len(set(names.values())) <= 1 or numbers >= names.keys():
         return
     raise DeviceError(
         f"CUDA_VISIBLE_DEVICES names GPUs by number ({','.join(wanted)}), but on this machine they differ "

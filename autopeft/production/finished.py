@@ -17,7 +17,7 @@ import numpy.typing as npt
 from autopeft.errors import RecordError
 from autopeft.production import plain
 from autopeft.production.files import TrainingResult, read_local, read_recipe, read_result
-from autopeft.production.places import find_model, find_task, keep_folder
+from autopeft.production.places import find_model, find_task, keep_folder, list_data_folders
 from autopeft.production.recipe import Recipe
 from autopeft.tasks.spec import TaskSpec, parse_task
 
@@ -60,7 +60,7 @@ def open_finished(folder: Path, *, model: str | None = None, data_dir: str | Non
         raise RecordError(f"'{folder}' must hold the trained weights in {ADAPTER}/, but does not. Train it again.")
     data_dir = data_dir or os.environ.get("AUTOPEFT_DATA_DIR") or keep_folder(places.data_dir)
     base = find_model(recipe, places, model)
-    beside = [folder, *([Path(data_dir), Path(data_dir) / recipe.task_name] if data_dir else [])]
+    beside = [folder, *list_data_folders(data_dir, recipe.task_name)]
     return Finished(
         folder=folder,
         recipe=recipe,

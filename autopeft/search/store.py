@@ -131,6 +131,11 @@ _TRIAL = "trial"
 two of them."""
 
 
+def list_studies(root: Path) -> list[str]:
+    """Names, sorted."""
+    return sorted(path.parent.name for path in root.glob("*/study.db"))
+
+
 def check_study_name(name: str) -> None:
     """Raises StudyError for a name that is no plain file name, so that no study escapes its folder."""
     if not _NAME.fullmatch(name):
@@ -231,7 +236,7 @@ class StudyStore:
         """Raises StudyError with the nearest name where there is no such study."""
         folder = root / name
         if not _NAME.fullmatch(name) or not (folder / "study.db").is_file():
-            known = sorted(path.parent.name for path in root.glob("*/study.db"))
+            known = list_studies(root)
             hint = suggest_nearest(name, known) if known else "There are none yet; autopeft search starts one."
             raise StudyError(f"There is no study '{name}' in '{root}'. {hint}")
         try:

@@ -76,17 +76,22 @@ def test_the_cost_process_answers_beside_the_workers(executor: LocalExecutor) ->
     assert reply.cost.trainable_parameters > 0
 
 
-def test_a_killed_worker_is_reported_once_and_its_successor_works(executor: LocalExecutor) -> None:
-    executor._processes[0].process.send_signal(signal.SIGKILL)
-    events = executor.wait(10.0)
-    assert [(event.worker, event.event) for event in events] == [(0, None)]
-    assert "-9" in events[0].detail
+def check_successor(executor: LocalExecutor) -> None:
+    """That the first worker's next process trains, and nothing more is heard of the one before."""
     executor.restart(0)
     executor.assign(0, make_pack(7))
     answers = []
     while not any(isinstance(event.event, Finished) for event in answers):
         answers += executor.wait(10.0)
     assert not any(event.event is None for event in answers)
+
+
+def test_a_killed_worker_is_reported_once_and_its_successor_works(executor: LocalExecutor) -> None:
+    executor._processes[0].process.send_signal(signal.SIGKILL)
+    events = executor.wait(10.0)
+    assert [(event.worker, event.event) for event in events] == [(0, None)]
+    assert "-9" in events[0].detail
+    check_successor(executor)
 
 
 def test_a_worker_that_breaks_is_reported_once_and_its_successor_works(executor: LocalExecutor) -> None:
@@ -97,12 +102,7 @@ def test_a_worker_that_breaks_is_reported_once_and_its_successor_works(executor:
     assert "KeyError: 'rank'" in broken.event.detail
     executor._processes[0].process.wait(10.0)
     executor._processes[0]._reader.join(10.0)
-    executor.restart(0)
-    executor.assign(0, make_pack(2))
-    answers = []
-    while not any(isinstance(event.event, Finished) for event in answers):
-        answers += executor.wait(10.0)
-    assert not any(event.event is None for event in answers)
+    check_successor(executor)
 
 
 @pytest.mark.parametrize("afterwards", ["exit 7", "echo; exec sleep 60"])
