@@ -123,12 +123,11 @@ def list_studies(args: argparse.Namespace) -> int:
 
 def _describe_study(store: StudyStore) -> str:
     from autopeft.report.words import format_quality, title_scorer
+    from autopeft.search.front import find_surest
 
     config = store.config
     complete = [trial.to_record() for trial in store.trials if trial.state == "complete"]
-    # As the pick `best` is chosen: the highest of many single scores is partly luck.
-    among = [trial for trial in complete if trial.confirmations] or complete
-    qualities = [trial.quality for trial in among if trial.quality is not None]
+    qualities = [trial.quality for trial in find_surest(complete) if trial.quality is not None]
     best = f", best {title_scorer(config.scorer)} {format_quality(max(qualities), config.scorer)}" if qualities else ""
     return (
         f"{config.task_name} on {config.model}, {config.budget}: {say_count(len(store.trials), 'trial')}, "

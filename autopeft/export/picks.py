@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from autopeft.errors import ExportError, SpecError, suggest_nearest
 from autopeft.records import Cost, StudyRecord, TrialRecord
+from autopeft.search.front import find_surest
 from autopeft.search.limits import needed_bytes
 from autopeft.search.request import parse_bytes, parse_count
 
@@ -84,8 +85,7 @@ def _parse_condition(text: str, pick: str) -> _Condition:
 
 
 def _find_best(record: StudyRecord, pick: str, conditions: Sequence[_Condition]) -> TrialRecord:
-    """By search-validation quality; the confirmed and the study's picks first, because the highest of many single
-    scores is partly luck."""
+    """By search-validation quality, of the surest; the study's picks are among them."""
     complete = [trial for trial in record.trials if trial.state == "complete" and trial.cost is not None]
     if not complete:
         raise ExportError(
@@ -99,10 +99,7 @@ def _find_best(record: StudyRecord, pick: str, conditions: Sequence[_Condition])
             f"{_say_least(complete, conditions)}. Raise the bound, or search again with the limit (--max-vram, "
             "--max-params)."
         )
-    picked = {chosen.number for chosen in record.picks}
-    steady = [trial for trial in fitting if not trial.diverges]
-    surest = [trial for trial in steady if trial.confirmations or trial.number in picked]
-    return max(surest or steady or fitting, key=_rank)
+    return max(find_surest(fitting, {chosen.number for chosen in record.picks}), key=_rank)
 
 
 def _rank(trial: TrialRecord) -> tuple[float, int, int]:

@@ -260,16 +260,14 @@ def _pick(
     objectives: Sequence[str],
     awaited: Collection[int],
 ) -> tuple[Pick, ...]:
-    """Best, knee and smallest. Once some are confirmed, only those are picked from: the highest of many single-seed
-    scores is partly luck, and a mean over seeds would lose to it. So are what is still to be confirmed first: where
-    time or the user ends it there, what was quick to confirm is not all that there is."""
+    """Best, knee and smallest of the surest. What is still to be confirmed first is picked from as well: where time or
+    the user ends it there, what was quick to confirm is not all that there is."""
     quality = np.array([trial.quality for trial in trials], dtype=float)
     params = np.array([trial.cost.trainable_parameters for trial in trials if trial.cost], dtype=float)
-    steady = np.array([not trial.diverges for trial in trials])
-    confirmed = steady & np.array([bool(trial.confirmations) for trial in trials])
-    waiting = np.array([trial.number in awaited and not _was_tried(trial) for trial in trials])
-    settled = (confirmed | waiting) if confirmed.any() else steady
-    eligible = np.flatnonzero(settled if settled.any() else np.ones(len(trials), dtype=bool))
+    confirmed = np.array([_is_confirmed(trial) for trial in trials])
+    waiting = {trial.number for trial in trials if trial.number in awaited and not _was_tried(trial)}
+    surest = {trial.number for trial in find_surest(trials, waiting)}
+    eligible = np.flatnonzero([trial.number in surest for trial in trials])
     front = np.array([i for i in eligible if on_front[i]] or list(eligible))
     best = max((int(i) for i in front), key=lambda i: (quality[i], -params[i]))
     # Within noise: in at least 1 of 40 resamples it is no worse than the best (a one-sided 2.5% test).
@@ -288,6 +286,22 @@ def _pick(
         Pick(name=kind, number=trials[i].number, why=why + (unsure if confirmed.any() and not confirmed[i] else ""))
         for kind, i, why in chosen
     )
+
+
+def find_surest(trials: Sequence[TrialRecord], also: Collection[int] = ()) -> list[TrialRecord]:
+    """Of complete trials those to choose the best from: once some are confirmed, they and the numbers in `also` alone.
+
+    The highest of many single-seed scores is partly luck, and a mean over seeds would lose to it. What diverged with
+    another seed is left out as long as there is anything else.
+    """
+    steady = [trial for trial in trials if not trial.diverges]
+    if any(map(_is_confirmed, steady)):
+        return [trial for trial in steady if trial.confirmations or trial.number in also]
+    return steady or list(trials)
+
+
+def _is_confirmed(trial: TrialRecord) -> bool:
+    return bool(trial.confirmations) and not trial.diverges
 
 
 def _was_tried(trial: TrialRecord) -> bool:
