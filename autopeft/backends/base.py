@@ -182,6 +182,8 @@ class Broken:
 
     detail: str
     usage: bool
+    ends_study: bool = False
+    """Whether every other trial would meet the same."""
     kind: Literal["broken"] = "broken"
 
 

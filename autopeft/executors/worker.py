@@ -25,7 +25,7 @@ from autopeft.backends.base import (
     decode_command,
     encode_message,
 )
-from autopeft.errors import AutopeftError, SpecError, UsageError
+from autopeft.errors import AutopeftError, SpecError, StudyError, UsageError
 from autopeft.records import TrialSpec, from_record
 from autopeft.wording import first_line
 
@@ -47,7 +47,8 @@ def main() -> None:
         else:
             _serve_packs(setup, lines, emit)
     except AutopeftError as exc:
-        emit(Broken(detail=str(exc), usage=isinstance(exc, UsageError)))
+        # Of a trial's own mistakes others know nothing; the study's folder is everybody's.
+        emit(Broken(detail=str(exc), usage=isinstance(exc, UsageError), ends_study=isinstance(exc, StudyError)))
     except Exception as exc:
         # Its last line is what users see, and a message of CUDA's ends in advice on debugging.
         emit(Broken(detail=f"{traceback.format_exc()}{type(exc).__name__}: {first_line(exc)}", usage=False))

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from autopeft.backends.base import Broken, Ended, Finished, Pack, Progress, Ready, Stretch
 from autopeft.budget import Purpose as LedgerPurpose
+from autopeft.errors import StudyError
 from autopeft.executors.base import Executor, WorkerEvent, make_worker_error
 from autopeft.methods import refuse_spec
 from autopeft.records import (
@@ -443,6 +444,8 @@ class Search:
     def _bury(self, event: WorkerEvent) -> None:
         """A worker died: its unfinished stretch is lost, its trial goes back to its checkpoint, a new worker starts."""
         detail = event.event.detail if isinstance(event.event, Broken) else event.detail
+        if isinstance(event.event, Broken) and event.event.ends_study:
+            raise StudyError(detail)
         running = self._running.get(event.worker)
         if running is None:
             self._idle_deaths += 1

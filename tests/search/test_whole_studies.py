@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from autopeft.backends.base import CostReply, Ended, Pack
-from autopeft.errors import WorkerError
+from autopeft.backends.base import Broken, CostReply, Ended, Pack
+from autopeft.errors import StudyError, WorkerError
 from autopeft.executors.base import WorkerEvent
 from autopeft.executors.inline import InlineExecutor
 from autopeft.records import Failed, Refused, Stopped, StudyRecord, TrialSpec
@@ -420,6 +420,7 @@ class Dying(InlineExecutor):
     deaths = 1
     restarts = 0
     purpose = "search"
+    last_event: Broken | None = None
 
     def assign(self, worker: int, pack: Pack) -> None:
         super().assign(worker, pack)
@@ -427,7 +428,7 @@ class Dying(InlineExecutor):
         if stretch.spec.method == "lora" and stretch.purpose == self.purpose and self.deaths:
             self.deaths -= 1
             due, job, _ = self._due.pop()
-            self._due.append((due, job, WorkerEvent(worker, None, due, "killed by signal 9")))
+            self._due.append((due, job, WorkerEvent(worker, self.last_event, due, "killed by signal 9")))
 
     def restart(self, worker: int) -> None:
         self.restarts += 1
@@ -445,6 +446,21 @@ def test_a_worker_that_dies_costs_its_stretch_and_nothing_more(make_studies: Cal
     record, executor = run_dying(make_studies(), 1)
     assert decisions(record) == decisions(spared)
     assert executor.restarts == 1
+    assert record.ledger.lost_seconds > 0
+
+
+def test_what_every_trial_would_meet_ends_the_search_and_counts_against_none(
+    studies: FakeStudies, make_studies: Callable[[], FakeStudies]
+) -> None:
+    spared, _ = run_dying(make_studies(), 0)
+    store = studies.create(budget="4trials")
+    executor = Dying(studies.executor(store)._setup, 1)
+    executor.last_event = Broken(detail="No room is left.", usage=True, ends_study=True)
+    with pytest.raises(StudyError, match=r"^No room is left\.$"):
+        Search(store, executor, restore_space(store.config)).run()
+    assert not any(trial.deaths for trial in store.trials)
+    record = studies.run(studies.open())
+    assert decisions(record) == decisions(spared)
     assert record.ledger.lost_seconds > 0
 
 

@@ -40,7 +40,7 @@ from autopeft.backends.hf.steps import (
     restore_optimizer,
     train_step,
 )
-from autopeft.errors import ModelError
+from autopeft.errors import ModelError, StudyError
 from autopeft.hub import find_cached, find_weights
 from autopeft.methods import find_method
 from autopeft.methods.targets import GROUPS, explain_targets
@@ -345,13 +345,12 @@ class HfBackend:
             arrays |= pack_scores("test", test_scores)
             test = summarize(self.task, self.data.test, test_scores)
         name = f"scores/trial-{stretch.trial:05d}-{stretch.purpose}-seed{stretch.spec.seed}-step{stretch.to_step}.npz"
-        digest = write_whole(Path(self.setup.study_dir) / name, lambda path: np.savez_compressed(path, **arrays))
+        digest = self._write(name, lambda file: np.savez_compressed(file, **arrays))
         checkpoint = checkpoint_digest = None
         if stretch.save and live is not None:
             # The step is in the name, so a crash while writing leaves the earlier checkpoint usable.
             checkpoint = f"checkpoints/trial-{stretch.trial:05d}-step{stretch.to_step}.pt"
-            path = Path(self.setup.study_dir) / checkpoint
-            checkpoint_digest = write_whole(path, lambda p: torch.save(live.state(), p))
+            checkpoint_digest = self._write(checkpoint, lambda file: torch.save(live.state(), file))
         if live is not None:
             self._live_of = (stretch.trial, f"{stretch.spec.key()}-{stretch.spec.seed}", stretch.to_step)
         return Finished(
@@ -367,6 +366,17 @@ class HfBackend:
             reserved_vram_bytes=vram.reserved_bytes if vram else None,
         )
 
+    def _write(self, name: str, write: Callable[[Any], object]) -> str:
+        """The digest of what was written. Raises StudyError where the study's folder has no room for it."""
+        folder = Path(self.setup.study_dir)
+        try:
+            return write_whole(folder / name, write)
+        except OSError as exc:
+            raise StudyError(
+                f"What a trial has learned is kept in its study's folder, but '{folder / name}' cannot be written: "
+                f"{exc.strerror}. Make room, then go on with: autopeft resume {folder.name}."
+            ) from exc
+
     def _score(self, model: Any, split: TokenizedSplit, stretch: Stretch) -> SplitScores:
         # Without activations kept for a backward pass, twice the training batch mostly needs less memory.
         batch_size = stretch.score_batch_size or 2 * stretch.spec.batch_size
@@ -374,11 +384,18 @@ class HfBackend:
 
 
 def write_whole(path: Path, write: Callable[[Any], object]) -> str:
-    """Writes a file so that it is either whole or absent, and returns its SHA-256."""
+    """Writes a file so that it is either whole or absent, and returns its SHA-256. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        write(file)
+    try:
+        with part.open("wb") as file:
+            write(file)
+    except (OSError, RuntimeError) as exc:
+        part.unlink(missing_ok=True)
+        if isinstance(exc.__context__, OSError):
+            # PyTorch finds its archive's positions wrong while it handles what the disk said.
+            raise exc.__context__ from None
+        raise
     digest = digest_file(part)
     part.replace(path)
     return digest

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import resource
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from autopeft.backends.hf.data import plan_batches, scoring_batches
 from autopeft.backends.hf.paged import build_paged_adamw
 from autopeft.backends.hf.steps import learning_rate_at, restore_optimizer
 from autopeft.backends.hf.trial import HfBackend
+from autopeft.errors import StudyError
 from autopeft.methods import METHODS, refuse_spec
 from autopeft.records import TrialSpec
 from autopeft.tasks.spec import find_task_text
@@ -253,6 +256,25 @@ def test_running_out_of_memory_is_an_outcome_and_leaves_nothing_behind(
     # What a traceback still held could not be given back to the GPU.
     assert is_held == [False]
     assert isinstance(run(backend, make_spec("ia3"), 0, 12), Finished)
+
+
+@pytest.mark.parametrize(("largest", "unwritten"), [(100, "scores"), (4096, "checkpoints")])
+def test_a_disk_without_room_is_told_with_what_to_do_and_leaves_no_part(
+    backend: HfBackend, largest: int, unwritten: str
+) -> None:
+    # As a full disk does, it refuses the rest of a file that has been begun.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, limits[1]))
+    try:
+        with pytest.raises(StudyError) as info:
+            run(backend, make_spec("lora", rank=64), 0, 6)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    folder = Path(backend.setup.study_dir)
+    assert str(folder / unwritten) in str(info.value)
+    assert "File too large. Make room, then go on with: autopeft resume " + folder.name in str(info.value)
+    assert not list(folder.rglob("*.part"))
+    assert isinstance(run(backend, make_spec("lora", rank=64), 0, 6), Finished)
 
 
 def test_another_error_of_a_step_ends_the_worker(backend: HfBackend, monkeypatch: pytest.MonkeyPatch) -> None:
