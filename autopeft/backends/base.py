@@ -138,6 +138,8 @@ class Finished:
     train_seconds: float
     checkpoint: str | None
     checkpoint_digest: str | None
+    load_seconds: float = 0.0
+    """In which a base was loaded that the worker did not hold, by its clock."""
     peak_vram_bytes: int | None = None
     reserved_vram_bytes: int | None = None
     simulated_seconds: float | None = None

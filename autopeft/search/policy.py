@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from autopeft.records import Bits
 from autopeft.search.speed import Speed
 from autopeft.search.store import Trial
 from autopeft.search.worth import Appraiser, Newcomer
@@ -57,6 +58,8 @@ class Situation(NamedTuple):
     """Whether a trial waits that is begun whatever it promises."""
     revivable: Sequence[Trial] = ()
     """Stopped trials whose verdict may still fall."""
+    held: Bits | None = None
+    """Width of the one base that the worker in question holds; None where it keeps all that it loaded."""
 
 
 def choose_next(
@@ -64,13 +67,13 @@ def choose_next(
 ) -> StartNew | Promote | Wait:
     """`find_newcomers` is asked only where something new may be started."""
     may_start = situation.trials_left > 0
-    if may_start and situation.is_one_waiting and _fits(None, 0, situation, speed):
+    if may_start and situation.is_one_waiting and _fits(None, None, 0, situation, speed):
         return StartNew(())
     paused = [trial for trial in situation.trials if trial.state == "paused" and trial.cost is not None]
-    affordable = [trial for trial in paused if _fits(trial.spec.method, trial.step, situation, speed)]
+    affordable = [trial for trial in paused if _fits_rest(trial, situation, speed)]
     newcomers: list[Newcomer] = []
     if may_start and situation.can_suggest:
-        newcomers = [new for new in find_newcomers() if _fits(new.method, 0, situation, speed)]
+        newcomers = [new for new in find_newcomers() if _fits(new.method, new.bits, 0, situation, speed)]
     promotions, beginnings = _price(affordable, newcomers, appraiser)
     # Of equals the new one goes first: where nothing promises anything, something else has to be tried.
     if beginnings and (not promotions or beginnings[0].price >= promotions[0].price):
@@ -126,13 +129,18 @@ def _choose_revival(situation: Situation, speed: Speed, appraiser: Appraiser) ->
     """
     if math.isinf(situation.seconds_left):
         return None
-    within = [trial for trial in situation.revivable if _fits(trial.spec.method, trial.step, situation, speed)]
+    within = [trial for trial in situation.revivable if _fits_rest(trial, situation, speed)]
     promotions, _ = _price([trial for trial in within if trial.cost is not None], [], appraiser)
     return promotions[0].trial if promotions else None
 
 
-def _fits(method: str | None, step: int, situation: Situation, speed: Speed) -> bool:
+def _fits_rest(trial: Trial, situation: Situation, speed: Speed) -> bool:
+    return _fits(trial.spec.method, trial.spec.bits, trial.step, situation, speed)
+
+
+def _fits(method: str | None, bits: Bits | None, step: int, situation: Situation, speed: Speed) -> bool:
     """Whether the full length is within reach; a trial that ends between rungs would have cost time for nothing."""
     if math.isinf(situation.seconds_left):
         return True
-    return speed.predict_to_end(method, step, situation.rungs) <= situation.seconds_left
+    needed = speed.predict_load(bits, situation.held) + speed.predict_to_end(method, step, situation.rungs)
+    return needed <= situation.seconds_left

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from autopeft.errors import SpecError
 from autopeft.methods import refuse_spec
-from autopeft.records import StudyConfig, TrialSource, TrialSpec, WarmStart
+from autopeft.records import Bits, StudyConfig, TrialSource, TrialSpec, WarmStart
 from autopeft.search.candidates import draw_candidates
 from autopeft.search.costs import Costs
 from autopeft.search.store import StudyStore
-from autopeft.search.surrogate import Encoder, Row, encode_spec
+from autopeft.search.surrogate import Answers, Encoder, Row, encode_spec
 from autopeft.search.worth import Appraiser, Newcomer
 from autopeft.spaces.space import SearchSpace, make_spec
 
@@ -76,7 +76,10 @@ class Sampler:
             return []
         rng = random.Random(f"{self.store.config.seed} {len(self.store.trials)}")
         drawn = draw_candidates(self.space, appraiser.find_parents(), rng)
-        return [Newcomer(str(answers["method"]), self.encoder.encode(answers)) for answers in drawn]
+        return [
+            Newcomer(str(answers["method"]), self.encoder.encode(answers), bits=self._read_bits(answers))
+            for answers in drawn
+        ]
 
     def choose_new(self, newcomers: Sequence[Newcomer]) -> Proposal | None:
         """The first that is new and that the machine can train; None where none is."""
@@ -89,7 +92,7 @@ class Sampler:
 
     def make_newcomer(self, spec: TrialSpec, source: TrialSource) -> Newcomer:
         row = encode_spec(self.encoder, self.space, spec)
-        return Newcomer(spec.method, row, spec=spec, source=source, cost=self.costs.find(spec).cost)
+        return Newcomer(spec.method, row, spec=spec, source=source, cost=self.costs.find(spec).cost, bits=spec.bits)
 
     def encode_trials(self) -> dict[int, Row | None]:
         """All trials in the space's terms, by number; None where it cannot express one."""
@@ -103,6 +106,11 @@ class Sampler:
             self._keys.add(trial.spec.key())
         self._num_keys = len(self.store.trials)
         return self._keys
+
+    def _read_bits(self, answers: Answers) -> Bits:
+        method = str(answers["method"])
+        bits = answers.get(f"{method}.bits")
+        return self.space.methods[method].fixed["bits"] if bits is None else bits  # type: ignore[return-value]
 
     def _make_spec(self, newcomer: Newcomer) -> TrialSpec | None:
         """None where the settings do not go together, or not on this machine."""

@@ -6,7 +6,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
-from autopeft.records import RungScore, TrialSpec
+from autopeft.records import Bits, RungScore, TrialSpec
 from autopeft.search.store import Trial
 
 _SCORED = ("search", "baseline")
@@ -19,9 +19,24 @@ class Speed:
         self._per_step: dict[str, list[float]] = {}
         self._medians: dict[str, float] = {}
         self._scoring: list[float] = []
+        self._loads: dict[Bits, list[float]] = {}
+
+    def learn_load(self, bits: Bits, seconds: float) -> None:
+        """Wall seconds in which a worker loaded a base of this width; 0 where it held one."""
+        if seconds > 0:
+            self._loads.setdefault(bits, []).append(seconds)
+
+    def predict_load(self, bits: Bits | None, held: Bits | None) -> float:
+        """Wall seconds until a worker that holds a base of one width has one of another; 0 where all that there are
+        stay loaded (`held` is None), nothing is chosen yet (`bits` is None), or nothing is known. As others took for a
+        width that was not timed yet."""
+        if held is None or bits in (None, held) or not self._loads:
+            return 0.0
+        loads = self._loads.get(bits) if bits is not None else None
+        return statistics.median(loads or itertools.chain(*self._loads.values()))
 
     def learn(self, spec: TrialSpec, score: RungScore, num_steps: int, seconds: float) -> None:
-        """`seconds` (wall) are the whole stretch's."""
+        """`seconds` (wall) are the whole stretch's, without any loading of a base."""
         if num_steps == 0:
             # The untrained base was scored, which says nothing of a pace.
             return
@@ -38,6 +53,7 @@ class Speed:
                 if (segment := segments.get(score.step)) is not None:
                     stretches.append((segment, trial.spec, score, score.step - before))
         for segment, spec, score, num_steps in sorted(stretches, key=lambda each: each[0].end_seconds):
+            self.learn_load(spec.bits, segment.loading_seconds)
             seconds = segment.end_seconds - segment.start_seconds - segment.loading_seconds
             self.learn(spec, score, num_steps, seconds)
 
@@ -60,7 +76,7 @@ class Speed:
         if per_step is None:
             per_step = unseen(self._medians.values())
         recent = self._scoring[-20:]
-        # Loading and building are in them, once; the cheapest is nearest to a pass alone.
+        # Building is in them, once; the cheapest is nearest to a pass alone.
         return num_steps * per_step + max(recent) + (passes - 1) * min(recent)
 
     def predict_to_end(

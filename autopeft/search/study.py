@@ -22,6 +22,7 @@ from autopeft.errors import StudyError
 from autopeft.executors.base import Executor, WorkerEvent, make_worker_error
 from autopeft.methods import refuse_spec
 from autopeft.records import (
+    Bits,
     Completed,
     Failed,
     FailedConfirmation,
@@ -51,6 +52,7 @@ from autopeft.search.status import Phase, Status
 from autopeft.search.store import StudyStore, Trial
 from autopeft.search.stretches import make_confirmation, make_rung_score, make_stretch
 from autopeft.search.worth import Appraiser
+from autopeft.spaces.dimensions import widest_bits
 from autopeft.spaces.space import SearchSpace
 
 _MOST_DEATHS = 2
@@ -68,7 +70,7 @@ class _Running(NamedTuple):
     trial: Trial
     step: int
     loading_seconds: float = 0.0
-    """Wall seconds in which its worker came up first."""
+    """Wall seconds in which its worker came up first, or loaded a base that it did not hold."""
 
 
 class Search:
@@ -100,6 +102,8 @@ class Search:
         self.speed = Speed()
         self.phase: Phase = "search"
         self._running: dict[int, _Running] = {}
+        self._held: dict[int, Bits] = {}
+        """By worker, as far as it ran something: the width of the base it ran last."""
         self._jobs = itertools.count(1)
         self._can_suggest = True
         self._refused_in_a_row = 0
@@ -144,7 +148,11 @@ class Search:
     def _start(self) -> None:
         self._note_workers(self.executor.start())
         self.account.start_clock()
-        self.speed.learn_all([*self.store.trials, *([self.store.baseline] if self.store.baseline else [])])
+        every = [*self.store.trials, *([self.store.baseline] if self.store.baseline else [])]
+        self.speed.learn_all(every)
+        ran = [(segment.end_seconds, segment.worker, trial.spec.bits) for trial in every for segment in trial.segments]
+        # What workers loaded since, they load once; decisions are those of a search that was not interrupted.
+        self._held = {worker: bits for _, worker, bits in sorted(ran)}
         # It may lack what could not be told when the study began.
         if not set(self.config.objectives) <= self.store.reference.keys() and not self._awaits_base():
             self._fix_reference()
@@ -194,14 +202,15 @@ class Search:
     def _assign_idle_workers(self) -> None:
         for worker in range(self.executor.num_workers):
             if worker not in self._running:
-                stretch = self._next_stretch()
+                stretch = self._next_stretch(worker)
                 if stretch is None:
                     return
                 self._assign(worker, *stretch)
 
-    def _next_stretch(self) -> tuple[Trial, Stretch] | None:
+    def _next_stretch(self, worker: int) -> tuple[Trial, Stretch] | None:
+        held = self._find_held(worker)
         if self.phase == "confirm":
-            return self._next_confirmation()
+            return self._next_confirmation(held)
         if self.store.baseline is None or self.store.baseline.state == "waiting":
             return self._next_baseline()
         if self._awaits_base():
@@ -211,9 +220,9 @@ class Search:
                 self.costs.find(spec)
             return None
         while True:
-            appraiser = self._make_appraiser()
+            appraiser = self._make_appraiser(held)
             choice = choose_next(
-                self._situation(), self.speed, appraiser, functools.partial(self.sampler.find_newcomers, appraiser)
+                self._situation(held), self.speed, appraiser, functools.partial(self.sampler.find_newcomers, appraiser)
             )
             self._ends_early = not isinstance(choice, Wait) and self.early_end.is_due()
             if self._ends_early:
@@ -233,7 +242,11 @@ class Search:
                 self._refused_in_a_row += 1
                 self._can_suggest = self._refused_in_a_row < _MOST_REFUSED
 
-    def _situation(self) -> Situation:
+    def _find_held(self, worker: int) -> Bits | None:
+        """A GPU has room for one base, and begins with the unquantized one; on a CPU all stay."""
+        return self._held.get(worker, widest_bits("cuda")) if self.config.device_kind == "cuda" else None
+
+    def _situation(self, held: Bits | None = None) -> Situation:
         return Situation(
             trials=self.store.trials,
             rungs=self.config.rungs,
@@ -242,9 +255,10 @@ class Search:
             can_suggest=self._can_suggest,
             is_one_waiting=self._next_waiting() is not None,
             revivable=[trial for trial in self.store.trials if self.store.may_revive(trial)],
+            held=held,
         )
 
-    def _make_appraiser(self) -> Appraiser:
+    def _make_appraiser(self, held: Bits | None = None) -> Appraiser:
         return Appraiser(
             self.store.trials,
             self.config.rungs,
@@ -254,6 +268,7 @@ class Search:
             has_learned=self.race.beats_floor,
             rows=self.sampler.encode_trials(),
             most=self.limits.most(),
+            held=held,
         )
 
     def _next_waiting(self) -> Trial | None:
@@ -343,6 +358,8 @@ class Search:
             return
         del self._running[event.worker]
         purpose = running.stretch.purpose
+        if isinstance(event.event, Finished):
+            running = running._replace(loading_seconds=running.loading_seconds + event.event.load_seconds)
         seconds = self._charge(running, purpose, event.at_seconds)
         if isinstance(event.event, Ended):
             self._record_end(running, event.event)
@@ -362,6 +379,7 @@ class Search:
         if stretch.purpose != "confirm":
             trial.device_seconds += bill.device_seconds
         trial.segments.append(bill.segment)
+        self._held[running.worker] = stretch.spec.bits
         return bill.device_seconds
 
     def _record_score(self, running: _Running, finished: Finished, seconds: float) -> None:
@@ -378,6 +396,7 @@ class Search:
         trial.rungs.append(score)
         wall = seconds / self.executor.device_rate - running.loading_seconds
         self.speed.learn(trial.spec, score, stretch.to_step - stretch.from_step, wall)
+        self.speed.learn_load(trial.spec.bits, running.loading_seconds)
         cost = trial.cost
         if finished.peak_vram_bytes is not None and trial.cost is not None:
             trial.cost = measured_cost(trial.cost, finished.peak_vram_bytes, finished.reserved_vram_bytes)
@@ -507,12 +526,13 @@ class Search:
             self.phase = "done"
             self._conclude()
 
-    def _next_confirmation(self) -> tuple[Trial, Stretch] | None:
+    def _next_confirmation(self, held: Bits | None) -> tuple[Trial, Stretch] | None:
         provenance = self.store.provenance
         for index, (trial, seed) in enumerate(self._confirm_queue):
             # The test split is scored as well.
             passes = 1 + provenance.num_test / max(provenance.num_validation, 1)
             needed = self.speed.predict(trial.spec.method, trial.spec.max_steps, passes=passes)
+            needed += self.speed.predict_load(trial.spec.bits, held)
             if needed <= self.account.seconds_left():
                 del self._confirm_queue[index]
                 return trial, make_stretch(

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from autopeft.records import Cost, Failed, RungScore, TrialSource, TrialSpec
+from autopeft.records import Bits, Cost, Failed, RungScore, TrialSource, TrialSpec
 from autopeft.search.front import (
     OBJECTIVES,
     cost_value,
@@ -77,6 +77,8 @@ class Newcomer(NamedTuple):
     source: TrialSource = "sampler"
     cost: Cost | None = None
     """Interpolated from others' where it is not known."""
+    bits: Bits | None = None
+    """Of its base."""
 
 
 class _Beliefs(NamedTuple):
@@ -96,6 +98,7 @@ class _Stretches(NamedTuple):
     """N stretches of training, each to the next score."""
 
     methods: Sequence[str]
+    bits: Sequence[Bits | None]
     steps: Sequence[int]
     """From where, 0 for what is new."""
 
@@ -139,11 +142,13 @@ class Appraiser:
         has_learned: Callable[[RungScore], bool],
         rows: Mapping[int, Row | None] | None = None,
         most: Mapping[str, float] | None = None,
+        held: Bits | None = None,
     ) -> None:
         """`reference` is the hypervolume's, with every objective. Without a clock in the budget (`is_clocked`) nothing
         may depend on one. `has_learned` tells whether a score clearly beats what no learning gives. `rows` are trials
         in the space's terms, by number; without them configurations that were never scored are believed to score as
-        others do. What costs more than `most` is worth nothing."""
+        others do. What costs more than `most` is worth nothing. `held` is the width of the one base that the worker in
+        question holds; to train on another takes the time to load it."""
         self._trials = sorted(trials, key=_content)
         self._rungs = tuple(rungs)
         self._reference = reference
@@ -153,6 +158,7 @@ class Appraiser:
         self._has_learned = has_learned
         self._rows = rows or {}
         self._most = most or {}
+        self._held: Bits | None = held
 
     @cached_property
     def is_turn_of_quality(self) -> bool:
@@ -170,7 +176,11 @@ class Appraiser:
         params = np.array([float(trial.cost.trainable_parameters) for trial in trials if trial.cost is not None])
         hopes = self._find_hopes(_express([self._rows.get(trial.number) for trial in trials], params), len(trials))
         return self._price(
-            _Stretches([trial.spec.method for trial in trials], [trial.step for trial in trials]),
+            _Stretches(
+                [trial.spec.method for trial in trials],
+                [trial.spec.bits for trial in trials],
+                [trial.step for trial in trials],
+            ),
             self._believe_scored(trials),
             _Told(
                 np.array([self._growth.deviation_at(trial.step) for trial in trials]),
@@ -190,7 +200,7 @@ class Appraiser:
         scaled = [[scale_cost(name, value, self._reference) for value in costs[name]] for name in self._objectives]
         known = _express([newcomer.row for newcomer in newcomers], costs["params"])
         prices = self._price(
-            _Stretches([newcomer.method for newcomer in newcomers], [0] * len(newcomers)),
+            _Stretches([new.method for new in newcomers], [new.bits for new in newcomers], [0] * len(newcomers)),
             self._believe_new(known, len(newcomers)),
             _Told(np.full(len(newcomers), math.inf), self._find_surprises(known, len(newcomers))),
             np.array(scaled).reshape(len(self._objectives), len(newcomers)).T,
@@ -430,11 +440,11 @@ class Appraiser:
 
     def _time(self, stretches: _Stretches) -> _Times:
         first, rest = [], []
-        for method, step in zip(stretches.methods, stretches.steps, strict=True):
+        for method, bits, step in zip(*stretches, strict=True):
             rung = next_rung(step, self._rungs)
             seconds = self._speed.predict(method, rung - step, unseen=statistics.median) if self._is_clocked else 0.0
             if seconds > 0:
-                first.append(seconds)
+                first.append(seconds + self._speed.predict_load(bits, self._held))
                 rest.append(self._speed.predict_to_end(method, rung, self._rungs, unseen=statistics.median))
             else:
                 # Before the first stretch a clock has told nothing.

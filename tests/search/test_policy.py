@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autopeft.records import Cost, RungScore, TrialSpec
+from autopeft.records import Bits, Cost, RungScore, TrialSpec
 from autopeft.search.policy import Promote, Situation, StartNew, Wait, choose_next, order_by_price
 from autopeft.search.speed import Speed
 from autopeft.search.store import Trial
@@ -250,6 +251,49 @@ def test_a_trial_whose_full_length_is_out_of_reach_is_not_promoted(make_trial: M
     within = make_situation([make_trial(0, [0.9])], trials_left=0, seconds_left=120.0)
     assert decide(within, one_a_second) == Promote(0)
     assert decide(within._replace(seconds_left=119.0), one_a_second) == Wait("time")
+
+
+@pytest.fixture
+def slow_loads(make_spec: MakeSpec) -> Speed:
+    """A step takes a second, and a base of another width half a minute."""
+    speed = Speed()
+    speed.learn(make_spec(), make_score(0, 0.5), 40, 40.0)
+    speed.learn_load(4, 30.0)
+    return speed
+
+
+def decide_for(held: Bits | None, situation: Situation, speed: Speed, newcomers: Sequence[Newcomer] = ()) -> object:
+    appraiser = appraise(situation.trials, speed, held=held)
+    return choose_next(situation._replace(held=held), speed, appraiser, lambda: newcomers)
+
+
+def test_of_trials_that_promise_as_much_the_one_goes_on_whose_base_the_worker_holds(
+    make_trial: MakeTrial, slow_loads: Speed
+) -> None:
+    trials = [make_trial(0, [0.7]), make_trial(1, [0.7]), make_trial(2, [0.4])]
+    for trial, bits in zip(trials, (16, 4, 16), strict=True):
+        trial.spec = replace(trial.spec, bits=bits)  # type: ignore[arg-type]
+    situation = make_situation(trials, trials_left=0)
+    assert [decide_for(held, situation, slow_loads) for held in (16, 4)] == [Promote(0), Promote(1)]
+    # What promises much more is worth the time.
+    trials[0].state = "complete"
+    assert decide_for(16, situation._replace(trials=trials[1:]), slow_loads) == Promote(1)
+
+
+def test_of_new_ones_that_promise_as_much_the_one_is_begun_whose_base_the_worker_holds(slow_loads: Speed) -> None:
+    unquantized, quantized = (make_newcomer(bits=bits) for bits in (16, 4))
+    for held, first, second in ((16, unquantized, quantized), (4, quantized, unquantized)):
+        for newcomers in ((first, second), (second, first)):
+            assert decide_for(held, make_situation([]), slow_loads, newcomers) == StartNew((first, second))  # type: ignore[arg-type]
+
+
+def test_loading_has_to_fit_too(make_trial: MakeTrial, slow_loads: Speed) -> None:
+    trial = make_trial(0, [0.9])
+    trial.spec = replace(trial.spec, bits=4)
+    within = make_situation([trial], trials_left=0, seconds_left=149.0)
+    assert decide_for(4, within, slow_loads) == Promote(0)
+    assert decide_for(16, within, slow_loads) == Wait("time")
+    assert decide_for(16, within._replace(seconds_left=150.0), slow_loads) == Promote(0)
 
 
 def test_a_nearly_finished_trial_goes_on_where_a_better_one_cannot_end(

@@ -43,3 +43,19 @@ def test_the_last_stretches_are_those_that_ended_last(make_spec: Callable[..., T
     speed = Speed()
     speed.learn_all([slow, *quick])
     assert speed.predict("lora", 0) == pytest.approx(100.0)
+
+
+def test_loading_is_foreseen_where_a_worker_holds_another_base(make_spec: Callable[..., TrialSpec]) -> None:
+    speed = Speed()
+    assert speed.predict_load(4, 16) == 0.0
+    speed.learn_all(
+        [
+            make_trial(make_spec(bits=bits), number, 100.0 * number, 22.0 + loading, loading=loading)
+            for number, (bits, loading) in enumerate([(4, 60.0), (4, 80.0), (8, 20.0), (16, 0.0)])
+        ]
+    )
+    assert speed.predict_load(4, 16) == 70.0
+    # Nothing is known of its own.
+    assert speed.predict_load(16, 4) == 60.0
+    for chosen, held in ((4, 4), (4, None), (None, 16)):
+        assert speed.predict_load(chosen, held) == 0.0  # type: ignore[arg-type]

@@ -291,8 +291,8 @@ def test_until_something_is_learned_every_turn_is_qualitys(studies: FakeStudies,
     turns: list[bool] = []
     make = search._make_appraiser
 
-    def note() -> Any:
-        appraiser = make()
+    def note(*held: Any) -> Any:
+        appraiser = make(*held)
         turns.append(appraiser.is_turn_of_quality)
         return appraiser
 

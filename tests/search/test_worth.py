@@ -142,7 +142,11 @@ def test_a_score_buys_the_right_to_stop(
 ) -> None:
     appraiser = appraise(space, [make_trial(0, specs[0], [0.9] * 3, "complete")])
     beliefs = _Beliefs(np.array([mean]), np.array([deviation**2]))
-    stretches, costs, had = _Stretches(["lora"], [step]), np.array([[0.5, 0.5]]), appraiser._find_had("complete")
+    stretches, costs, had = (
+        _Stretches(["lora"], [None], [step]),
+        np.array([[0.5, 0.5]]),
+        appraiser._find_had("complete"),
+    )
 
     def price(surprises: float = math.inf, hopes: float = 1.0) -> float:
         told = _Told(np.array([math.inf if step == 0 else deviation]), np.array([surprises]))
@@ -165,7 +169,7 @@ def test_the_last_stretch_is_worth_what_it_adds(space: SearchSpace, specs: list[
     appraiser = appraise(space, [make_trial(0, specs[0], [0.9] * 3, "complete")])
     beliefs = _Beliefs(np.array([0.85, 0.7]), np.array([0.01, 0.02]))
     stretches, costs, had = (
-        _Stretches(["lora"] * 2, [RUNGS[-2]] * 2),
+        _Stretches(["lora"] * 2, [None] * 2, [RUNGS[-2]] * 2),
         np.full((2, 2), 0.5),
         appraiser._find_had("complete"),
     )

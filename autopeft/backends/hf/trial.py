@@ -110,6 +110,8 @@ class HfBackend:
         self._live: LiveTrial | None = None
         self._live_of: tuple[int, str, int] | None = None
         self._base_latency: Latency | None = None
+        self._load_seconds = 0.0
+        """Of the stretch that is run."""
 
     def ready(self) -> Ready:
         """Loads the unquantized base, so that a model that cannot be had is known before any trial starts."""
@@ -148,11 +150,12 @@ class HfBackend:
         return describe_base(self.setup.model, num_labels=self.task.num_labels, bits=16)
 
     def run(self, stretch: Stretch, emit: Callable[[Event], None]) -> Finished | Ended:
+        self._load_seconds = 0.0
         if self._on_gpu:
             # A trial that goes on is not probed: without this, running out it would report an earlier trial's peak.
             torch.cuda.reset_peak_memory_stats()
         try:
-            return self._run(stretch, emit)
+            return replace(self._run(stretch, emit), load_seconds=self._load_seconds)
         except Diverged as exc:
             ended = Ended(job=stretch.job, reason="diverged", detail=str(exc))
         except (MemoryError, RuntimeError) as exc:
@@ -187,9 +190,11 @@ class HfBackend:
                 self._drop_live()
                 self._bases.clear()
                 release_memory()
+            started = time.monotonic()
             self._bases[bits] = load_base(
                 self.setup.model, num_labels=self.task.num_labels, bits=bits, device=self.setup.device
             )
+            self._load_seconds += time.monotonic() - started
         base = self._bases[bits]
         if bits >= 16:
             base.model.to("cpu" if aside else self.setup.device)
