@@ -425,7 +425,9 @@ class Segment:
     end_seconds: float
     step: int
     loading_seconds: float = dataclasses.field(default=0.0, metadata={"leave_out_default": True})
-    """In which a worker that had died came up again, or loaded a base of another width than it held."""
+    """In which a worker that had died came up again."""
+    base_seconds: float = dataclasses.field(default=0.0, metadata={"leave_out_default": True})
+    """In which a GPU's worker loaded a base of another width than it held."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -60,3 +63,19 @@ def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test asks the network for anything, or finds this machine's data."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("AUTOPEFT_DATA_DIR", raising=False)
+
+
+@contextlib.contextmanager
+def _limit_files(num_bytes: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def limit_files() -> Callable[[int], AbstractContextManager[None]]:
+    """While it lasts, the rest of a file that grows beyond so many bytes is refused, as by a full disk."""
+    return _limit_files

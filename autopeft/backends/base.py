@@ -139,7 +139,7 @@ class Finished:
     checkpoint: str | None
     checkpoint_digest: str | None
     load_seconds: float = 0.0
-    """In which a base was loaded that the worker did not hold, by its clock."""
+    """In which a GPU's base was loaded that the worker did not hold, by its clock; 0 on a CPU, which keeps all."""
     peak_vram_bytes: int | None = None
     reserved_vram_bytes: int | None = None
     simulated_seconds: float | None = None

@@ -127,6 +127,7 @@ def _describe_study(store: StudyStore) -> str:
 
     config = store.config
     complete = [trial.to_record() for trial in store.trials if trial.state == "complete"]
+    # Of what was not confirmed in time it says nothing, unlike the report's picks: those take a bootstrap.
     qualities = [trial.quality for trial in find_surest(complete) if trial.quality is not None]
     best = f", best {title_scorer(config.scorer)} {format_quality(max(qualities), config.scorer)}" if qualities else ""
     return (

@@ -54,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as exc:
         if args.debug:
             raise
+        if type(exc).__name__ == "SafetensorError" and "I/O error" in str(exc):
+            # What it meets while it writes weights, told as no OSError.
+            print(f"autopeft: This machine could not do what was needed: {first_line(exc)}.", file=sys.stderr)
+            return 1
         what = f"{type(exc).__name__}: {first_line(exc)}"
         again = "Run it again as autopeft --debug ... for the traceback, and report it with that."
         print(f"autopeft: This is a defect of autopeft: {what}. {again}", file=sys.stderr)

@@ -73,15 +73,26 @@ def open_study(given: str) -> StudyStore:
 
 
 def read_local(store: StudyStore) -> dict[str, str | None]:
+    """Raises StudyError where it is damaged."""
+    from autopeft.errors import StudyError
+
     path = store.folder / _LOCAL
-    local: dict[str, str | None] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        local: dict[str, str | None] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as exc:
+        raise StudyError(
+            f"'{path}' must be readable JSON that says where a study's model and data lie, but is not: {exc}. Delete "
+            f"it, then name them: autopeft resume {store.config.name} --model MODEL --data-dir DIR."
+        ) from exc
     return {"model": store.config.model, "data_dir": None} | local
 
 
 def keep_places(store: StudyStore, model: str, data_dir: str | None) -> None:
     """For whatever is done with the study from here on."""
+    from autopeft.report.files import write_atomically
+
     local = {"model": model, "data_dir": str(Path(data_dir).resolve()) if data_dir else None}
-    (store.folder / _LOCAL).write_text(json.dumps(local), encoding="utf-8")
+    write_atomically(store.folder / _LOCAL, json.dumps(local))
 
 
 class Places(NamedTuple):
@@ -173,16 +184,25 @@ def check_outputs() -> None:
 
 
 def write_outputs(record: StudyRecord) -> None:
+    """Raises StudyError where there is no room for them."""
+    from autopeft.errors import StudyError
     from autopeft.export import find_way
     from autopeft.report.leaderboard import update_leaderboard
     from autopeft.report.page import write_page
 
-    page = REPORTS / f"{record.config.name}.html"
-    write_page(record, page, find_way=lambda trial: find_way(record, trial))
+    # First: a page that cannot be written, or a leaderboard that is held, is no reason to say nothing of the study.
     print_summary(record)
-    print(f"\nreport       {page}")
-    # Last: a leaderboard that cannot be read or is held is no reason to say nothing of the study.
-    print(f"leaderboard  {update_leaderboard(record, LEADERBOARDS)}")
+    name = record.config.name
+    page = REPORTS / f"{name}.html"
+    try:
+        write_page(record, page, find_way=lambda trial: find_way(record, trial))
+        print(f"\nreport       {page}")
+        print(f"leaderboard  {update_leaderboard(record, LEADERBOARDS)}")
+    except OSError as exc:
+        raise StudyError(
+            f"The study '{name}' is kept, but {REPORTS}/ and {LEADERBOARDS}/ must be writable for its report, and are "
+            f"not: {exc.strerror or exc}. Mend that, then: autopeft report {name}."
+        ) from exc
 
 
 def print_summary(record: StudyRecord) -> None:

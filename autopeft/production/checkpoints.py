@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from autopeft.backends.hf.saved import telling_the_disk
 from autopeft.errors import RecordError
 from autopeft.records import from_record, to_record
 
@@ -116,7 +117,7 @@ def find_newest(folder: Path) -> CheckpointMeta | None:
 
 
 def write_trained(part: Path, state: dict[str, Any]) -> None:
-    torch.save(state, part / _TRAINED)
+    _save(state, part / _TRAINED)
 
 
 def read_trained(folder: Path, step: int) -> dict[str, Any]:
@@ -130,7 +131,13 @@ def read_trained(folder: Path, step: int) -> dict[str, Any]:
 def write_random(part: Path, process: int) -> None:
     """Torch's generators alone: nothing else draws numbers in a step."""
     state = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
-    torch.save(state, part / f"random-{process}.pt")
+    _save(state, part / f"random-{process}.pt")
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    """Raises OSError."""
+    with telling_the_disk(), path.open("wb") as file:
+        torch.save(state, file)
 
 
 def restore_random(path: Path, process: int) -> bool:

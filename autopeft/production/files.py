@@ -132,8 +132,7 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def write_recipe(recipe: Recipe, folder: Path) -> Path:
-    """`training.yaml` in the folder, which is made if need be."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """`training.yaml` in the folder, which is made if need be; whole or as it was."""
     record = to_record(recipe)
     record = {"schema_version": record.pop("schema_version"), **record}
     lines = [_HEAD]
@@ -142,7 +141,7 @@ def write_recipe(recipe: Recipe, folder: Path) -> Path:
             lines += ["", f"# {_SECTIONS[name]}"]
         lines.append(yaml.dump({name: value}, Dumper=_Dumper, sort_keys=False, allow_unicode=True).rstrip("\n"))
     path = folder / RECIPE_FILE
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_atomically(path, "\n".join(lines) + "\n")
     return path
 
 
@@ -190,8 +189,7 @@ def read_result(folder: Path) -> TrainingResult:
 
 
 def write_local(places: LocalPlaces, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / LOCAL_FILE).write_text(json.dumps(to_record(places), indent=2) + "\n", encoding="utf-8")
+    write_atomically(folder / LOCAL_FILE, json.dumps(to_record(places), indent=2) + "\n")
 
 
 def read_local(folder: Path) -> LocalPlaces:

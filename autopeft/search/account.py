@@ -62,7 +62,14 @@ class Account:
         return max(0.0, at - self._open[worker].assigned_at)
 
     def settle(
-        self, worker: int, purpose: Purpose, step: int, at: float | None = None, *, loading_seconds: float = 0.0
+        self,
+        worker: int,
+        purpose: Purpose,
+        step: int,
+        at: float | None = None,
+        *,
+        loading_seconds: float = 0.0,
+        base_seconds: float = 0.0,
     ) -> Bill:
         """Ends a worker's stretch which reached `step`, at the executor's time `at` or now."""
         at = self._executor.now() if at is None else at
@@ -77,6 +84,7 @@ class Account:
             end_seconds=self._study_seconds(at),
             step=step,
             loading_seconds=loading_seconds,
+            base_seconds=base_seconds,
         )
         return Bill(seconds, segment)
 

@@ -54,8 +54,8 @@ class Situation(NamedTuple):
     trials_left: float
     can_suggest: bool
     """Whether the space may still hold something new."""
-    is_one_waiting: bool
-    """Whether a trial waits that is begun whatever it promises."""
+    waiting: Trial | None
+    """What is begun next whatever it promises."""
     revivable: Sequence[Trial] = ()
     """Stopped trials whose verdict may still fall."""
     held: Bits | None = None
@@ -67,7 +67,8 @@ def choose_next(
 ) -> StartNew | Promote | Wait:
     """`find_newcomers` is asked only where something new may be started."""
     may_start = situation.trials_left > 0
-    if may_start and situation.is_one_waiting and _fits(None, None, 0, situation, speed):
+    waiting = situation.waiting
+    if may_start and waiting is not None and _fits(None, waiting.spec.bits, 0, situation, speed):
         return StartNew(())
     paused = [trial for trial in situation.trials if trial.state == "paused" and trial.cost is not None]
     affordable = [trial for trial in paused if _fits_rest(trial, situation, speed)]

@@ -53,8 +53,8 @@ class Speed:
                 if (segment := segments.get(score.step)) is not None:
                     stretches.append((segment, trial.spec, score, score.step - before))
         for segment, spec, score, num_steps in sorted(stretches, key=lambda each: each[0].end_seconds):
-            self.learn_load(spec.bits, segment.loading_seconds)
-            seconds = segment.end_seconds - segment.start_seconds - segment.loading_seconds
+            self.learn_load(spec.bits, segment.base_seconds)
+            seconds = segment.end_seconds - segment.start_seconds - segment.loading_seconds - segment.base_seconds
             self.learn(spec, score, num_steps, seconds)
 
     def predict(

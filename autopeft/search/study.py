@@ -44,7 +44,7 @@ from autopeft.search.plan import complete_provenance
 from autopeft.search.policy import Promote, Situation, StartNew, Wait, choose_next
 from autopeft.search.race import Decision, Race
 from autopeft.search.racing import PairedRacing, RacingRule
-from autopeft.search.recovery import recover, requeue
+from autopeft.search.recovery import find_held, recover, requeue
 from autopeft.search.results import build_record, find_confirmations
 from autopeft.search.sampler import Sampler, enqueue_first
 from autopeft.search.speed import Speed
@@ -70,7 +70,9 @@ class _Running(NamedTuple):
     trial: Trial
     step: int
     loading_seconds: float = 0.0
-    """Wall seconds in which its worker came up first, or loaded a base that it did not hold."""
+    """Wall seconds in which its worker came up first."""
+    base_seconds: float = 0.0
+    """Wall seconds in which its worker loaded a base that it did not hold."""
 
 
 class Search:
@@ -132,7 +134,9 @@ class Search:
                 if not self._running:
                     self._advance_phase()
                     continue
-                for event in self.executor.wait(_WAIT_SECONDS if self.account.budget.is_clocked else 3600.0):
+                events = self.executor.wait(_WAIT_SECONDS if self.account.budget.is_clocked else 3600.0)
+                # What ends the study comes last: other workers' scores are no worse for it.
+                for event in sorted(events, key=_ends_study):
                     self._take(event)
                 self.account.heartbeat()
                 self.on_change(self.status())
@@ -150,9 +154,7 @@ class Search:
         self.account.start_clock()
         every = [*self.store.trials, *([self.store.baseline] if self.store.baseline else [])]
         self.speed.learn_all(every)
-        ran = [(segment.end_seconds, segment.worker, trial.spec.bits) for trial in every for segment in trial.segments]
-        # What workers loaded since, they load once; decisions are those of a search that was not interrupted.
-        self._held = {worker: bits for _, worker, bits in sorted(ran)}
+        self._held = find_held(every)
         # It may lack what could not be told when the study began.
         if not set(self.config.objectives) <= self.store.reference.keys() and not self._awaits_base():
             self._fix_reference()
@@ -200,15 +202,21 @@ class Search:
     # --- assign
 
     def _assign_idle_workers(self) -> None:
+        in_vain = set[Bits | None]()
         for worker in range(self.executor.num_workers):
-            if worker not in self._running:
-                stretch = self._next_stretch(worker)
-                if stretch is None:
-                    return
+            held = self._find_held(worker)
+            if worker in self._running or held in in_vain:
+                continue
+            stretch = self._next_stretch(held)
+            if stretch is not None:
                 self._assign(worker, *stretch)
+            elif self._ends_early:
+                return
+            else:
+                # What it holds decides what may still be in time: another worker may have something to do.
+                in_vain.add(held)
 
-    def _next_stretch(self, worker: int) -> tuple[Trial, Stretch] | None:
-        held = self._find_held(worker)
+    def _next_stretch(self, held: Bits | None) -> tuple[Trial, Stretch] | None:
         if self.phase == "confirm":
             return self._next_confirmation(held)
         if self.store.baseline is None or self.store.baseline.state == "waiting":
@@ -253,7 +261,7 @@ class Search:
             seconds_left=self.account.search_seconds_left(),
             trials_left=self.account.ledger.trials_left(),
             can_suggest=self._can_suggest,
-            is_one_waiting=self._next_waiting() is not None,
+            waiting=self._next_waiting(),
             revivable=[trial for trial in self.store.trials if self.store.may_revive(trial)],
             held=held,
         )
@@ -359,7 +367,8 @@ class Search:
         del self._running[event.worker]
         purpose = running.stretch.purpose
         if isinstance(event.event, Finished):
-            running = running._replace(loading_seconds=running.loading_seconds + event.event.load_seconds)
+            running = running._replace(base_seconds=event.event.load_seconds)
+        self._held[running.worker] = running.stretch.spec.bits
         seconds = self._charge(running, purpose, event.at_seconds)
         if isinstance(event.event, Ended):
             self._record_end(running, event.event)
@@ -375,11 +384,13 @@ class Search:
         """Device-seconds from assignment to release, into the ledger and the timeline."""
         trial, stretch = running.trial, running.stretch
         step = running.step if purpose == "lost" else stretch.to_step
-        bill = self.account.settle(running.worker, purpose, step, at, loading_seconds=running.loading_seconds)
+        bill = self.account.settle(
+            running.worker, purpose, step, at,
+            loading_seconds=running.loading_seconds, base_seconds=running.base_seconds,
+        )  # fmt: skip
         if stretch.purpose != "confirm":
             trial.device_seconds += bill.device_seconds
         trial.segments.append(bill.segment)
-        self._held[running.worker] = stretch.spec.bits
         return bill.device_seconds
 
     def _record_score(self, running: _Running, finished: Finished, seconds: float) -> None:
@@ -394,9 +405,9 @@ class Search:
         rung = len(trial.rungs) if stretch.purpose == "search" else len(self.config.rungs) - 1
         score = make_rung_score(finished, rung=rung, step=stretch.to_step, device_seconds=seconds)
         trial.rungs.append(score)
-        wall = seconds / self.executor.device_rate - running.loading_seconds
+        wall = seconds / self.executor.device_rate - running.loading_seconds - running.base_seconds
         self.speed.learn(trial.spec, score, stretch.to_step - stretch.from_step, wall)
-        self.speed.learn_load(trial.spec.bits, running.loading_seconds)
+        self.speed.learn_load(trial.spec.bits, running.base_seconds)
         cost = trial.cost
         if finished.peak_vram_bytes is not None and trial.cost is not None:
             trial.cost = measured_cost(trial.cost, finished.peak_vram_bytes, finished.reserved_vram_bytes)
@@ -463,7 +474,7 @@ class Search:
     def _bury(self, event: WorkerEvent) -> None:
         """A worker died: its unfinished stretch is lost, its trial goes back to its checkpoint, a new worker starts."""
         detail = event.event.detail if isinstance(event.event, Broken) else event.detail
-        if isinstance(event.event, Broken) and event.event.ends_study:
+        if _ends_study(event):
             raise StudyError(detail)
         running = self._running.get(event.worker)
         if running is None:
@@ -474,6 +485,7 @@ class Search:
             return
         self._charge(running, "lost", event.at_seconds)
         del self._running[event.worker]
+        self._held.pop(event.worker, None)
         trial = running.trial
         trial.deaths += 1
         self._deaths_in_a_row += 1
@@ -586,3 +598,7 @@ class Search:
             seconds_left=left,
             trials_left=self.account.ledger.trials_left(),
         )
+
+
+def _ends_study(event: WorkerEvent) -> bool:
+    return isinstance(event.event, Broken) and event.event.ends_study

@@ -361,6 +361,11 @@ def test_a_data_folder_of_before_that_is_gone_is_in_nobodys_way(study: str) -> N
     assert find_places(open_study(study)).data_dir is None
 
 
+def test_places_that_cannot_be_read_are_told_with_what_to_name(refuse: Refusal, study: str) -> None:
+    Path(f"studies/{study}/local.json").write_text("")
+    assert f"autopeft resume {study} --model MODEL --data-dir DIR" in refuse("resume", study)
+
+
 def test_a_binary_score_of_three_labels_is_refused_for_a_new_study(refuse: Refusal, folder: Path) -> None:
     (folder / "mine.yaml").write_text(TASK.replace("[bad, good]", "[bad, good, fair]") + "scorer: f1_binary\n")
     assert "of two labels" in (said := refuse(*search(task="mine.yaml")))

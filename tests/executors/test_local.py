@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from autopeft.backends.base import Broken, CostReply, Finished, Pack, Stretch, WorkerSetup
+from autopeft.backends.base import Broken, CostReply, Finished, Pack, Ready, Stretch, WorkerSetup
 from autopeft.errors import ModelError, WorkerError
 from autopeft.executors.local import LocalExecutor
 from autopeft.methods import METHODS
@@ -103,6 +103,30 @@ def test_a_worker_that_breaks_is_reported_once_and_its_successor_works(executor:
     executor._processes[0].process.wait(10.0)
     executor._processes[0]._reader.join(10.0)
     check_successor(executor)
+
+
+def test_what_a_study_folder_lacks_ends_the_study_and_what_a_trial_lacks_does_not(
+    patched: Callable[[str], LocalExecutor],
+) -> None:
+    executor = patched("""
+        from autopeft import errors
+        from autopeft.backends import fake
+
+        def run(self, stretch, emit):
+            raise {1: errors.StudyError, 2: errors.SpecError, 3: OSError}[stretch.job]("no room\\nand more")
+
+        fake.FakeBackend.run = run
+    """)
+    executor.start()
+    told = []
+    for job in (1, 2, 3):
+        executor.assign(0, make_pack(job))
+        (event,) = executor.wait(20.0)
+        assert isinstance(event.event, Broken)
+        told.append((event.event.ends_study, event.event.usage))
+        executor.restart(0)
+        assert isinstance(executor.wait(20.0)[0].event, Ready)
+    assert told == [(True, True), (False, True), (False, False)]
 
 
 @pytest.mark.parametrize("afterwards", ["exit 7", "echo; exec sleep 60"])

@@ -54,7 +54,7 @@ def make_trial(make_spec: MakeSpec) -> MakeTrial:
 
 def make_situation(trials: Sequence[Trial], **changes: object) -> Situation:
     situation = Situation(
-        trials=trials, rungs=RUNGS, seconds_left=math.inf, trials_left=10, can_suggest=True, is_one_waiting=False
+        trials=trials, rungs=RUNGS, seconds_left=math.inf, trials_left=10, can_suggest=True, waiting=None
     )  # fmt: skip
     return situation._replace(**changes)
 
@@ -100,7 +100,7 @@ def test_a_study_begins_with_something_new() -> None:
 
 def test_what_waits_comes_before_whatever_promises_more(make_trial: MakeTrial) -> None:
     trials = [make_trial(i, [0.5 + i / 10]) for i in range(4)]
-    assert decide(make_situation(trials, is_one_waiting=True), newcomers=[make_newcomer()]) == StartNew(())
+    assert decide(make_situation(trials, waiting=make_trial(4, [])), newcomers=[make_newcomer()]) == StartNew(())
 
 
 def test_a_good_trial_goes_on_before_an_unknown_one_of_its_cost_is_begun(make_trial: MakeTrial) -> None:
@@ -294,6 +294,9 @@ def test_loading_has_to_fit_too(make_trial: MakeTrial, slow_loads: Speed) -> Non
     assert decide_for(4, within, slow_loads) == Promote(0)
     assert decide_for(16, within, slow_loads) == Wait("time")
     assert decide_for(16, within._replace(seconds_left=150.0), slow_loads) == Promote(0)
+    waits = within._replace(trials=[], waiting=replace(trial, state="waiting", rungs=[]), trials_left=1)
+    assert decide_for(4, waits._replace(seconds_left=160.0), slow_loads) == StartNew(())
+    assert decide_for(16, waits._replace(seconds_left=189.0), slow_loads) == Wait("time")
 
 
 def test_a_nearly_finished_trial_goes_on_where_a_better_one_cannot_end(
@@ -307,7 +310,7 @@ def test_nothing_new_is_begun_that_cannot_end_in_time(make_trial: MakeTrial, one
     within = make_situation([], seconds_left=160.0)
     assert decide(within, one_a_second, [make_newcomer()]) == StartNew((make_newcomer(),))
     assert decide(within._replace(seconds_left=159.0), one_a_second, [make_newcomer()]) == Wait("time")
-    assert decide(within._replace(is_one_waiting=True, seconds_left=159.0), one_a_second) == Wait("time")
+    assert decide(within._replace(waiting=make_trial(0, []), seconds_left=159.0), one_a_second) == Wait("time")
 
 
 def test_no_trials_left_means_waiting() -> None:

@@ -11,7 +11,7 @@ from autopeft.search.speed import Speed
 from autopeft.search.store import Trial
 
 
-def make_trial(spec: TrialSpec, number: int, ended_at: float, seconds: float, loading: float = 0.0) -> Trial:
+def make_trial(spec: TrialSpec, number: int, ended_at: float, seconds: float, **loading: float) -> Trial:
     """40 steps of half a second, and what else its stretch took."""
     score = RungScore(
         rung=0, step=40, quality=0.5, loss=0.7, num_examples=100, device_seconds=seconds, train_seconds=20.0,
@@ -19,14 +19,14 @@ def make_trial(spec: TrialSpec, number: int, ended_at: float, seconds: float, lo
     )  # fmt: skip
     segment = Segment(
         worker=0, trial=number, purpose="search", start_seconds=ended_at - seconds, end_seconds=ended_at, step=40,
-        loading_seconds=loading,
+        **loading,
     )  # fmt: skip
     return Trial(number=number, spec=spec, source="sampler", rungs=[score], segments=[segment])
 
 
 def test_loading_after_a_workers_death_is_no_scoring(make_spec: Callable[..., TrialSpec]) -> None:
     speed = Speed()
-    speed.learn_all([make_trial(make_spec(), 0, 100.0, 82.0, loading=60.0)])
+    speed.learn_all([make_trial(make_spec(), 0, 100.0, 82.0, loading_seconds=60.0)])
     assert speed.predict("lora", 40) == pytest.approx(20.0 + 2.0)
 
 
@@ -50,11 +50,12 @@ def test_loading_is_foreseen_where_a_worker_holds_another_base(make_spec: Callab
     assert speed.predict_load(4, 16) == 0.0
     speed.learn_all(
         [
-            make_trial(make_spec(bits=bits), number, 100.0 * number, 22.0 + loading, loading=loading)
-            for number, (bits, loading) in enumerate([(4, 60.0), (4, 80.0), (8, 20.0), (16, 0.0)])
+            make_trial(make_spec(bits=bits), number, 100.0 * number, 22.0 + seconds, base_seconds=seconds)
+            for number, (bits, seconds) in enumerate([(4, 60.0), (4, 80.0), (8, 20.0), (16, 0.0)])
         ]
     )
     assert speed.predict_load(4, 16) == 70.0
+    assert speed.predict("lora", 40) == pytest.approx(20.0 + 2.0)
     # Nothing is known of its own.
     assert speed.predict_load(16, 4) == 60.0
     for chosen, held in ((4, 4), (4, None), (None, 16)):

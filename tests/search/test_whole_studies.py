@@ -464,6 +464,25 @@ def test_what_every_trial_would_meet_ends_the_search_and_counts_against_none(
     assert record.ledger.lost_seconds > 0
 
 
+class BreakingBeside(InlineExecutor):
+    """Whenever a worker finishes, the other has broken for good at the same time, and is heard of first."""
+
+    def wait(self, timeout_seconds: float) -> list[WorkerEvent]:
+        events = super().wait(timeout_seconds)
+        broken = Broken(detail="No room is left.", usage=True, ends_study=True)
+        return [*(WorkerEvent(1 - event.worker, broken, event.at_seconds) for event in events), *events]
+
+
+def test_a_score_that_came_with_the_end_of_the_study_is_kept(studies: FakeStudies) -> None:
+    store = studies.create(budget="4trials", workers=2)
+    executor = BreakingBeside(studies.executor(store)._setup, 2)
+    with pytest.raises(StudyError, match="No room"):
+        Search(store, executor, restore_space(store.config)).run()
+    kept = studies.open()
+    assert kept.baseline is not None
+    assert sum(len(trial.rungs) for trial in [*kept.trials, kept.baseline]) == 1
+
+
 def test_a_trial_that_kills_two_workers_is_given_up(studies: FakeStudies) -> None:
     record, _ = run_dying(studies, 2)
     lora = next(trial for trial in record.trials if trial.spec.method == "lora")

@@ -7,9 +7,10 @@ it draws from the trial's seed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,18 @@ def save_trained(model: Any, spec: TrialSpec, folder: Path) -> None:
     save_file(tensors, folder / _WEIGHTS)
     configuration = {"format": FORMAT, "spec": to_record(spec)}
     (folder / _CONFIGURATION).write_text(json.dumps(configuration, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def telling_the_disk() -> Iterator[None]:
+    """Raises the OSError that `torch.save` met, given an open file, in place of what PyTorch makes of it: while it
+    handles what the disk said, it finds its archive's positions wrong."""
+    try:
+        yield
+    except RuntimeError as exc:
+        if isinstance(exc.__context__, OSError):
+            raise exc.__context__ from None
+        raise
 
 
 def copy_adapter(model: Any) -> dict[str, torch.Tensor]:

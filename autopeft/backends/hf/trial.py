@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import gc
 import hashlib
 import re
@@ -29,7 +30,7 @@ from autopeft.backends.hf.health import check_cuda
 from autopeft.backends.hf.kernels import install_onednn_products, prefers_onednn
 from autopeft.backends.hf.latency import measure_latencies
 from autopeft.backends.hf.row_start import start_from_rows
-from autopeft.backends.hf.saved import count_saved_bytes
+from autopeft.backends.hf.saved import count_saved_bytes, telling_the_disk
 from autopeft.backends.hf.scoring import pack_scores, score_split, summarize
 from autopeft.backends.hf.steps import (
     Diverged,
@@ -50,6 +51,7 @@ from autopeft.tasks.spec import parse_task
 _PROBE_STEPS = 3
 _LATENCY_BATCH_SIZE = 8
 _PROGRESS_SECONDS = 1.0
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "optuna", "numpy")
 
 
@@ -194,7 +196,8 @@ class HfBackend:
             self._bases[bits] = load_base(
                 self.setup.model, num_labels=self.task.num_labels, bits=bits, device=self.setup.device
             )
-            self._load_seconds += time.monotonic() - started
+            if self._on_gpu:
+                self._load_seconds += time.monotonic() - started
         base = self._bases[bits]
         if bits >= 16:
             base.model.to("cpu" if aside else self.setup.device)
@@ -377,9 +380,10 @@ class HfBackend:
         try:
             return write_whole(folder / name, write)
         except OSError as exc:
+            remedy = "Make room" if exc.errno in _NO_ROOM else "See that it can be written"
             raise StudyError(
                 f"What a trial has learned is kept in its study's folder, but '{folder / name}' cannot be written: "
-                f"{exc.strerror}. Make room, then go on with: autopeft resume {folder.name}."
+                f"{exc.strerror or exc}. {remedy}, then go on with: autopeft resume {folder.name}."
             ) from exc
 
     def _score(self, model: Any, split: TokenizedSplit, stretch: Stretch) -> SplitScores:
@@ -393,13 +397,10 @@ def write_whole(path: Path, write: Callable[[Any], object]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
-        with part.open("wb") as file:
+        with telling_the_disk(), part.open("wb") as file:
             write(file)
-    except (OSError, RuntimeError) as exc:
+    except OSError:
         part.unlink(missing_ok=True)
-        if isinstance(exc.__context__, OSError):
-            # PyTorch finds its archive's positions wrong while it handles what the disk said.
-            raise exc.__context__ from None
         raise
     digest = digest_file(part)
     part.replace(path)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
-import resource
 import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from autopeft.tasks.spec import find_task_text
 pytestmark = pytest.mark.filterwarnings("default")
 
 BITS = (4, 8, 32)
+LimitFiles = Callable[[int], AbstractContextManager[None]]
 
 
 @pytest.fixture(scope="module")
@@ -260,16 +262,10 @@ def test_running_out_of_memory_is_an_outcome_and_leaves_nothing_behind(
 
 @pytest.mark.parametrize(("largest", "unwritten"), [(100, "scores"), (4096, "checkpoints")])
 def test_a_disk_without_room_is_told_with_what_to_do_and_leaves_no_part(
-    backend: HfBackend, largest: int, unwritten: str
+    backend: HfBackend, limit_files: LimitFiles, largest: int, unwritten: str
 ) -> None:
-    # As a full disk does, it refuses the rest of a file that has been begun.
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, limits[1]))
-    try:
-        with pytest.raises(StudyError) as info:
-            run(backend, make_spec("lora", rank=64), 0, 6)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with limit_files(largest), pytest.raises(StudyError) as info:
+        run(backend, make_spec("lora", rank=64), 0, 6)
     folder = Path(backend.setup.study_dir)
     assert str(folder / unwritten) in str(info.value)
     assert "File too large. Make room, then go on with: autopeft resume " + folder.name in str(info.value)
