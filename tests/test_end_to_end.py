@@ -92,6 +92,7 @@ def test_finalists_are_confirmed_with_two_more_seeds_and_scored_on_the_test(fini
     assert all(confirmation.num_test_examples == 500 for confirmation in best.confirmations)
 
 
+@pytest.mark.slow
 def test_the_same_search_again_decides_and_scores_the_same(model: str, finished: Path, tmp_path: Path) -> None:
     code, output = finish(start(tmp_path, *search_arguments(model)))
     assert code == 0, output

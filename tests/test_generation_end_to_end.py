@@ -99,6 +99,7 @@ def test_the_report_and_the_leaderboard_are_written(finished: tuple[Path, str]) 
     assert "baseline: untrained base" in board
 
 
+@pytest.mark.slow
 def test_what_the_model_writes_itself_can_be_scored(llama: str, tmp_path: Path) -> None:
     write_task(tmp_path, scorer="exact_match", max_new_tokens=12, answer="serves (.+)")
     code, output = search(tmp_path, llama, "--budget", "1trials", "--max-steps", "40", "--methods", "full")

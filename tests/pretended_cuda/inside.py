@@ -179,11 +179,11 @@ def test_a_trial_on_a_gpu_measures_its_peak_and_one_that_goes_on_keeps_it(backen
 
 def test_loading_a_base_that_is_not_held_is_timed(backend: HfBackend) -> None:
     loads = []
-    for bits in (16, 4, 4, 16):
-        finished = run(backend, make_spec("ia3", bits=bits), 0, 3)
+    for bits in (16, 4, 4):
+        finished = run(backend, make_spec("ia3", bits=bits), 0, 1)
         assert isinstance(finished, Finished)
         loads.append(finished.load_seconds)
-    assert [seconds > 0 for seconds in loads[1:]] == [True, False, True]
+    assert [seconds > 0 for seconds in loads[1:]] == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def costs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], HfCo
     return make
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bert", "t5"))])
 @pytest.mark.parametrize(("method", "bits", "changed"), VARIANTS)
 def test_on_a_gpu_checkpointed_layers_keep_their_inputs_alone(costs, architecture, method, bits, changed):
     spec = spec_of(method, bits, **changed)

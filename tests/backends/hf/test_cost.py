@@ -139,7 +139,7 @@ def test_a_head_alone_has_no_adapter_parameters(minilm):
 # --- memory
 
 
-@pytest.mark.parametrize("bits", [32, 8, 4])
+@pytest.mark.parametrize("bits", [*(pytest.param(bits, marks=pytest.mark.slow) for bits in (32, 8)), 4])
 def test_estimates_agree_with_bytes_counted_in_a_real_step(minilm, bits):
     base = load_base("minilm", num_labels=2, bits=bits, device="cpu")
     errors = {}
@@ -255,7 +255,7 @@ def test_paged_states_are_not_counted_as_gpu_memory(tmp_path):
     assert saved == pytest.approx(2 * there.trainable_parameters, rel=0.02)
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [16, pytest.param(8, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize(("method", "changed"), VARIANTS)
 def test_every_method_can_be_estimated_for_a_gpu(small_cuda, method, changed, bits):
     spec = spec_of(method, bits, **changed)

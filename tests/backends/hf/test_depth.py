@@ -45,6 +45,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         **_SIZES, num_hidden_layers=DEPTH, num_key_value_heads=2, num_local_experts=4
     ),
 }  # fmt: skip
+_SLOWER = {(4, name) for name in ("bert", "gpt2", "t5", "modernbert", "mixtral")}
 PLAIN = StepSettings()
 
 
@@ -68,8 +69,15 @@ def check_extrapolation(costs: HfCostModel, spec: TrialSpec, settings: StepSetti
     assert dataclasses.replace(extrapolated, layers_measured=None, allocator_bytes=wasted) == measured
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize(
+    ("architecture", "bits"),
+    [
+        # All layers are run for comparison, of the deepest for many seconds.
+        pytest.param(name, bits, marks=pytest.mark.slow if name == "gemma3" or (bits, name) in _SLOWER else ())
+        for name in CONFIGS
+        for bits in (16, 4)
+    ],
+)
 def test_a_deep_model_is_estimated_as_if_all_its_layers_had_been_run(tmp_path, architecture, bits):
     check_extrapolation(make_costs(tmp_path, architecture), spec_of("lora", bits))
 
@@ -78,18 +86,18 @@ def test_a_deep_model_is_estimated_as_if_all_its_layers_had_been_run(tmp_path, a
     ("spec", "settings"),
     [
         (spec_of("full", 16), PLAIN),
-        (spec_of("head", 16), PLAIN),
-        (spec_of("lora", 8), PLAIN),
+        pytest.param(spec_of("head", 16), PLAIN, marks=pytest.mark.slow),
+        pytest.param(spec_of("lora", 8), PLAIN, marks=pytest.mark.slow),
         (spec_of("lora", 16, dora=True), PLAIN),
         (spec_of("lora", 16), StepSettings(checkpoint_activations=True)),
         (spec_of("full", 16), StepSettings(micro_batches=4)),
         (spec_of("lora", 16, target_modules="all-linear:last-2"), PLAIN),
-        (spec_of("adalora", 16), PLAIN),
+        pytest.param(spec_of("adalora", 16), PLAIN, marks=pytest.mark.slow),
         (spec_of("prefix_tuning", 16), PLAIN),
-        (spec_of("prompt_tuning", 16), PLAIN),
+        pytest.param(spec_of("prompt_tuning", 16), PLAIN, marks=pytest.mark.slow),
         (spec_of("ia3", 4), PLAIN),
-        (spec_of("bottleneck", 16), PLAIN),
-        (spec_of("vera", 16), PLAIN),
+        pytest.param(spec_of("bottleneck", 16), PLAIN, marks=pytest.mark.slow),
+        pytest.param(spec_of("vera", 16), PLAIN, marks=pytest.mark.slow),
     ],
     ids=lambda value: f"{value.method}-{value.bits}" if isinstance(value, TrialSpec) else "",
 )

@@ -79,7 +79,9 @@ def costs() -> dict[str, HfCostModel]:
     }
 
 
-@pytest.mark.parametrize("architecture", ["bert", "llama", "t5", "modernbert"])
+@pytest.mark.parametrize(
+    "architecture", ["bert", "llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("t5", "modernbert"))]
+)
 def test_estimates_equal_the_bytes_of_a_real_step_within_1_percent(costs, architecture):
     errors = {}
     # T5's classifier takes no embeddings, which is what prompt tuning puts in.
