@@ -16,6 +16,7 @@ recording's time is that of its fastest stretches.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -69,6 +70,8 @@ def main() -> None:
     plan = _make_plan(arguments, table)
     rows = [_measure(_search(plan, arguments.work, run), table, f"autopeft, run {run + 1}", arguments.share)
             for run in range(arguments.runs)]  # fmt: skip
+    if len(rows) > 2:
+        rows.append(take_medians(rows))
     rows.append(_measure_random(table))
     text = describe(table, rows, plan)
     tell_result(text, to_record(rows), name=arguments.out)
@@ -138,6 +141,27 @@ def _measure(record: StudyRecord, table: Table, title: str, share: float) -> Row
         num_complete=len(complete),
         best_quality=max((trial.rungs[-1].quality for trial in complete), default=None),
     )
+
+
+def take_medians(runs: Sequence[Row]) -> Row:
+    """A run that never had all of the recording's hypervolume counts as one that has it last."""
+    columns = zip(*(run.volumes for run in runs), strict=True)
+    share = statistics.median(math.inf if run.share_for_all is None else run.share_for_all for run in runs)
+    return Row(
+        title=f"autopeft, median of {len(runs)}",
+        volumes=tuple(
+            statistics.median(known) if (known := [v for v in column if v is not None]) else None for column in columns
+        ),
+        share_for_all=None if math.isinf(share) else share,
+        num_begun=_median_of([run.num_begun for run in runs]),
+        num_complete=_median_of([run.num_complete for run in runs]),
+        best_quality=statistics.median(run.best_quality for run in runs if run.best_quality is not None),
+    )
+
+
+def _median_of(counts: Sequence[int | None]) -> int:
+    """Of two in the middle the lower."""
+    return statistics.median_low(count for count in counts if count is not None)
 
 
 def _measure_random(table: Table) -> Row:
