@@ -20,6 +20,9 @@ from autopeft.records import TrialSpec
 
 # The hub's client reads it once, on import; set later, every look-up would wait for a network that is not there.
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Read by torch on import, too. Each worker has a core of its own; more threads wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile(
     "autopeft", deadline=None, max_examples=50, derandomize=True, suppress_health_check=[HealthCheck.too_slow]

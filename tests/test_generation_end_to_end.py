@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_models import make_tiny_bert, make_tiny_llama
 
+from autopeft.cli.main import main
 from autopeft.records import StudyRecord
 from autopeft.search.results import build_record
 from autopeft.search.store import StudyStore
@@ -110,12 +111,15 @@ def test_what_the_model_writes_itself_can_be_scored(llama: str, tmp_path: Path) 
     assert study.trials[0].rungs[-1].quality_sd is None
 
 
-def test_an_encoder_is_refused_before_anything_runs(tmp_path: Path) -> None:
+def test_an_encoder_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_task(tmp_path)
-    code, output = search(tmp_path, make_tiny_bert(tmp_path / "bert"), "--budget", "2trials")
-    assert code == 2
-    assert "A generation task needs a decoder" in output
+    monkeypatch.chdir(tmp_path)
+    for model, words in (
+        (make_tiny_bert(tmp_path / "bert"), "A generation task needs a decoder"),
+        ("minilm", "'minilm' is an encoder"),
+    ):
+        assert main(["search", "--task", "places.yaml", "--model", model, "--budget", "2trials", "--name", "run"]) == 2
+        assert words in capsys.readouterr().err
     assert not (tmp_path / "studies" / "run").exists()
-    code, output = search(tmp_path, "minilm", "--budget", "2trials")
-    assert code == 2
-    assert "'minilm' is an encoder" in output

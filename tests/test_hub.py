@@ -194,7 +194,7 @@ def test_a_search_takes_all_it_needs_from_the_hub(hub: Hub, tmp_path: Path) -> N
     assert "trial   2 complete" in resumed.stdout
 
 
-@pytest.mark.parametrize("scorer", ["hub:nonsense", "hub:share"])
+@pytest.mark.parametrize("scorer", ["hub:nonsense", pytest.param("hub:share", marks=pytest.mark.slow)])
 def test_a_metric_that_cannot_be_had_is_named(hub: Hub, root: Path, scorer: str, tmp_path: Path) -> None:
     (root / "spaces/evaluate-metric/share/share.py").write_text(METRIC.replace('{"share": sum', '{"share": missing'))
     (tmp_path / "signs.yaml").write_text(TASK.replace("hub:share", scorer))

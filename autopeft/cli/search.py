@@ -101,7 +101,7 @@ def print_plan(plan: Plan) -> None:
         "devices": plan.device_title,
         "budget": f"{config.budget}" + (f", until {config.until}" if config.until else "")
         + (f", or until the rest promises less than {config.least_gain:.2%}" if config.least_gain else "")
-        + f", {config.confirm_share:.0%} kept for confirmation",
+        + _describe_confirmation(plan),
         "space": f"{config.space_name}: {', '.join(plan.space.methods)} ({plan.space.count_dimensions()} dimensions)",
         "warm start": _describe_warm_start(config.warm_start),
         "objectives": ", ".join(config.objectives),
@@ -113,6 +113,12 @@ def print_plan(plan: Plan) -> None:
     for key, value in lines.items():
         if value:
             print(f"{key:<12} {value}")
+
+
+def _describe_confirmation(plan: Plan) -> str:
+    if plan.is_clocked:
+        return f", {plan.config.confirm_share:.0%} kept for confirmation"
+    return f", and {say_count(plan.num_confirmations, 'confirmation')} at most beyond it"
 
 
 def _describe_warm_start(warm_start: WarmStart | None) -> str:
@@ -142,10 +148,11 @@ def _describe_estimate(plan: Plan) -> str:
     steps = plan.config.rungs[-1]
     each = plan.seconds_per_step * steps
     lengths = plan.full_lengths()
-    if math.isinf(lengths):
+    if not plan.is_clocked:
         trials = plan.budget.trials or 0
-        total = trials * each / len(plan.devices)
-        return f"{say_count(trials, 'trial')}, at most {format_seconds(total)} if none were stopped (rough)"
+        # The baseline is one more.
+        total = (trials + 1 + plan.num_confirmations) * plan.seconds_per_length / len(plan.devices)
+        return f"{say_count(trials, 'trial')}, at most {format_seconds(total)} for all if none were stopped (rough)"
     # With halving rungs a trial costs on average between its first rung and its full length.
     first = plan.config.rungs[0] / steps
     most = min(lengths / first, plan.budget.trials or math.inf)

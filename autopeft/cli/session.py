@@ -35,11 +35,10 @@ def run_new_study(plan: Plan) -> int:
     from autopeft.search.store import StudyStore, delete_study
 
     check_outputs()
-    started = time.monotonic()
     if is_hub_id(plan.model_argument):
         fetch_model(plan.model_argument, print)
-    # A time of day comes no later for a download.
-    limit = plan.wall_seconds_limit - (time.monotonic() - started)
+    # A time of day comes no later for a download, of rows or of weights.
+    limit = plan.wall_seconds_limit - (time.monotonic() - plan.limit_read_at)
     if limit <= 0:
         raise BudgetError(
             f"The study was to end by {plan.config.until}, which has passed while '{plan.model_argument}' was fetched. "

@@ -6,6 +6,7 @@ Distributions of other people add rows by entry points, see `autopeft.methods.ta
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import get_args
 
@@ -28,7 +29,7 @@ from autopeft.methods.shared_random import SHARED_RANDOM
 from autopeft.methods.sparse_spectral import SPARSE_SPECTRAL
 from autopeft.methods.table import MethodTable
 from autopeft.methods.targets import check_target_modules, takes_last
-from autopeft.records import Optimizer, TrialSpec
+from autopeft.records import Optimizer, Scalar, TrialSpec
 
 METHODS = MethodTable(
     (
@@ -71,7 +72,13 @@ def fill_settings(spec: TrialSpec) -> TrialSpec:
     if spec.method not in METHODS:
         return spec
     defaults = {dimension.name: dimension.default for dimension in METHODS[spec.method].dimensions}
-    return replace(spec, settings={**defaults, **spec.settings})
+    return replace(spec, settings=type_settings(spec.method, {**defaults, **spec.settings}))
+
+
+def type_settings(method: str, settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Whole numbers as fractions where a dimension has those: 2 and 2.0 are one configuration, with one key."""
+    fractions = {d.name for d in METHODS[method].dimensions if type(d.default) is float}
+    return {name: float(v) if name in fractions and type(v) is int else v for name, v in settings.items()}
 
 
 def check_spec(spec: TrialSpec) -> None:

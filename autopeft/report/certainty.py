@@ -22,7 +22,7 @@ class Extension(NamedTuple):
 
 
 def say_ties(study: StudyRecord) -> list[str]:
-    """One sentence a group of the front's members that cannot be told apart."""
+    """One sentence a group of the front's members that cannot be told from their first."""
     trials = {trial.number: trial for trial in study.trials}
     return [_say_tie(study, [trials[number] for number in group if number in trials]) for group in study.ties]
 
@@ -30,7 +30,9 @@ def say_ties(study: StudyRecord) -> list[str]:
 def say_best_tie(study: StudyRecord, best: int) -> str:
     """Whether the best is alone; empty where it is, or the record does not say."""
     group = next((group for group in study.ties if best in group), ())
-    others = [trial for trial in study.trials if trial.number in group and trial.number != best]
+    # Two others of a group may differ clearly; all of it were compared with its first.
+    tied = group[1:] if group[:1] == (best,) else group[:1]
+    others = [trial for trial in study.trials if trial.number in tied]
     if not others:
         return ""
     return f"On the front, {_join(others)} cannot be told from it."
@@ -101,7 +103,7 @@ def _extend(forecast: GainForecast) -> Extension:
 
 
 def _say_tie(study: StudyRecord, group: list[TrialRecord]) -> str:
-    return f"{_join(group)} cannot be told apart in {title_scorer(study.config.scorer)}."
+    return f"{_join(group[1:])} cannot be told from {_join(group[:1])} in {title_scorer(study.config.scorer)}."
 
 
 def _join(trials: list[TrialRecord]) -> str:

@@ -128,7 +128,7 @@ def _floor_entry(study: StudyRecord) -> Entry:
 def _entry(study: StudyRecord, kind: EntryKind, spec: TrialSpec | None, runs: tuple[Run, ...]) -> Entry:
     provenance = study.provenance
     return Entry(
-        key=_key(kind, spec, provenance.task_digest, provenance.model_digest),
+        key=_key(kind, spec, provenance.task_digest, provenance.model_digest, study.config.scorer),
         kind=kind,
         spec=spec,
         scorer=study.config.scorer,
@@ -144,11 +144,12 @@ def fill_entry(entry: Entry) -> Entry:
     if entry.spec is None:
         return entry
     spec = fill_settings(entry.spec)
-    return replace(entry, spec=spec, key=_key(entry.kind, spec, entry.task_digest, entry.model_digest))
+    return replace(entry, spec=spec, key=_key(entry.kind, spec, entry.task_digest, entry.model_digest, entry.scorer))
 
 
-def _key(kind: EntryKind, spec: TrialSpec | None, task_digest: str, model_digest: str) -> str:
-    return digest_json([kind, None if spec is None else spec.key(), task_digest, model_digest])
+def _key(kind: EntryKind, spec: TrialSpec | None, *measured: str) -> str:
+    """`measured` are the digests of data and weights, and the scorer: what qualities must share to be compared."""
+    return digest_json([kind, None if spec is None else spec.key(), *measured])
 
 
 def _run(study: StudyRecord, *, quality: float, num_examples: int, **known: Any) -> Run:

@@ -77,14 +77,15 @@ def summarize(values: Sequence[float], num_examples: int, scorer: str, example_s
 def standard_error(quality: float, num_examples: int, scorer: str, example_sd: float | None = None) -> float | None:
     """Of one run's quality, from the finite number of examples.
 
-    Where their scores' spread is known, that over sqrt(n). Binomial for shares: sqrt(q (1 - q) / n), an approximation
+    Where their scores' spread is known, that over sqrt(n); a spread of 0, which a model has that gives everything one
+    class, is not certain (as in `search/gain.py`). Binomial for shares: sqrt(q (1 - q) / n), an approximation
     for F1. For correlations (1 - r^2) / sqrt(n - 1), the large-sample value for Pearson's r, of which Matthews'
     coefficient is the binary case.
     """
     if num_examples < 2 or not math.isfinite(quality):
         return None
     if example_sd is not None:
-        return example_sd / math.sqrt(num_examples)
+        return math.sqrt(max(example_sd**2, 1 / num_examples) / num_examples)
     if is_fraction(scorer):
         return math.sqrt(max(quality * (1 - quality), 0.0) / num_examples)
     return max(1 - quality**2, 0.0) / math.sqrt(num_examples - 1) if abs(quality) <= 1 else None

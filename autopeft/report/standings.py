@@ -64,7 +64,8 @@ class Standing(NamedTuple):
 def rank_entries(entries: Iterable[Entry]) -> list[Standing]:
     """Sorted by search-validation quality: test scores never choose.
 
-    Entries on other data or weights are no rivals: each pair of digests is ranked apart, the most recent pair first.
+    Entries on other data or weights, or scored otherwise, are no rivals: each such group is ranked apart, the most
+    recent first.
     """
     groups = group_rivals(_stand(entry) for entry in entries)
     ordered = sorted(groups.items(), key=lambda item: item[0])
@@ -72,11 +73,12 @@ def rank_entries(entries: Iterable[Entry]) -> list[Standing]:
     return [standing for _, group in ordered for standing in _rank_group(group)]
 
 
-def group_rivals(standings: Iterable[Standing]) -> dict[tuple[str, str], list[Standing]]:
-    """(task digest, model digest) -> its standings, both in the order given."""
-    groups: dict[tuple[str, str], list[Standing]] = {}
+def group_rivals(standings: Iterable[Standing]) -> dict[tuple[str, str, str], list[Standing]]:
+    """(task digest, model digest, scorer) -> its standings, both in the order given."""
+    groups: dict[tuple[str, str, str], list[Standing]] = {}
     for standing in standings:
-        groups.setdefault((standing.entry.task_digest, standing.entry.model_digest), []).append(standing)
+        entry = standing.entry
+        groups.setdefault((entry.task_digest, entry.model_digest, entry.scorer), []).append(standing)
     return groups
 
 

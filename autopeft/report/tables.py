@@ -68,9 +68,10 @@ def render_csv(standings: Sequence[Standing]) -> str:
 def render_markdown(task_name: str, model: str, standings: Sequence[Standing]) -> str:
     groups = group_rivals(standings)
     lines = [f"# {escape_markdown(task_name)} on {escape_markdown(model)}", "", *_explain(standings)]
-    for (task_digest, model_digest), group in groups.items():
+    for (task_digest, model_digest, scorer), group in groups.items():
         if len(groups) > 1:
-            lines += ["", f"## Data {escape_markdown(task_digest)}, weights {escape_markdown(model_digest)}"]
+            data, weights = escape_markdown(task_digest), escape_markdown(model_digest)
+            lines += ["", f"## Data {data}, weights {weights}, {escape_markdown(title_scorer(scorer))}"]
         lines += ["", *_markdown_table(group)]
     return "\n".join(lines) + "\n"
 

@@ -107,7 +107,8 @@ def _say_doubt(study: StudyRecord, best: TrialRecord) -> str:
     head = None if study.baseline is None else study.baseline.quality
     if head is None or study.config.task_kind == "generation":
         return ""
-    noise = math.hypot(error, standard_error(head, examples, scorer) or 0.0)
+    head_sd = None if study.baseline is None else study.baseline.rungs[-1].quality_sd
+    noise = math.hypot(error, standard_error(head, examples, scorer, head_sd) or 0.0)
     if quality - head < _CLEAR * noise:
         return f"The best is not clearly above the trained head: {examples:,} examples cannot tell them apart."
     return ""

@@ -34,6 +34,8 @@ class Account:
         self._store = store
         self._executor = executor
         self._limit = wall_seconds_limit
+        # Workers come up within it: a time of day waits for nobody.
+        self._limit_from = executor.now()
         self._open: dict[int, _Open] = {}
         self._wall_before = 0.0
         self._started_at: float | None = None
@@ -99,7 +101,7 @@ class Account:
 
     def seconds_left(self) -> float:
         """The same, and not beyond this run's own limit."""
-        run = 0.0 if self._started_at is None else self._executor.now() - self._started_at
+        run = self._executor.now() - self._limit_from
         return min(self.budget_seconds_left(), self._limit - run)
 
     def search_seconds_left(self) -> float:

@@ -239,8 +239,8 @@ def _group_ties(
 ) -> tuple[tuple[int, ...], ...]:
     """Members of the front that cannot be told from the best of them, then of the rest, and so on.
 
-    Two are told apart where 95% of the resamples have one of them ahead of the other by more than nothing (a two-sided
-    bootstrap test of 5%). A group is what cannot be told from its first; two others in it may differ clearly.
+    Two are told apart where 97.5% of the resamples have one of them ahead of the other by more than nothing (a
+    two-sided bootstrap test of 5%). A group is what cannot be told from its first; two others in it may differ clearly.
     """
     order = sorted(map(int, np.flatnonzero(on_front)), key=lambda i: (-(trials[i].quality or 0.0), trials[i].number))
     groups = []

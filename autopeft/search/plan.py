@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -52,6 +53,7 @@ from autopeft.search.lengths import (
     plan_rungs,
 )
 from autopeft.search.request import Request, parse_bytes, parse_count, parse_fixed, parse_share, read_included
+from autopeft.search.results import MAX_FINALISTS
 from autopeft.search.store import StudyStore, check_new_study, check_study_name
 from autopeft.search.warm_start import Source, choose_first
 from autopeft.spaces.load import find_space, parse_space
@@ -91,6 +93,8 @@ class Plan:
     model_argument: str
     """What workers load; the config keeps no local path."""
     wall_seconds_limit: float
+    """From `limit_read_at` (`time.monotonic`), when it was asked what time it is."""
+    limit_read_at: float
     seconds_per_step: float
     """Rough, of one worker."""
     notes: tuple[str, ...]
@@ -103,8 +107,22 @@ class Plan:
         """How many full-length trials the search's share buys, roughly; inf where only trials bound it."""
         rate = float(self.threads) if self.config.device_kind == "cpu" else 1.0
         wall = min(self.budget.wall_bound_seconds(rate * len(self.devices)), self.wall_seconds_limit)
-        each = self.seconds_per_step * self.config.rungs[-1] * (1 + SCORING_SHARE)
-        return wall * (1 - self.config.confirm_share) * len(self.devices) / each
+        return wall * (1 - self.config.confirm_share) * len(self.devices) / self.seconds_per_length
+
+    @property
+    def is_clocked(self) -> bool:
+        """Whether anything but a number of trials bounds it."""
+        return math.isfinite(self.full_lengths())
+
+    @property
+    def seconds_per_length(self) -> float:
+        """Of one worker, scoring included, roughly."""
+        return self.seconds_per_step * self.config.rungs[-1] * (1 + SCORING_SHARE)
+
+    @property
+    def num_confirmations(self) -> int:
+        """At most, where nothing but a number of trials bounds the study."""
+        return min(MAX_FINALISTS, self.budget.trials or MAX_FINALISTS) * self.config.confirm_seeds
 
     def setup(self, studies: Path) -> WorkerSetup:
         setup = make_setup(self.config, self.model_argument, self.data_dir, studies, self.threads, self.devices[0])
@@ -142,6 +160,7 @@ def make_plan(
     if not 0 <= request.seed <= _LARGEST_SEED:
         raise SpecError(f"--seed takes 0 to {_LARGEST_SEED}, but was given {request.seed}.")
     limit = parse_until(request.until, datetime.now()) if request.until else math.inf
+    limit_read_at = time.monotonic()
     objectives = parse_objectives(request.objectives)
     task_text = find_task_text(request.task)
     task = parse_task(task_text, request.task)
@@ -236,6 +255,7 @@ def make_plan(
         data_dir=data_dir,
         model_argument=model,
         wall_seconds_limit=limit,
+        limit_read_at=limit_read_at,
         seconds_per_step=per_step,
         notes=tuple(notes),
     )
@@ -318,6 +338,11 @@ def _choose_devices(request: Request, budget: Budget, gpus: Sequence[Gpu], *, dr
             raise DeviceError("--plan-for plans for a GPU that is not here, so it goes with --dry-run only.")
         if request.plan_for.lower() not in KNOWN_GPUS:
             raise DeviceError(f"There is no GPU '{request.plan_for}'. {suggest_nearest(request.plan_for, KNOWN_GPUS)}")
+        if budget.device_kind == "cpu":
+            raise BudgetError(
+                f"--plan-for plans for a GPU, but the budget '{budget.text}' is in core time. Give GPU time (8gpu-h), "
+                "wall time (2h) or trials."
+            )
         return _imagine_gpus(KNOWN_GPUS[request.plan_for.lower()], request.workers, have_gpu=bool(gpus))
     if gpus and budget.device_kind != "cpu":
         check_visible()

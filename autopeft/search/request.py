@@ -88,7 +88,9 @@ def parse_fixed(items: Sequence[str]) -> dict[str, Scalar]:
         key, separator, value = item.partition("=")
         if not separator or not key or not value:
             raise SpecError(f"--fix takes NAME=VALUE such as bits=4 or lora.rank=8, but was given '{item}'.")
-        fixed[key.strip()] = _parse_scalar(value)
+        name, scalar = key.strip(), _parse_scalar(value)
+        if fixed.setdefault(name, scalar) != scalar:
+            raise SpecError(f"--fix gives a setting one value, but {name} both {fixed[name]} and {scalar}. Keep one.")
     return fixed
 
 

@@ -222,10 +222,7 @@ class Search:
         if self.store.baseline is None or self.store.baseline.state == "waiting":
             return self._next_baseline()
         if self._awaits_base():
-            # Nothing can be compared before it is known what there is to beat. Meanwhile costs, so that decisions need
-            # not wait for them; from those of recipes others are interpolated, too.
-            for spec in (*self.config.included, *self.sampler.recipes):
-                self.costs.find(spec)
+            # Nothing can be compared before it is known what there is to beat.
             return None
         while True:
             appraiser = self._make_appraiser(held)
@@ -345,6 +342,11 @@ class Search:
         self.account.open(worker, trial.number)
         self.executor.assign(worker, Pack(stretches=(stretch,)))
         self.on_change(self.status())
+        if stretch.purpose == "baseline":
+            # Each takes seconds, which the first decision would wait for: it compares all recipes, and interpolates the
+            # costs of others from theirs.
+            for spec in (*self.config.included, *self.sampler.recipes):
+                self.costs.find(spec)
 
     # --- record
 

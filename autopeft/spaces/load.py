@@ -96,9 +96,8 @@ def parse_space(
                     f"{suggest_nearest(method, spaces)}"
                 )
         spaces = {method: spaces[method] for method in spaces if method in methods}
-    spaces = _apply_fixed(spaces, fixed, name, device_kind)
+    spaces, left_out = _apply_fixed(spaces, fixed, name, device_kind)
     recipes = {method: _fit_recipe(space, device_kind, max_steps, seed) for method, space in spaces.items()}
-    left_out: dict[str, str] = {}
     for method, space in spaces.items():
         rule = _refuse_kind(method, model_kind)
         if rule is None and recipes[method] is None:
@@ -107,7 +106,7 @@ def parse_space(
             left_out[method] = rule
     asked_for = {*(methods or ()), *(key.rpartition(".")[0] for key in fixed)}
     for method, rule in left_out.items():
-        if method in asked_for or len(left_out) == len(spaces):
+        if method in asked_for or left_out.keys() >= spaces.keys():
             raise SpaceError(f"The space '{name}' leaves nothing of {method} that can be trained here. {rule}")
     return SearchSpace(
         name=name,
@@ -188,15 +187,18 @@ def _can_open(dimension: Dimension, dimensions: Mapping[str, Dimension], fixed: 
 
 def _apply_fixed(
     spaces: dict[str, MethodSpace], fixed: Mapping[str, Scalar], name: str, device_kind: str
-) -> dict[str, MethodSpace]:
+) -> tuple[dict[str, MethodSpace], dict[str, str]]:
+    """The spaces, and of methods that cannot have what is fixed the rule. A method's own value goes before all's."""
+    spaces, left_out = dict(spaces), dict[str, str]()
     for key, value in fixed.items():
         method, _, setting = key.rpartition(".")
         if method and method not in spaces:
             raise SpaceError(
                 f"--fix {key}: the space '{name}' has no method '{method}'. {suggest_nearest(method, spaces)}"
             )
-        touched = [m for m in ([method] if method else spaces) if setting in _settings(spaces[m])]
-        if not touched:
+        having = [m for m in ([method] if method else spaces) if setting in _settings(spaces[m])]
+        touched = [m for m in having if method or f"{m}.{setting}" not in fixed]
+        if not having:
             known = sorted({s for m in spaces for s in _settings(spaces[m])})
             raise SpaceError(
                 f"--fix {key}: no method here has a setting '{setting}'. {suggest_nearest(setting, known)}"
@@ -208,6 +210,8 @@ def _apply_fixed(
                 if width in METHODS[m].bits:
                     spaces[m] = _fix(spaces[m], setting, width, device_kind)
                 else:
+                    widths = ", ".join(map(str, METHODS[m].bits))
+                    left_out[m] = f"{METHODS[m].title} trains on a base of {widths} bits, but --fix {key}={value}."
                     del spaces[m]
             continue
         for m in touched:
@@ -217,7 +221,7 @@ def _apply_fixed(
             spaces[m] = _fix(spaces[m], setting, value, device_kind)
     if not spaces:
         raise SpaceError(f"Nothing is left to search: no method of the space '{name}' can have {dict(fixed)}.")
-    return spaces
+    return spaces, left_out
 
 
 def _settings(space: MethodSpace) -> set[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from autopeft.errors import SpecError
-from autopeft.methods import METHODS, check_spec, refuse_spec
+from autopeft.methods import METHODS, check_spec, refuse_spec, type_settings
 from autopeft.methods.base import Dimension
 from autopeft.records import Scalar, TaskKind, TrialSpec
 
@@ -162,7 +162,7 @@ def make_spec(method: str, values: Mapping[str, Scalar], *, max_steps: int, seed
     target_modules = values.get("target_modules", EVERY_LAYER)
     spec = TrialSpec(
         method=method,
-        settings={name: values[name] for name in own},
+        settings=type_settings(method, {name: values[name] for name in own}),
         target_modules=None if target_modules == EVERY_LAYER else str(target_modules),
         bits=values["bits"],  # type: ignore[arg-type]
         learning_rate=float(values["learning_rate"]),

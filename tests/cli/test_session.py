@@ -42,7 +42,8 @@ def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def begin(seconds_left: float) -> float:
         plan: Any = SimpleNamespace(
-            model_argument="acme/large", wall_seconds_limit=seconds_left, config=SimpleNamespace(until="18:00"),
+            model_argument="acme/large", wall_seconds_limit=seconds_left, limit_read_at=0.0,
+            config=SimpleNamespace(until="18:00"),
             data_dir=None, devices=("cpu",), space=None, setup=lambda studies: None, validation_labels=lambda: None,
         )  # fmt: skip
         session.run_new_study(plan)

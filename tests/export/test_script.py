@@ -126,6 +126,7 @@ def test_an_adapter_that_began_in_the_weights_is_saved_for_the_untouched_base(
     assert (config["r"], config["init_lora_weights"]) == (16, True)
 
 
+@pytest.mark.slow
 def test_a_step_divided_into_micro_batches_is_the_same_step(bundle_of: Callable[..., Bundle], tmp_path: Path) -> None:
     bundle = bundle_of(make_spec("lora"), "generation")
     whole = run_script(bundle, tmp_path / "whole")

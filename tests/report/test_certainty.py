@@ -42,12 +42,12 @@ def words_of(study):
 
 
 def test_a_tie_names_its_members(uncertain):
-    assert say_ties(uncertain) == ["LoRA #0 and LoRA #1 cannot be told apart in accuracy."]
+    assert say_ties(uncertain) == ["LoRA #1 cannot be told from LoRA #0 in accuracy."]
 
 
 def test_a_long_tie_names_the_first_and_counts_the_others(study_of, trial_of):
     study = dataclasses.replace(study_of(trials=[trial_of(n) for n in range(7)]), ties=(tuple(range(7)),))
-    assert say_ties(study) == ["LoRA #0, LoRA #1, LoRA #2, LoRA #3 and 3 more cannot be told apart in accuracy."]
+    assert say_ties(study) == ["LoRA #1, LoRA #2, LoRA #3, LoRA #4 and 2 more cannot be told from LoRA #0 in accuracy."]
 
 
 def test_the_verdict_says_what_ties_with_the_best_and_what_more_would_bring(uncertain):
@@ -93,7 +93,7 @@ def test_gains_are_rounded_to_what_they_are_worth(share, text):
 def test_the_page_shows_ties_stops_and_what_more_would_bring(uncertain):
     words = words_of(uncertain)
     section = words.split("How sure, and what is left")[1].split("Learning curves")[0]
-    assert "LoRA #0 and LoRA #1 cannot be told apart in accuracy." in section
+    assert "LoRA #1 cannot be told from LoRA #0 in accuracy." in section
     assert "1 trial was stopped before the full length" in section
     assert "5 min 8 0.6% 0% to 1.9%" in section
     assert words.count("tie A") == 2

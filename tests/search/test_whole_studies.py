@@ -804,3 +804,26 @@ def test_progress_is_told_of_every_worker_and_never_goes_back(studies: FakeStudi
     studies.run(studies.create(budget="2min"), on_change=note)
     assert shares == sorted(shares)
     assert shares[-1] <= 1
+
+
+class Asked(InlineExecutor):
+    """Notes what is asked for its cost, and whether a worker has something to do meanwhile."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.asked: dict[str, bool] = {}
+
+    def cost(self, spec: TrialSpec) -> CostReply:
+        self.asked.setdefault(spec.cost_key(), bool(self._due))
+        return super().cost(spec)
+
+
+def test_recipes_are_costed_while_the_baseline_is_trained(studies: FakeStudies, make_spec: MakeSpec) -> None:
+    mine = make_spec(settings={"rank": 3})
+    store = studies.create_default(budget="3trials", included=(mine,))
+    executor = Asked(studies.executor(store)._setup, 1)
+    search = Search(store, executor, restore_space(store.config))
+    search.run()
+    # Full fine-tuning's is the hypervolume's reference, and known before anything runs.
+    recipes = [spec for spec in search.sampler.recipes if spec.method != "full"]
+    assert all(executor.asked[spec.cost_key()] for spec in (mine, *recipes))

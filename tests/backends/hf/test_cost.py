@@ -139,7 +139,8 @@ def test_a_head_alone_has_no_adapter_parameters(minilm):
 # --- memory
 
 
-@pytest.mark.parametrize("bits", [*(pytest.param(bits, marks=pytest.mark.slow) for bits in (32, 8)), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [32, 8, 4])
 def test_estimates_agree_with_bytes_counted_in_a_real_step(minilm, bits):
     base = load_base("minilm", num_labels=2, bits=bits, device="cpu")
     errors = {}
@@ -154,6 +155,7 @@ def test_estimates_agree_with_bytes_counted_in_a_real_step(minilm, bits):
     assert {name: error for name, error in errors.items() if abs(error) > 0.01} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_every_recipe_is_estimated_as_its_real_step(small_bert, small_cpu):
     base = load_base(small_bert, num_labels=2, bits=32, device="cpu")
@@ -255,7 +257,7 @@ def test_paged_states_are_not_counted_as_gpu_memory(tmp_path):
     assert saved == pytest.approx(2 * there.trainable_parameters, rel=0.02)
 
 
-@pytest.mark.parametrize("bits", [16, pytest.param(8, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("bits", [16, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (8, 4))])
 @pytest.mark.parametrize(("method", "changed"), VARIANTS)
 def test_every_method_can_be_estimated_for_a_gpu(small_cuda, method, changed, bits):
     spec = spec_of(method, bits, **changed)
@@ -288,7 +290,7 @@ ARCHITECTURES = {
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("bits", [32, 4])
+@pytest.mark.parametrize("bits", [32, pytest.param(4, marks=pytest.mark.slow)])
 def test_estimates_agree_with_a_real_step_on_other_architectures(tmp_path, architecture, bits):
     config = ARCHITECTURES[architecture](
         hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=100, pad_token_id=0

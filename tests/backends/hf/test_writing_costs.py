@@ -67,7 +67,7 @@ def count_real_writing(folder: Path, spec: TrialSpec, rows: int) -> int:
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_what_writing_needs_is_estimated_within_1_percent(tmp_path, architecture, method):
     costs = make_costs(tmp_path, architecture, 6, Writing(PROMPT, NEW))
     spec = spec_of(method)
