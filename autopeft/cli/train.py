@@ -116,6 +116,7 @@ def _run(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from autopeft.cli.training_display import Display
+    from autopeft.production.card import CARD_FILE, write_card
     from autopeft.production.files import read_result
     from autopeft.production.places import (
         check_folder,
@@ -152,7 +153,11 @@ def _run(args: argparse.Namespace) -> int:
         display.plan(recipe, notes)
         return _pretrain(recipe, task, places, model, out, args, display)
     if (out / "result.json").is_file():
-        display.finish(recipe, read_result(out), already=True)
+        finished = read_result(out)
+        if not (out / CARD_FILE).is_file():
+            # It was killed in between.
+            write_card(out, recipe, finished, source.record)
+        display.finish(recipe, finished, already=True)
         return 0
     display.plan(recipe, notes)
     from autopeft.production.run import train
@@ -163,8 +168,6 @@ def _run(args: argparse.Namespace) -> int:
             pretrained=Path(args.start) if args.start else None,
         )  # fmt: skip
     if result is not None:
-        from autopeft.production.card import write_card
-
         write_card(out, recipe, result, source.record)
         display.finish(recipe, result)
     return 0
@@ -244,9 +247,11 @@ def _read_study(args: argparse.Namespace) -> _Source:
     record = build_record(store)
     local = session.read_local(store)
     trial = find_trial(record, args.pick)
-    recipe = make_recipe(
-        record, trial, pick=args.pick, num_train=record.provenance.num_train, model=local["model"]
-    )  # fmt: skip
+    model = local["model"]
+    if model is not None and model != record.config.model and Path(model).name == record.config.model:
+        # A folder, which may have moved: records name it by its last part, wherever it was.
+        model = f"local:{record.config.model}"
+    recipe = make_recipe(record, trial, pick=args.pick, num_train=record.provenance.num_train, model=model)
     places = LocalPlaces(model=local["model"], data_dir=local["data_dir"], files=find_task_files(record.config.task))
     # Conditions such as vram<24GB make no name for a folder.
     name = re.sub(r"[^\w.-]+", "-", f"{record.config.name}-{args.pick}")

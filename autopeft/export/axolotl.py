@@ -5,7 +5,7 @@ from __future__ import annotations
 from autopeft.export.bundle import Bundle
 from autopeft.export.common import OPTIMIZERS, schedule, training_arguments
 from autopeft.export.files import to_yaml
-from autopeft.export.lora import list_differences, refuse_classifier, say_bundle
+from autopeft.export.lora import list_differences, note_narrow_weights, refuse_classifier, say_bundle
 from autopeft.export.rows import Row, write_rows
 from autopeft.export.settings import Entries, Rule, Values, choose, product, say_all, to, unless, whole
 from autopeft.export.target import Export, Target
@@ -78,7 +78,7 @@ def write(bundle: Bundle) -> Export:
         "train_on_inputs": False,
         "special_tokens": {"pad_token": words.pad},
         "output_dir": "output",
-        "evals_per_epoch": 1,
+        "eval_strategy": "epoch",
         "logging_steps": 10,
     }
 
@@ -100,6 +100,7 @@ def write(bundle: Bundle) -> Export:
         notes=(
             "Rows are segments of text, of which those with `label: true` are learned; Axolotl tokenizes each by "
             "itself, as the study did, and adds nothing.",
+            *note_narrow_weights(bundle, TITLE),
             *list_differences(bundle),
         ),
     )

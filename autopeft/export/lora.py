@@ -50,6 +50,16 @@ def list_differences(bundle: Bundle) -> list[str]:
     return [*notes, "Rows come in an order of the trainer's own, and batches are not put together by length."]
 
 
+def note_narrow_weights(bundle: Bundle, title: str) -> list[str]:
+    """Of trainers that hold in bfloat16 whatever weights they train."""
+    if bundle.recipe.spec.method != "full" or bundle.recipe.precision != "bfloat16":
+        return []
+    return [
+        f"{title} holds the weights that it trains in bfloat16, the trial in float32: small updates are rounded away, "
+        "so the learning rate may not hold. The script (--to trainer) trains as the trial did."
+    ]
+
+
 def install(bundle: Bundle, *packages: str) -> str:
     """The command that installs a trainer, and bitsandbytes where the configuration needs it."""
     needed = bundle.recipe.spec.bits < 16 or bundle.recipe.optimizer != "adamw"

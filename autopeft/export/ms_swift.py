@@ -163,6 +163,9 @@ def write(bundle: Bundle) -> Export:
         "logging_steps": 10,
         "report_to": "none",
     }
+    if recipe.spec.method == "full":
+        # As in the trial: a weight in bfloat16 would round updates away. Steps compute in bfloat16 all the same.
+        content["torch_dtype"] = "float32"
     notes = list_differences(bundle)
     if bundle.context.head:
         notes.append("The head is drawn by transformers when the model is loaded, not from the trial's seed.")

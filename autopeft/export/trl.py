@@ -79,6 +79,9 @@ def write(bundle: Bundle) -> Export:
         "logging_steps": 10,
         "report_to": "none",
     }
+    if bundle.recipe.spec.method == "full":
+        # As in the trial: a weight in bfloat16 would round updates away. Steps compute in bfloat16 all the same.
+        content["dtype"] = "float32"
     rows, notes = text_or_tokens(bundle)
     if bundle.recipe.spec.bits < 16:
         notes.append("On a quantized base TRL keeps the adapter in bfloat16, the trial in float32.")

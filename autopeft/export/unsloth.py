@@ -10,7 +10,7 @@ from typing import Any
 
 from autopeft.export.bundle import Bundle
 from autopeft.export.common import training_arguments
-from autopeft.export.lora import list_differences, no_lora_plus, refuse_classifier
+from autopeft.export.lora import list_differences, no_lora_plus, note_narrow_weights, refuse_classifier
 from autopeft.export.settings import Entries, Rule, Values, choose, only, product, said_elsewhere, say_all, to
 from autopeft.export.target import Export, Target
 from autopeft.export.trl import text_or_tokens
@@ -80,6 +80,7 @@ def write(bundle: Bundle) -> Export:
         commands=("pip install 'unsloth==2026.10.9'", "python train.py"),
         notes=(
             "Unsloth's kernels round otherwise than PyTorch's, and its LoRA is drawn in an order of its own.",
+            *note_narrow_weights(bundle, TITLE),
             *notes,
             *list_differences(bundle),
         ),

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import peft
 import torch
+import transformers
 
 import autopeft
-from autopeft.backends.hf.base_model import BaseModel, digest_file, load_base
+from autopeft.backends.hf.base_model import BaseModel, digest_file, load_base, resolve_model
 from autopeft.backends.hf.build import build_trial_model, count_trainable, trainable_parameters
 from autopeft.backends.hf.data import TaskData
 from autopeft.backends.hf.saved import save_adapter, save_trained
@@ -68,12 +69,28 @@ def save_weights(
         (folder / "README.md").unlink(missing_ok=True)
         saved_as = "peft"
     elif find_method(spec.method).name == "full":
+        if task.kind == "generation":
+            trained.generation_config = _make_generation_config(trained, tokenizer, model)
         trained.save_pretrained(folder)
         saved_as = "transformers"
     else:
         save_trained(trained, spec, folder)
     complete_folder(folder, tokenizer, model)
     return saved_as
+
+
+def _make_generation_config(trained: Any, tokenizer: Any, model: str) -> transformers.GenerationConfig:
+    """The base's own, which scoring left aside, and the end of sequence that was trained: libraries read it there
+    alone. Of settings that transformers would refuse to write nothing is kept."""
+    try:
+        config = transformers.GenerationConfig.from_pretrained(resolve_model(model))
+        config.validate(strict=True)
+    except (OSError, ValueError):
+        config = transformers.GenerationConfig.from_model_config(trained.config)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(config, name) is None:
+            setattr(config, name, getattr(tokenizer, name))
+    return config
 
 
 def make_result(

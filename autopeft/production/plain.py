@@ -185,7 +185,11 @@ def write(model: Any, job: dict[str, Any]) -> Any:
     """
     import numpy as np
     import torch
+    import transformers
 
+    # As in training: what the base's authors set for chatting, such as penalties, would fill in what is not given.
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own.generation_config = transformers.GenerationConfig()
     prompts = job["prompts"]
     written = np.full((len(prompts), job["max_new_tokens"]), job["pad_token_id"], dtype=np.int64)
     for length in sorted({len(prompt) for prompt in prompts}):

@@ -27,9 +27,9 @@ from autopeft.backends.hf.base_model import (
     load_tokenizer,
 )
 from autopeft.backends.hf.data import Batch, plan_batches
-from autopeft.backends.hf.steps import checkpoint_activations, score_batches
+from autopeft.backends.hf.steps import Diverged, checkpoint_activations, score_batches
 from autopeft.backends.hf.trial import release_memory
-from autopeft.errors import DataError, ModelError, SpecError
+from autopeft.errors import DataError, ModelError, SpecError, TrainingError
 from autopeft.methods import find_method
 from autopeft.production import checkpoints
 from autopeft.production.checkpoints import Evaluation
@@ -167,7 +167,13 @@ def pretrain(
         # The probability of a token, in the geometric mean: larger is better, and between 0 and 1.
         return Evaluation(step=step, quality=math.exp(-loss), loss=loss)
 
-    before = measure(trained)
+    try:
+        before = measure(trained)
+    except Diverged as exc:
+        raise TrainingError(
+            f"Pre-training begins with a model whose losses are finite, but those of '{recipe.model}' on the text held "
+            "out are not. Choose another base model."
+        ) from exc
     job = Job(
         recipe=recipe,
         key=key,

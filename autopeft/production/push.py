@@ -6,6 +6,7 @@ no file and no record of ours.
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from autopeft.production.files import RECIPE_FILE, RESULT_FILE, name_base
 from autopeft.production.finished import Finished
 from autopeft.production.snippet import HERE, find_base_id
 
+_WEIGHTS = r"adapter_(config\.json|model\..*)|trained\.safetensors|(pytorch_)?model.*\.(safetensors|bin)"
 _TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 
 
@@ -133,14 +135,27 @@ def _upload(upload: Upload, stage: Path) -> Upload:
     with _explain(repo):
         api.create_repo(repo, private=upload.private, exist_ok=True)
         # One that was there already stays as it was.
-        private = bool(api.model_info(repo).private)
+        info = api.model_info(repo)
+        private = bool(info.private)
         if upload.private and not private:
             raise ExportError(
                 f"--private keeps what is uploaded from the public, but '{repo}' exists and is public. Nothing was "
                 "uploaded. Make it private in its settings on the hub, or push to another name."
             )
+        _check_others(repo, {file.rfilename for file in info.siblings or ()}, {path.name for path in stage.iterdir()})
         api.upload_folder(repo_id=repo, folder_path=stage, commit_message="Upload by autopeft push")
     return upload._replace(private=private, url=f"{api.endpoint}/{repo}")
+
+
+def _check_others(repo: str, there: set[str], ours: set[str]) -> None:
+    """Raises ExportError where weights of another form lie in the repository: transformers loads an adapter that it
+    finds beside a whole model, and its base instead of that model."""
+    others = sorted(name for name in there - ours if re.fullmatch(_WEIGHTS, name))
+    if others:
+        raise ExportError(
+            f"One repository holds one model, but '{repo}' has {others[0]} of another upload, beside which this one "
+            "would not be loaded as it is. Nothing was uploaded. Delete that file there, or push to another name."
+        )
 
 
 @contextmanager

@@ -188,7 +188,7 @@ def make_recipe(
         num_train=num_train,
         steps=spec.max_steps,
         epochs=1.0,
-        warmup_steps=0,
+        warmup_steps=math.ceil(spec.warmup_ratio * spec.max_steps),
         schedule=spec.schedule,
         num_cycles=1,
         effective_batch=spec.batch_size,
@@ -229,13 +229,21 @@ def lay_out(recipe: Recipe, *, num_train: int, epochs: float | None = None, step
         steps = max(fewest, math.ceil((epochs or DEFAULT_EPOCHS) * num_train / recipe.effective_batch))
     if steps < 1:
         raise SpecError(f"steps must be at least 1, but is {steps}.")
+    warmup_share = recipe.spec.warmup_ratio
+    if recipe.warmup_steps != math.ceil(warmup_share * recipe.steps):
+        # It was edited.
+        warmup_share = recipe.warmup_steps / recipe.steps
     return dataclasses.replace(
         recipe,
         num_train=num_train,
         steps=steps,
-        epochs=round(steps * recipe.effective_batch / num_train, 4),
-        warmup_steps=math.ceil(recipe.spec.warmup_ratio * steps),
+        epochs=_count_epochs(steps, recipe.effective_batch, num_train),
+        warmup_steps=math.ceil(warmup_share * steps),
     )
+
+
+def _count_epochs(steps: int, batch: int, num_train: int) -> float:
+    return round(steps * batch / num_train, 4)
 
 
 def with_batch(recipe: Recipe, *, effective: int | None = None, micro: int | None = None) -> Recipe:
@@ -281,6 +289,12 @@ def check_recipe(recipe: Recipe, where: str) -> None:
             raise RecordError(f"In {where} {name} must not be negative, but is {getattr(recipe, name)}.")
     if recipe.warmup_steps > recipe.steps:
         raise RecordError(f"In {where} warm-up takes {recipe.warmup_steps} of only {recipe.steps} steps. Shorten it.")
+    epochs = _count_epochs(recipe.steps, recipe.effective_batch, recipe.num_train)
+    if abs(recipe.epochs - epochs) > 1e-3 * epochs:
+        raise RecordError(
+            f"In {where} epochs says how far {recipe.steps} steps go, which is {epochs:g}, but is {recipe.epochs:g}. "
+            "Edit steps, or give autopeft train --epochs."
+        )
     if recipe.num_cycles > 1 and recipe.schedule != "cosine_with_restarts":
         raise RecordError(
             f"In {where} num_cycles is {recipe.num_cycles}, but the schedule '{recipe.schedule}' has no cycles. Set "

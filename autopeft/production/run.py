@@ -150,8 +150,14 @@ def train(
         trainer.load_trained(best.step)
     if session.is_main:
         listener.scoring()
-    test = score(trainer.model, data.test)
-    validation = None if options.all_rows else score(trainer.model, data.validation)
+    try:
+        test = score(trainer.model, data.test)
+        validation = None if options.all_rows else score(trainer.model, data.validation)
+    except Diverged as exc:
+        raise TrainingError(
+            "Training diverged: what it ended with has losses on the test or the search-validation split that are not "
+            "finite. Lower learning_rate in training.yaml, or choose another trial."
+        ) from exc
     peak = find_peak(session)
     seconds = trainer.seconds
     if not session.is_main:

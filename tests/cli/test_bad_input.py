@@ -361,6 +361,22 @@ def test_a_data_folder_of_before_that_is_gone_is_in_nobodys_way(study: str) -> N
     assert find_places(open_study(study)).data_dir is None
 
 
+def test_a_model_that_has_moved_is_named_as_the_study_names_it(study: str) -> None:
+    from argparse import Namespace
+
+    from autopeft.cli.session import open_study
+    from autopeft.cli.train import _read_study
+    from autopeft.search.plan import restore_space
+
+    store = open_study(study)
+    space = restore_space(store.config)
+    store.add(space.recipes[0], "recipe", space)
+    name = store.config.model
+    Path(f"studies/{study}/local.json").write_text(json.dumps({"model": f"/home/of/somebody/{name}"}))
+    source = _read_study(Namespace(source=study, pick="0"))
+    assert source.recipe.model == f"local:{name}"
+
+
 def test_places_that_cannot_be_read_are_told_with_what_to_name(refuse: Refusal, study: str) -> None:
     Path(f"studies/{study}/local.json").write_text("")
     assert f"autopeft resume {study} --model MODEL --data-dir DIR" in refuse("resume", study)

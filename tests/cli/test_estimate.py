@@ -254,6 +254,7 @@ def test_a_full_disk_is_told(monkeypatch):
         assert "make room" in finding(name).remedy
 
 
+@pytest.mark.slow
 def test_a_dry_run_for_a_gpu_that_is_not_here_goes_by_its_workspaces(tmp_path, monkeypatch, capsys):
     from autopeft.testing.tiny_models import tiny_folder
 

@@ -89,6 +89,24 @@ def test_what_a_trainer_does_otherwise_is_said_where_it_matters(
         assert "Weight decay leaves out norms and biases" in said
 
 
+def test_all_weights_are_trained_in_float32_or_it_is_said(bundle_of: Callable[..., Bundle]) -> None:
+    whole = bundle_of(make_recipe_spec(METHODS["full"], device_kind="cuda"), "generation")
+    trl, swift = (
+        yaml.safe_load(TARGETS[target].write(whole).files[CONFIGURATION[target]]) for target in ("trl", "ms-swift")
+    )
+    assert (trl["dtype"], trl["bf16"]) == ("float32", True)
+    assert (swift["torch_dtype"], swift["bf16"]) == ("float32", True)
+    for target in ("axolotl", "unsloth"):
+        assert "small updates are rounded away" in " ".join(TARGETS[target].write(whole).notes)
+
+
+def test_axolotl_evaluates_once_an_epoch(spec: TrialSpec, bundle_of: Callable[..., Bundle]) -> None:
+    content = yaml.safe_load(TARGETS["axolotl"].write(bundle_of(spec, "generation")).files["axolotl.yaml"])
+    # `evals_per_epoch` becomes a share of all steps, of which Axolotl takes 1 for none.
+    assert content["eval_strategy"] == "epoch"
+    assert "evals_per_epoch" not in content
+
+
 def test_llama_factory_finds_the_rows_by_their_registration(
     spec: TrialSpec, bundle_of: Callable[..., Bundle], tmp_path: Path
 ) -> None:

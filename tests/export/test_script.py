@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import os
 import subprocess
@@ -55,8 +56,6 @@ def run_trial(bundle: Bundle, folder: Path) -> dict[str, np.ndarray]:
 
 
 def make_spec(method: str, bits: int | None = None, **settings: object) -> TrialSpec:
-    import dataclasses
-
     spec = make_recipe_spec(METHODS[method], device_kind="cpu", bits=bits)  # type: ignore[arg-type]
     return dataclasses.replace(
         spec, max_steps=STEPS, batch_size=8, optimizer="adamw", seed=5, weight_decay=0.01,
@@ -85,6 +84,15 @@ def test_the_script_classifies_from_each_rows_last_token_as_the_trial_did(
 
 def test_the_script_ends_where_a_trial_on_text_ended(bundle_of: Callable[..., Bundle], tmp_path: Path) -> None:
     check_same(bundle_of(make_spec("lora", lr_ratio_b=4.0, dropout=0.1), "generation"), tmp_path)
+
+
+@pytest.mark.slow
+def test_the_script_scores_what_the_model_writes(bundle_of: Callable[..., Bundle], tmp_path: Path) -> None:
+    bundle = bundle_of(make_spec("lora"), "generation")
+    bundle = dataclasses.replace(bundle, task=dataclasses.replace(bundle.task, scorer="exact_match", max_new_tokens=4))
+    scores = run_script(bundle, tmp_path)
+    assert set(np.unique(scores["test_predictions"])) <= {0, 1}
+    assert (tmp_path / "output/adapter/adapter_config.json").is_file()
 
 
 @pytest.mark.slow

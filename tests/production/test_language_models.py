@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from autopeft.production.files import (
     write_recipe,
     write_result,
 )
+from autopeft.production.finish import _make_generation_config
 from autopeft.production.finished import open_finished
 from autopeft.production.merge import merge
 from autopeft.production.recipe import find_task_files
@@ -59,7 +61,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
-    model.generation_config = transformers.GenerationConfig(eos_token_id=1, bos_token_id=3, temperature=None)
+    # A penalty, as some chat models have: a word of the prompt would not be written again.
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=1, bos_token_id=3, temperature=None, repetition_penalty=1.9
+    )
     model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(tiny_folder("llama")).save_pretrained(folder)
     (folder / "tokenizer.model").write_bytes(b"a sentencepiece model")
@@ -132,6 +137,22 @@ def test_a_language_models_score_is_reproduced(method: str, scorer: str, llama: 
     if method == "lora":
         # Else a model that writes nothing would be reproduced as well.
         assert found.quality > 0.2
+
+
+def test_a_whole_model_says_where_it_ends(llama: Path, tmp_path: Path) -> None:
+    base = load_base(str(llama), num_labels=None, bits=32, device="cpu")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    config = _make_generation_config(base.model, tokenizer, str(llama))
+    assert (config.eos_token_id, config.bos_token_id, config.repetition_penalty) == (1, 3, 1.9)
+    assert config.pad_token_id == tokenizer.pad_token_id
+    for name, text in (("silent", None), ("refused", '{"do_sample": false, "temperature": 0.5, "eos_token_id": 7}')):
+        folder = shutil.copytree(llama, tmp_path / name)
+        (folder / "generation_config.json").unlink()
+        if text is not None:
+            (folder / "generation_config.json").write_text(text)
+        config = _make_generation_config(base.model, tokenizer, str(folder))
+        assert config.eos_token_id is not None
+        config.save_pretrained(folder)
 
 
 def test_merged_it_has_the_bases_own_layout(llama: Path, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.tokens.append(self.headers.get("Authorization"))
         private = self.server.is_private if self.server.created else None
-        self.answer({"sha": "1" * 40, "id": "me/model", "siblings": [], "private": private})
+        self.answer({"sha": "1" * 40, "id": "me/model", "siblings": self.server.siblings, "private": private})
 
     def answer(self, content: Any, status: int = 200) -> None:
         data = json.dumps(content).encode()
@@ -87,7 +87,7 @@ def hub() -> Iterator[Any]:
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     server.files, server.created, server.tokens, server.refuse_with = {}, [], [], None
-    server.is_private = None
+    server.is_private, server.siblings = None, []
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -211,6 +211,13 @@ def test_a_private_one_stays_private_and_is_said_to_be(folder: Path, hub: Any, t
     done = run_push(tmp_path, str(folder), "--to", "me/model", endpoint=hub.url)
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("(private)")
+
+
+def test_weights_of_another_upload_are_not_mixed_with(folder: Path, hub: Any, tmp_path: Path) -> None:
+    hub.siblings = [{"rfilename": name} for name in ("README.md", "model-00001-of-00002.safetensors")]
+    done = run_push(tmp_path, str(folder), "--to", "me/model", endpoint=hub.url)
+    assert "'me/model' has model-00001-of-00002.safetensors of another upload" in refusal(done)
+    assert hub.files == {}
 
 
 def test_when_the_hub_cannot_be_reached(folder: Path, tmp_path: Path) -> None:

@@ -397,6 +397,7 @@ def test_a_sequence_is_as_long_as_the_positions_that_were_learned(tmp_path, conf
             costs.cost(spec_of("ia3"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_every_recipe_can_be_estimated_for_a_gpu(small_cuda, name):
     method = METHODS[name]

@@ -45,7 +45,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         **_SIZES, num_hidden_layers=DEPTH, num_key_value_heads=2, num_local_experts=4
     ),
 }  # fmt: skip
-_QUICK = {("llama", 16), ("llama", 4), ("t5", 16)}
+_QUICK = {("llama", 4), ("t5", 16)}
 PLAIN = StepSettings()
 
 
@@ -93,9 +93,9 @@ def test_a_deep_model_is_estimated_as_if_all_its_layers_had_been_run(tmp_path, a
         (spec_of("full", 16), StepSettings(micro_batches=4)),
         (spec_of("lora", 16, target_modules="all-linear:last-2"), PLAIN),
         pytest.param(spec_of("adalora", 16), PLAIN, marks=pytest.mark.slow),
-        (spec_of("prefix_tuning", 16), PLAIN),
+        pytest.param(spec_of("prefix_tuning", 16), PLAIN, marks=pytest.mark.slow),
         pytest.param(spec_of("prompt_tuning", 16), PLAIN, marks=pytest.mark.slow),
-        (spec_of("ia3", 4), PLAIN),
+        pytest.param(spec_of("ia3", 4), PLAIN, marks=pytest.mark.slow),
         pytest.param(spec_of("bottleneck", 16), PLAIN, marks=pytest.mark.slow),
         pytest.param(spec_of("vera", 16), PLAIN, marks=pytest.mark.slow),
     ],
