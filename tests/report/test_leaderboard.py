@@ -76,6 +76,22 @@ def test_two_studies_that_trained_the_same_configuration_share_a_row(study_of, t
     assert (row.num_seeds, row.studies) == (2, ["ours", "theirs"])
 
 
+def test_what_was_scored_otherwise_is_ranked_apart(study_of, trial_of, tmp_path):
+    ours = study_of(trials=[trial_of(0)], uid="a", with_picks=False)
+    theirs = study_of(trials=[trial_of(0)], uid="b", with_picks=False)
+    theirs = dataclasses.replace(theirs, config=dataclasses.replace(theirs.config, scorer="f1_macro"))
+    ranked = rank_entries(merge_entries([*list_entries(ours), *list_entries(theirs)]))
+    rows = [standing for standing in ranked if standing.entry.kind == "trial"]
+    assert {(row.entry.scorer, row.rank, len(row.entry.runs)) for row in rows} == {
+        ("accuracy", 1, 1),
+        ("f1_macro", 1, 1),
+    }
+    for study in (ours, theirs):
+        update_leaderboard(study, tmp_path)
+    written = (tmp_path / "sst2" / "minilm.md").read_text()
+    assert len([line for line in written.splitlines() if line.startswith("## Data")]) == 2
+
+
 def test_a_row_from_before_its_method_had_a_setting_is_the_same_configuration(study_of, trial_of, spec_of):
     before = study_of(trials=[trial_of(0, spec=spec_of())], uid="a", with_picks=False)
     since = study_of(trials=[trial_of(0, spec=fill_settings(spec_of(seed=2)))], uid="b", with_picks=False)

@@ -15,6 +15,7 @@ from plotly.offline import get_plotlyjs
 from autopeft.records import Failed, Refused
 from autopeft.report.cards import Way
 from autopeft.report.page import build_page, write_page
+from autopeft.report.verdict import write_verdict
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -194,6 +195,14 @@ def test_a_best_no_better_than_the_trained_head_is_called_so(study_of, trial_of)
 def test_a_best_no_better_than_the_majority_class_is_called_so(study_of, trial_of):
     text = Document(build_page(study_of(trials=[trial_of(0, final=0.51)]))).text
     assert "Nothing is clearly better than that" in text
+
+
+def test_a_best_that_gives_everything_one_class_is_called_so(study_of, trial_of):
+    trial = trial_of(0, final=0.0)
+    silent = dataclasses.replace(trial, rungs=tuple(dataclasses.replace(rung, quality_sd=0.0) for rung in trial.rungs))
+    study = study_of(trials=[silent])
+    config = dataclasses.replace(study.config, scorer="matthews_correlation", majority_quality=0.0)
+    assert "Nothing is clearly better than that" in write_verdict(dataclasses.replace(study, config=config))
 
 
 @pytest.mark.parametrize(

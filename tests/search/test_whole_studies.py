@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from autopeft.backends.base import Broken, CostReply, Ended, Pack
+from autopeft.backends.base import Broken, CostReply, Ended, Pack, Ready
 from autopeft.errors import StudyError, WorkerError
 from autopeft.executors.base import WorkerEvent
 from autopeft.executors.inline import InlineExecutor
@@ -827,3 +827,19 @@ def test_recipes_are_costed_while_the_baseline_is_trained(studies: FakeStudies, 
     # Full fine-tuning's is the hypervolume's reference, and known before anything runs.
     recipes = [spec for spec in search.sampler.recipes if spec.method != "full"]
     assert all(executor.asked[spec.cost_key()] for spec in (mine, *recipes))
+
+
+class SlowToStart(InlineExecutor):
+    """Ten minutes pass until its workers are ready."""
+
+    def start(self) -> list[Ready]:
+        self._now += 600.0
+        return super().start()
+
+
+def test_a_time_of_day_waits_for_no_worker(studies: FakeStudies) -> None:
+    store = studies.create_default(budget="100trials", confirm_seeds=0, confirm_share=0.0)
+    executor = SlowToStart(studies.executor(store)._setup, 1)
+    record = Search(store, executor, restore_space(store.config), wall_seconds_limit=700.0).run()
+    assert len(record.trials) > 1
+    assert 650.0 < executor.now() < 710.0

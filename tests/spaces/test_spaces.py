@@ -16,7 +16,7 @@ from autopeft.methods import METHODS, check_spec, refuse_spec
 from autopeft.records import Scalar
 from autopeft.spaces.dimensions import default_dimensions
 from autopeft.spaces.load import find_space, list_spaces, parse_space
-from autopeft.spaces.space import SearchSpace
+from autopeft.spaces.space import SearchSpace, make_spec, spec_values
 
 SHIPPED = sorted(list_spaces())
 DEVICES = ("cpu", "cuda")
@@ -336,6 +336,29 @@ def test_fixed_bits_leave_out_methods_that_cannot_have_them() -> None:
     space = shipped("default", fixed={"bits": 4})
     assert "full" not in space.methods
     assert {method.fixed["bits"] for method in space.methods.values()} == {4}
+    assert space.left_out["full"] == "Full fine-tuning trains on a base of 16, 32 bits, but --fix bits=4."
+    with pytest.raises(SpaceError, match="leaves nothing of full"):
+        shipped("default", fixed={"bits": 4}, methods=("lora", "full"))
+
+
+def test_a_methods_own_value_goes_before_that_for_all() -> None:
+    for fixed in ({"bits": 4, "lora.bits": 8}, {"lora.bits": 8, "bits": 4}):
+        space = shipped("default", methods=("lora", "ia3"), fixed=fixed)
+        assert [space.methods[name].fixed["bits"] for name in ("lora", "ia3")] == [8, 4]
+
+
+def test_two_and_two_point_zero_are_one_configuration() -> None:
+    recipe = next(spec for spec in shipped("default").recipes if spec.method == "lora")
+    values = spec_values(recipe)
+    whole, fraction = (
+        make_spec("lora", {**values, "alpha_over_rank": value, "dropout": 0}, max_steps=160, seed=0)
+        for value in (2, 2.0)
+    )
+    assert whole == fraction
+    assert whole.key() == fraction.key()
+    assert type(whole.settings["dropout"]) is float
+    assert type(whole.settings["rank"]) is int
+    assert type(whole.settings["dora"]) is bool
 
 
 def test_fixed_bits_may_be_unquantized() -> None:
