@@ -107,7 +107,11 @@ def _bits(value: int, values: Values) -> Entries:
 TRAINING = training_arguments(
     bits=_bits,
     precision=choose(
-        {"bfloat16": {"torch_dtype": "bfloat16", "bf16": True}, "float32": {"torch_dtype": "float32", "bf16": False}},
+        # Left open, fp16 is on wherever weights are in float32.
+        {
+            "bfloat16": {"torch_dtype": "bfloat16", "bf16": True, "fp16": False},
+            "float32": {"torch_dtype": "float32", "bf16": False, "fp16": False},
+        },
         "ms-swift has no precision {}.",
     ),
 )

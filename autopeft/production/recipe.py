@@ -229,16 +229,16 @@ def lay_out(recipe: Recipe, *, num_train: int, epochs: float | None = None, step
         steps = max(fewest, math.ceil((epochs or DEFAULT_EPOCHS) * num_train / recipe.effective_batch))
     if steps < 1:
         raise SpecError(f"steps must be at least 1, but is {steps}.")
-    warmup_share = recipe.spec.warmup_ratio
-    if recipe.warmup_steps != math.ceil(warmup_share * recipe.steps):
-        # It was edited.
-        warmup_share = recipe.warmup_steps / recipe.steps
+    warmup_steps = math.ceil(recipe.spec.warmup_ratio * steps)
+    if recipe.warmup_steps != math.ceil(recipe.spec.warmup_ratio * recipe.steps):
+        # It was edited. In whole numbers, so that the same length gives the same again.
+        warmup_steps = -(-recipe.warmup_steps * steps // recipe.steps)
     return dataclasses.replace(
         recipe,
         num_train=num_train,
         steps=steps,
         epochs=_count_epochs(steps, recipe.effective_batch, num_train),
-        warmup_steps=math.ceil(warmup_share * steps),
+        warmup_steps=warmup_steps,
     )
 
 
@@ -291,9 +291,10 @@ def check_recipe(recipe: Recipe, where: str) -> None:
         raise RecordError(f"In {where} warm-up takes {recipe.warmup_steps} of only {recipe.steps} steps. Shorten it.")
     epochs = _count_epochs(recipe.steps, recipe.effective_batch, recipe.num_train)
     if abs(recipe.epochs - epochs) > 1e-3 * epochs:
+        steps = math.ceil(recipe.epochs * recipe.num_train / recipe.effective_batch)
         raise RecordError(
-            f"In {where} epochs says how far {recipe.steps} steps go, which is {epochs:g}, but is {recipe.epochs:g}. "
-            "Edit steps, or give autopeft train --epochs."
+            f"In {where} {recipe.steps} steps of {recipe.effective_batch} rows are {epochs:g} epochs of "
+            f"{recipe.num_train}, but epochs is {recipe.epochs:g}. Set epochs to {epochs:g}, or steps to {steps}."
         )
     if recipe.num_cycles > 1 and recipe.schedule != "cosine_with_restarts":
         raise RecordError(

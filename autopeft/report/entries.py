@@ -141,9 +141,7 @@ def _entry(study: StudyRecord, kind: EntryKind, spec: TrialSpec | None, runs: tu
 def fill_entry(entry: Entry) -> Entry:
     """With what its method can be set to since it was written, at the defaults that it had then: the same configuration
     has the same key again."""
-    if entry.spec is None:
-        return entry
-    spec = fill_settings(entry.spec)
+    spec = None if entry.spec is None else fill_settings(entry.spec)
     return replace(entry, spec=spec, key=_key(entry.kind, spec, entry.task_digest, entry.model_digest, entry.scorer))
 
 

@@ -85,7 +85,7 @@ def standard_error(quality: float, num_examples: int, scorer: str, example_sd: f
     if num_examples < 2 or not math.isfinite(quality):
         return None
     if example_sd is not None:
-        return math.sqrt(max(example_sd**2, 1 / num_examples) / num_examples)
+        return (example_sd or 1 / math.sqrt(num_examples)) / math.sqrt(num_examples)
     if is_fraction(scorer):
         return math.sqrt(max(quality * (1 - quality), 0.0) / num_examples)
     return max(1 - quality**2, 0.0) / math.sqrt(num_examples - 1) if abs(quality) <= 1 else None

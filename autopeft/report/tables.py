@@ -119,7 +119,8 @@ def _csv_row(standing: Standing) -> list[object]:
 
 
 def _explain(standings: Sequence[Standing]) -> list[str]:
-    scorer = title_scorer(standings[0].entry.scorer) if standings else "quality"
+    scorers = {standing.entry.scorer for standing in standings}
+    scorer = title_scorer(*scorers) if len(scorers) == 1 else "quality"
     return [
         f"Ranked by {escape_markdown(scorer)} on search-validation, mean over seeds ± standard deviation; test scores "
         "stand beside it and rank nothing. In brackets after a rank, where the data leave it open: the ranks that it "

@@ -479,7 +479,7 @@ def restore_space(config: StudyConfig) -> SearchSpace:
     return parse_space(
         config.space, name=config.space_name, device_kind=config.device_kind, max_steps=config.rungs[-1],
         seed=config.seed, methods=config.methods, fixed=config.fixed, model_kind=config.model_kind,
-        task_kind=config.task_kind,
+        task_kind=config.task_kind, is_stored=True,
     )  # fmt: skip
 
 

@@ -145,12 +145,12 @@ def read_included(
 def _apply_fixed(
     given: Mapping[str, Scalar], fixed: Mapping[str, Scalar], method: Method, device_kind: str, path: Path
 ) -> dict[str, Scalar]:
-    """The settings given and those fixed: `lora.rank` for one method, `bits` for every one that has it."""
+    """The settings given and those fixed: `lora.rank` for one method, `bits` for every one that has none of its own."""
     joined = dict(given)
     known = default_dimensions(method, device_kind)
     for key, value in fixed.items():
         owner, _, name = key.rpartition(".")
-        if owner not in ("", method.name) or name not in known:
+        if owner not in ("", method.name) or name not in known or (not owner and f"{method.name}.{name}" in fixed):
             continue
         own, wanted = (widest_bits(device_kind) if v == "unquantized" else v for v in (given.get(name, value), value))
         if own != wanted:

@@ -203,6 +203,7 @@ class Search:
 
     def _assign_idle_workers(self) -> None:
         in_vain = set[Bits | None]()
+        begins_baseline = False
         for worker in range(self.executor.num_workers):
             held = self._find_held(worker)
             if worker in self._running or held in in_vain:
@@ -210,11 +211,17 @@ class Search:
             stretch = self._next_stretch(held)
             if stretch is not None:
                 self._assign(worker, *stretch)
-            elif self._ends_early:
+                begins_baseline |= stretch[1].purpose == "baseline"
+            elif self._ends_early and self.phase == "search":
                 return
             else:
                 # What it holds decides what may still be in time: another worker may have something to do.
                 in_vain.add(held)
+        if begins_baseline:
+            # Each takes seconds, which the first decision would wait for: it compares all recipes, and interpolates the
+            # costs of others from theirs.
+            for spec in (*self.config.included, *self.sampler.recipes):
+                self.costs.find(spec)
 
     def _next_stretch(self, held: Bits | None) -> tuple[Trial, Stretch] | None:
         if self.phase == "confirm":
@@ -342,11 +349,6 @@ class Search:
         self.account.open(worker, trial.number)
         self.executor.assign(worker, Pack(stretches=(stretch,)))
         self.on_change(self.status())
-        if stretch.purpose == "baseline":
-            # Each takes seconds, which the first decision would wait for: it compares all recipes, and interpolates the
-            # costs of others from theirs.
-            for spec in (*self.config.included, *self.sampler.recipes):
-                self.costs.find(spec)
 
     # --- record
 
@@ -483,6 +485,7 @@ class Search:
             self._idle_deaths += 1
             if self._idle_deaths > _MOST_IDLE_DEATHS:
                 raise make_worker_error("Workers die even without work, so the search was ended. Last words:", detail)
+            self._held.pop(event.worker, None)
             self.executor.restart(event.worker)
             return
         self._charge(running, "lost", event.at_seconds)

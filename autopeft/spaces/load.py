@@ -68,12 +68,14 @@ def parse_space(
     fixed: Mapping[str, Scalar] | None = None,
     model_kind: ModelKind | None = None,
     task_kind: TaskKind = "classification",
+    is_stored: bool = False,
 ) -> SearchSpace:
     """A space's YAML, resolved for a device, the kind of task and, where it is known, the kind of model.
 
     `methods` keeps only those named; `fixed` takes `bits` (for every method that has it) or `lora.rank` (for one).
     What cannot be trained here goes to `left_out`. Raises SpaceError for unknown keys, methods or dimensions, where
-    nothing is left, and where a method cannot be trained that `methods` or `fixed` ask for by name.
+    nothing is left, and where a method cannot be trained that `methods` or `fixed` ask for by name; but not for that
+    where a study `is_stored`, which began without it.
     """
     data = _parse_yaml(text, name)
     fixed = fixed or {}
@@ -106,7 +108,7 @@ def parse_space(
             left_out[method] = rule
     asked_for = {*(methods or ()), *(key.rpartition(".")[0] for key in fixed)}
     for method, rule in left_out.items():
-        if method in asked_for or left_out.keys() >= spaces.keys():
+        if (method in asked_for and not is_stored) or left_out.keys() >= spaces.keys():
             raise SpaceError(f"The space '{name}' leaves nothing of {method} that can be trained here. {rule}")
     return SearchSpace(
         name=name,

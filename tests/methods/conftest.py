@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from autopeft.methods import METHODS
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves bases of 8 bits to the slow run: 4, by the same library, shows what a method does to layers that are not
-    plain linear ones."""
+    """Leaves bases of 8 bits to the slow run where a method takes 4, which by the same library show what it does to
+    layers that are not plain linear ones."""
     for item in items:
         function, _, case = item.name.partition("[")
-        if function in _BY_WIDTH and case.endswith("-8]"):
+        method = case.partition("-")[0]
+        if function in _BY_WIDTH and case.endswith("-8]") and method in METHODS and 4 in METHODS[method].bits:
             item.add_marker(pytest.mark.slow)
 
 

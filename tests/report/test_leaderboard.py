@@ -92,6 +92,13 @@ def test_what_was_scored_otherwise_is_ranked_apart(study_of, trial_of, tmp_path)
     assert len([line for line in written.splitlines() if line.startswith("## Data")]) == 2
 
 
+def test_rows_from_before_scorers_counted_are_the_same(study_of, trial_of):
+    entries = list_entries(study_of(trials=[trial_of(0)], with_picks=False))
+    stored = [dataclasses.replace(entry, key=f"of before {place}") for place, entry in enumerate(entries)]
+    assert {entry.kind for entry in entries} > {"trial"}
+    assert len(merge_entries([*stored, *entries])) == len(entries)
+
+
 def test_a_row_from_before_its_method_had_a_setting_is_the_same_configuration(study_of, trial_of, spec_of):
     before = study_of(trials=[trial_of(0, spec=spec_of())], uid="a", with_picks=False)
     since = study_of(trials=[trial_of(0, spec=fill_settings(spec_of(seed=2)))], uid="b", with_picks=False)

@@ -29,6 +29,11 @@ def test_what_a_file_leaves_open_is_as_it_was_fixed(include: Any) -> None:
     assert include("method: lora", batch_size=8, lora__rank=3).settings["rank"] == 3
 
 
+def test_a_methods_own_value_goes_before_that_for_all(include: Any) -> None:
+    assert include("method: lora\nbits: 8", bits=4, lora__bits=8).bits == 8
+    assert include("method: lora", lora__bits=8, bits=4).bits == 8
+
+
 def test_what_is_fixed_for_others_does_not_touch_it(include: Any) -> None:
     # IA3 has no rank, and LoRA's is not DeLoRA's.
     assert include("method: ia3", rank=3).method == "ia3"

@@ -339,6 +339,7 @@ def test_fixed_bits_leave_out_methods_that_cannot_have_them() -> None:
     assert space.left_out["full"] == "Full fine-tuning trains on a base of 16, 32 bits, but --fix bits=4."
     with pytest.raises(SpaceError, match="leaves nothing of full"):
         shipped("default", fixed={"bits": 4}, methods=("lora", "full"))
+    assert list(shipped("default", fixed={"bits": 4}, methods=("lora", "full"), is_stored=True).methods) == ["lora"]
 
 
 def test_a_methods_own_value_goes_before_that_for_all() -> None:
