@@ -61,6 +61,7 @@ def test_a_gpu_without_bfloat16_is_told_beside_the_json(config, capsys):
     assert not capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_several_configurations_are_a_table(config, capsys):
     assert (
         main(["estimate", "--model", config, "--method", "lora,ia3", "--bits", "4,unquantized", "--seq-len", "32"]) == 0
@@ -104,6 +105,7 @@ def test_one_impossible_pair_is_an_error_and_so_are_several_without_a_possible_o
     assert capsys.readouterr().err.count("no setting 'rank'") == 2
 
 
+@pytest.mark.slow
 def test_a_space_is_drawn_from_the_same_way_each_time(config, capsys):
     # Two recipes, then one that is drawn.
     arguments = ("--model", config, "--space", "default", "--method", "lora,ia3", "--count", "3", "--seq-len", "16",
@@ -131,6 +133,7 @@ def test_a_method_for_another_kind_of_model_is_left_out_of_the_space_and_said(tm
     assert "adaption_prompt is left out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_checkpointing_and_paging_show_in_the_figures(config, capsys):
     arguments = ("--model", config, "--method", "full", "--seq-len", "64")
     (plain,), (checkpointed,) = estimate(capsys, *arguments), estimate(capsys, *arguments, "--gradient-checkpointing")

@@ -75,6 +75,7 @@ def test_the_script_ends_where_the_trial_ended(bundle_of: Callable[..., Bundle],
     check_same(bundle_of(make_spec("lora")), tmp_path)
 
 
+@pytest.mark.slow
 def test_the_script_classifies_from_each_rows_last_token_as_the_trial_did(
     bundle_of: Callable[..., Bundle], tmp_path: Path
 ) -> None:

@@ -152,6 +152,7 @@ def test_the_adapter_arrives_as_the_hub_wants_it(folder: Path, hub: Any, tmp_pat
     check_secret(done, hub, folder, tmp_path)
 
 
+@pytest.mark.slow
 def test_merged_it_is_a_plain_model(folder: Path, hub: Any, tmp_path: Path) -> None:
     done = run_push(tmp_path, str(folder), "--to", "me/model", "--merged", endpoint=hub.url)
     assert done.returncode == 0, done.stderr

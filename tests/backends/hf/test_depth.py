@@ -45,7 +45,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         **_SIZES, num_hidden_layers=DEPTH, num_key_value_heads=2, num_local_experts=4
     ),
 }  # fmt: skip
-_QUICK = {("llama", 4), ("t5", 16)}
+_QUICK = {("t5", 16)}
 PLAIN = StepSettings()
 
 
@@ -90,7 +90,7 @@ def test_a_deep_model_is_estimated_as_if_all_its_layers_had_been_run(tmp_path, a
         pytest.param(spec_of("lora", 8), PLAIN, marks=pytest.mark.slow),
         pytest.param(spec_of("lora", 16, dora=True), PLAIN, marks=pytest.mark.slow),
         (spec_of("lora", 16), StepSettings(checkpoint_activations=True)),
-        (spec_of("full", 16), StepSettings(micro_batches=4)),
+        pytest.param(spec_of("full", 16), StepSettings(micro_batches=4), marks=pytest.mark.slow),
         (spec_of("lora", 16, target_modules="all-linear:last-2"), PLAIN),
         pytest.param(spec_of("adalora", 16), PLAIN, marks=pytest.mark.slow),
         pytest.param(spec_of("prefix_tuning", 16), PLAIN, marks=pytest.mark.slow),
