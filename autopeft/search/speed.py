@@ -20,20 +20,23 @@ class Speed:
         self._medians: dict[str, float] = {}
         self._scoring: list[float] = []
         self._loads: dict[Bits, list[float]] = {}
+        self._load_medians: dict[Bits | None, float] = {}
+        """By width; of all of them under None."""
 
     def learn_load(self, bits: Bits, seconds: float) -> None:
         """Wall seconds in which a worker loaded a base of this width; 0 where it held one."""
         if seconds > 0:
             self._loads.setdefault(bits, []).append(seconds)
+            self._load_medians[bits] = statistics.median(self._loads[bits])
+            self._load_medians[None] = statistics.median(itertools.chain(*self._loads.values()))
 
     def predict_load(self, bits: Bits | None, held: Bits | None) -> float:
         """Wall seconds until a worker that holds a base of one width has one of another; 0 where all that there are
         stay loaded (`held` is None), nothing is chosen yet (`bits` is None), or nothing is known. As others took for a
         width that was not timed yet."""
-        if held is None or bits in (None, held) or not self._loads:
+        if held is None or bits in (None, held) or not self._load_medians:
             return 0.0
-        loads = self._loads.get(bits) if bits is not None else None
-        return statistics.median(loads or itertools.chain(*self._loads.values()))
+        return self._load_medians.get(bits, self._load_medians[None])
 
     def learn(self, spec: TrialSpec, score: RungScore, num_steps: int, seconds: float) -> None:
         """`seconds` (wall) are the whole stretch's, without any loading of a base."""

@@ -480,17 +480,16 @@ class Search:
         detail = event.event.detail if isinstance(event.event, Broken) else event.detail
         if _ends_study(event):
             raise StudyError(detail)
+        self._held.pop(event.worker, None)
         running = self._running.get(event.worker)
         if running is None:
             self._idle_deaths += 1
             if self._idle_deaths > _MOST_IDLE_DEATHS:
                 raise make_worker_error("Workers die even without work, so the search was ended. Last words:", detail)
-            self._held.pop(event.worker, None)
             self.executor.restart(event.worker)
             return
         self._charge(running, "lost", event.at_seconds)
         del self._running[event.worker]
-        self._held.pop(event.worker, None)
         trial = running.trial
         trial.deaths += 1
         self._deaths_in_a_row += 1
