@@ -18,18 +18,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from listed_search import Asked, NeverStop, create_study, plan_listed
+from listed_search import Asked, NeverStop, plan_listed, train_listed
 from machine import describe_machine
 
-from autopeft.executors.local import LocalExecutor
 from autopeft.methods import METHODS, find_method, refuse_spec
 from autopeft.methods.faults import make_recipe_spec
 from autopeft.records import StudyRecord, TrialRecord, TrialSpec
 from autopeft.report.files import write_atomically
-from autopeft.search.plan import make_provenance
 from autopeft.search.racing import beats_majority
 from autopeft.search.status import Status
-from autopeft.search.study import Search
 
 OUT = Path(__file__).parent.parent / "leaderboards" / "sst2" / "minilm-recipes.md"
 LONG = 200
@@ -104,14 +101,10 @@ def _train(specs: Sequence[TrialSpec], arguments: argparse.Namespace) -> tuple[S
     steps = specs[0].max_steps
     plan = plan_listed(Asked("sst2", str(Path(arguments.data_dir).resolve()), steps, arguments.seed))
     with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
-        store = create_study(plan.config, make_provenance(plan), plan.validation_labels(), specs, root, rungs=(steps,))
-        executor = LocalExecutor(
-            replace(plan.setup(root), study_dir=str((root / "benchmark").resolve())), list(plan.devices)
+        trained = train_listed(
+            plan, specs, Path(name), rungs=(steps,), racing=NeverStop(), on_change=_progress_printer()
         )
-        with store.lock():
-            record = Search(store, executor, plan.space, racing=NeverStop(), on_change=_progress_printer()).run()
-    return record, plan.config.majority_quality
+    return trained.record, plan.config.majority_quality
 
 
 def _progress_printer() -> Callable[[Status], None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -11,11 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from autopeft.executors.base import Executor
+from autopeft.executors.local import LocalExecutor
 from autopeft.records import Provenance, StudyConfig, StudyRecord, TrialSpec
-from autopeft.search.plan import Plan, make_plan
+from autopeft.search.plan import Plan, make_plan, make_provenance
 from autopeft.search.racing import Contender, LossCurve, RacingRule, Verdict
 from autopeft.search.request import Request
 from autopeft.search.sampler import Sampler
+from autopeft.search.status import Status
 from autopeft.search.store import StudyStore, Trial
 from autopeft.search.study import Search
 from autopeft.search.worth import Appraiser, Newcomer
@@ -128,6 +130,35 @@ def create_study(
     store = StudyStore.create(root, config, provenance, labels)
     store.save_baseline(Trial(number=-1, spec=specs[0], source="baseline", state="complete"))
     return store
+
+
+class Trained(NamedTuple):
+    record: StudyRecord
+    store: StudyStore
+    executor: LocalExecutor
+
+
+def train_listed(
+    plan: Plan,
+    specs: Sequence[TrialSpec],
+    root: Path,
+    *,
+    name: str = "benchmark",
+    rungs: tuple[int, ...],
+    racing: RacingRule,
+    on_change: Callable[[Status], None] = lambda status: None,
+) -> Trained:
+    """Trains exactly these on the plan's workers. A study of this name in `root` goes on where it was."""
+    if (root / name / "study.db").exists():
+        store = StudyStore.open(root, name)
+    else:
+        store = create_study(
+            plan.config, make_provenance(plan), plan.validation_labels(), specs, root, name=name, rungs=rungs
+        )
+    executor = LocalExecutor(replace(plan.setup(root), study_dir=str((root / name).resolve())), list(plan.devices))
+    with store.lock():
+        record = Search(store, executor, plan.space, racing=racing, on_change=on_change).run()
+    return Trained(record, store, executor)
 
 
 class Spent(NamedTuple):

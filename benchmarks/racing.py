@@ -26,7 +26,16 @@ from pathlib import Path
 
 from configurations import draw_specs, limit_rows
 from curves import make_recording
-from listed_search import Arrival, Asked, ListedSearch, NeverStop, count_spent, create_study, plan_listed
+from listed_search import (
+    Arrival,
+    Asked,
+    ListedSearch,
+    NeverStop,
+    Trained,
+    count_spent,
+    plan_listed,
+    train_listed,
+)
 from machine import describe_machine
 from memory_study import MemoryStore
 
@@ -40,15 +49,13 @@ from autopeft.backends.replay import (
     write_recording,
 )
 from autopeft.executors.inline import InlineExecutor
-from autopeft.executors.local import LocalExecutor
 from autopeft.records import StudyRecord, TrialRecord, TrialSpec, digest_json, to_record
 from autopeft.search.front import find_nondominated, hypervolume, scaled_points
 from autopeft.search.lengths import plan_rungs
 from autopeft.search.plan import Plan, make_provenance, restore_space
 from autopeft.search.racing import PairedRacing, RacingRule
 from autopeft.search.status import Status
-from autopeft.search.store import StudyStore, Trial, delete_study
-from autopeft.search.study import Search
+from autopeft.search.store import Trial, delete_study
 
 RESULTS = Path(__file__).parent / "results"
 RECORD = RESULTS / "curves-sst2-minilm.npz"
@@ -115,28 +122,16 @@ def run_record(arguments: argparse.Namespace) -> None:
 
 
 def _record_study(plan: Plan, specs: Sequence[TrialSpec], root: Path, name: str) -> Recording:
-    record, store, executor = _run_study(plan, specs, root, name, NeverStop())
+    trained = _train(plan, specs, root, name, NeverStop())
     return make_recording(
-        store, device_rate=executor.device_rate, wall_seconds=count_spent(record).wall_seconds,
-        machine=describe_machine(),
+        trained.store, device_rate=trained.executor.device_rate,
+        wall_seconds=count_spent(trained.record).wall_seconds, machine=describe_machine(),
     )  # fmt: skip
 
 
-def _run_study(
-    plan: Plan, specs: Sequence[TrialSpec], root: Path, name: str, racing: RacingRule
-) -> tuple[StudyRecord, StudyStore, LocalExecutor]:
-    """Runs or goes on with a study of these configurations on real workers."""
-    if (root / name / "study.db").exists():
-        store = StudyStore.open(root, name)
-    else:
-        rungs = plan_rungs(specs[0].max_steps)
-        store = create_study(
-            plan.config, make_provenance(plan), plan.validation_labels(), specs, root, name=name, rungs=rungs
-        )
-    executor = LocalExecutor(replace(plan.setup(root), study_dir=str((root / name).resolve())), list(plan.devices))
-    with store.lock():
-        record = Search(store, executor, plan.space, racing=racing, on_change=_progress_printer()).run()
-    return record, store, executor
+def _train(plan: Plan, specs: Sequence[TrialSpec], root: Path, name: str, racing: RacingRule) -> Trained:
+    rungs = plan_rungs(specs[0].max_steps)
+    return train_listed(plan, specs, root, name=name, rungs=rungs, racing=racing, on_change=_progress_printer())
 
 
 def _make_plan(arguments: argparse.Namespace, task: str, steps: int, seed: int) -> Plan:
@@ -312,7 +307,7 @@ def run_real(arguments: argparse.Namespace) -> None:
         sys.exit(f"The data differ from those of {arguments.record}: give the --validation it was recorded with.")
     # A study of its own each time: one that was interrupted would have been timed on two machines' moods.
     with tempfile.TemporaryDirectory() as name:
-        record, _, _ = _run_study(plan, specs, Path(name), "real", PairedRacing())
+        record = _train(plan, specs, Path(name), "real", PairedRacing()).record
     player = Player(recording, "included")
     unpruned, raced = player.play(specs, NeverStop()), player.play(specs, PairedRacing())
     real = summarize(record)

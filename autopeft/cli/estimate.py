@@ -204,34 +204,45 @@ def _parse_device(name: str) -> tuple[str, ModelledGpu | None]:
 
 def _make_rows(args: argparse.Namespace, device_kind: str) -> list[EstimateRow]:
     """One for each method and bit width."""
-    from autopeft.errors import SpecError
+    from autopeft.errors import SpecError, suggest_nearest
     from autopeft.methods import find_method
     from autopeft.methods.full import check_trains
     from autopeft.search.request import parse_fixed
     from autopeft.spaces.dimensions import widest_bits
+    from autopeft.spaces.recipes import settle_fixed
 
     methods = [find_method(name.strip()) for name in (args.method or "lora").split(",")]
+    fixed = parse_fixed(args.fix)
     for method in methods:
         check_trains(method, args.task_kind or "classification")
+    for key in fixed:
+        owner, dot, _ = key.rpartition(".")
+        if dot and owner not in (names := [method.name for method in methods]):
+            raise SpecError(f"--fix {key}: '{owner}' is not estimated. {suggest_nearest(owner, names)}")
+    options = {name: value for name in _SHORT_FOR_FIX if (value := getattr(args, name)) is not None}
     widest = widest_bits(device_kind)
-    fixed = parse_fixed(args.fix).get("bits")
-    widths: list[Scalar | None] = [widest if fixed == "unquantized" else fixed]
-    if args.bits:
-        try:
-            widths = [widest if part == "unquantized" else int(part) for part in args.bits.split(",")]
-        except ValueError:
-            raise SpecError(f"--bits takes 4, 8 or unquantized, but was given '{args.bits}'.") from None
-    return [_make_row(args, method, bits, device_kind) for method in methods for bits in widths]
+    rows = []
+    for method in methods:
+        given = {"batch_size": 4} | settle_fixed(method, fixed | options)
+        widths: list[Scalar | None] = [given.pop("bits", None)]
+        if args.bits and f"{method.name}.bits" not in fixed:
+            try:
+                widths = [part if part == "unquantized" else int(part) for part in args.bits.split(",")]
+            except ValueError:
+                raise SpecError(f"--bits takes 4, 8 or unquantized, but was given '{args.bits}'.") from None
+        for width in widths:
+            rows.append(_make_row(method, given, widest if width == "unquantized" else width, device_kind))
+    return rows
 
 
-def _make_row(args: argparse.Namespace, method: Method, bits: Scalar | None, device_kind: str) -> EstimateRow:
+def _make_row(method: Method, given: dict[str, Scalar], bits: Scalar | None, device_kind: str) -> EstimateRow:
     from autopeft.cli.estimate_display import EstimateRow
     from autopeft.errors import UsageError
     from autopeft.methods.faults import DEVICE_BITS
 
     shown = bits if isinstance(bits, int) else next(width for width in DEVICE_BITS[device_kind] if width in method.bits)
     try:
-        return _row_of(_make_spec(args, method, bits, device_kind))
+        return _row_of(_make_spec(method, given, bits, device_kind))
     except UsageError as exc:
         return EstimateRow(method.name, shown, None, refused=in_one_line(exc))
 
@@ -242,18 +253,12 @@ def _row_of(spec: TrialSpec) -> EstimateRow:
     return EstimateRow(spec.method, spec.bits, spec)
 
 
-def _make_spec(args: argparse.Namespace, method: Method, bits: Scalar | None, device_kind: str) -> TrialSpec:
-    """The method's recipe with what the arguments say otherwise."""
-    from autopeft.search.request import parse_fixed
+def _make_spec(method: Method, given: dict[str, Scalar], bits: Scalar | None, device_kind: str) -> TrialSpec:
+    """The method's recipe with what is given otherwise."""
     from autopeft.spaces.recipes import vary_recipe
 
-    given: dict[str, Scalar] = {"batch_size": 4} | parse_fixed(args.fix)
-    options = {
-        "rank": args.rank, "bits": bits, "optimizer": args.optimizer, "target_modules": args.target_modules,
-        "batch_size": args.batch_size,
-    }  # fmt: skip
-    given |= {name: value for name, value in options.items() if value is not None}
-    return vary_recipe(method, given, device_kind=device_kind, max_steps=_STEPS, seed=0)
+    values = given if bits is None else {**given, "bits": bits}
+    return vary_recipe(method, values, device_kind=device_kind, max_steps=_STEPS, seed=0)
 
 
 def _draw_space(args: argparse.Namespace, device_kind: str) -> list[EstimateRow]:

@@ -13,7 +13,7 @@ from autopeft.errors import SpaceError, SpecError
 from autopeft.methods import Method, find_method
 from autopeft.records import Scalar, TaskKind, TrialSpec
 from autopeft.spaces.dimensions import default_dimensions, widest_bits
-from autopeft.spaces.recipes import vary_recipe
+from autopeft.spaces.recipes import settle_fixed, vary_recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,10 +148,10 @@ def _apply_fixed(
     """The settings given and those fixed: `lora.rank` for one method, `bits` for every one that has none of its own."""
     joined = dict(given)
     known = default_dimensions(method, device_kind)
-    for key, value in fixed.items():
-        owner, _, name = key.rpartition(".")
-        if owner not in ("", method.name) or name not in known or (not owner and f"{method.name}.{name}" in fixed):
+    for name, value in settle_fixed(method, fixed).items():
+        if name not in known:
             continue
+        key = own_key if (own_key := f"{method.name}.{name}") in fixed else name
         own, wanted = (widest_bits(device_kind) if v == "unquantized" else v for v in (given.get(name, value), value))
         if own != wanted:
             raise SpecError(

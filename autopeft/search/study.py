@@ -107,8 +107,8 @@ class Search:
         self._held: dict[int, Bits] = {}
         """By worker, as far as it ran something: the width of the base it ran last."""
         self._jobs = itertools.count(1)
-        self._can_suggest = True
-        self._refused_in_a_row = 0
+        self._found_nothing_new = False
+        """Whether the last decision had nothing new to choose from."""
         self._deaths_in_a_row = 0
         self._idle_deaths = 0
         self._confirm_queue: list[tuple[Trial, int]] = []
@@ -231,6 +231,7 @@ class Search:
         if self._awaits_base():
             # Nothing can be compared before it is known what there is to beat.
             return None
+        self._found_nothing_new = self._count_refused() >= _MOST_REFUSED
         while True:
             appraiser = self._make_appraiser(held)
             choice = choose_next(
@@ -245,14 +246,19 @@ class Search:
                 return None
             trial = self._begin(choice)
             if trial is None:
-                self._can_suggest = False
+                self._found_nothing_new = True
             elif self._is_feasible(trial):
-                self._refused_in_a_row = 0
                 self.account.ledger.trials_started += 1
                 return self._stretch_of(trial)
             elif trial.source == "sampler":
-                self._refused_in_a_row += 1
-                self._can_suggest = self._refused_in_a_row < _MOST_REFUSED
+                self._found_nothing_new = self._count_refused() >= _MOST_REFUSED
+
+    def _count_refused(self) -> int:
+        """Suggestions refused since a trial was last begun, by the study's state: a resumed search knows them too."""
+        unbegun = itertools.takewhile(
+            lambda trial: not trial.rungs and trial.state in ("refused", "waiting"), reversed(self.store.trials)
+        )
+        return sum(trial.state == "refused" and trial.source == "sampler" for trial in unbegun)
 
     def _find_held(self, worker: int) -> Bits | None:
         """A GPU has room for one base, and begins with the unquantized one; on a CPU all stay."""
@@ -264,7 +270,7 @@ class Search:
             rungs=self.config.rungs,
             seconds_left=self.account.search_seconds_left(),
             trials_left=self.account.ledger.trials_left(),
-            can_suggest=self._can_suggest,
+            can_suggest=not self._found_nothing_new,
             waiting=self._next_waiting(),
             revivable=[trial for trial in self.store.trials if self.store.may_revive(trial)],
             held=held,
@@ -564,7 +570,7 @@ class Search:
             num_unconfirmed=len(self._confirm_queue),
             early_gain=self.early_end.expected if self._ends_early else None,
             overrun_seconds=-self.account.budget_seconds_left(),
-            found_nothing_new=not self._can_suggest,
+            found_nothing_new=self._found_nothing_new,
         )
         self._note(*conclude(self.config, self.store.trials, ending))
 

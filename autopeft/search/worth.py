@@ -215,7 +215,8 @@ class Appraiser:
 
     def find_parents(self) -> list[Answers]:
         """What promises most so far, the best front first: where to look for more."""
-        known = [trial for trial in self._observed if trial.rungs and trial.state != "stopped"]
+        over = ("stopped", "failed", "refused")
+        known = [trial for trial in self._observed if trial.rungs and trial.state not in over]
         points = np.array([self._points[trial.number] for trial in known]).reshape(
             len(known), 1 + len(self._objectives)
         )
@@ -466,7 +467,8 @@ def _content(trial: Trial) -> tuple[object, ...]:
     """Sorts trials whatever their numbers."""
     cost = trial.cost
     costs = (0, 0) if cost is None else (cost.peak_vram_bytes, cost.trainable_parameters)
-    return (trial.spec.method, trial.spec.learning_rate, *costs, trial.spec.bits, trial.step)
+    loss = trial.rungs[-1].loss if trial.rungs else 0.0
+    return (trial.spec.method, trial.spec.learning_rate, *costs, trial.spec.bits, trial.step, loss)
 
 
 def _describe(seen: Sequence[tuple[Trial, Row]]) -> tuple[Features, Floats]:

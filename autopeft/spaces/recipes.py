@@ -11,6 +11,13 @@ from autopeft.spaces.dimensions import check_value, default_dimensions
 from autopeft.spaces.space import check_feasible, make_spec
 
 
+def settle_fixed(method: Method, fixed: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """What `--fix` holds a method to, by the settings' names: its own (`lora.rank`) goes before all's (`rank`)."""
+    prefix = f"{method.name}."
+    shared = {key: value for key, value in fixed.items() if "." not in key}
+    return shared | {key.removeprefix(prefix): value for key, value in fixed.items() if key.startswith(prefix)}
+
+
 def vary_recipe(
     method: Method,
     given: Mapping[str, Scalar],
