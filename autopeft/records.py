@@ -500,6 +500,8 @@ class StudyRecord:
     ties: tuple[tuple[int, ...], ...] = dataclasses.field(default=(), metadata={"leave_out_default": True})
     """Groups of the front's members whose quality cannot be told apart, the best first."""
     outlook: Outlook | None = dataclasses.field(default=None, metadata={"leave_out_default": True})
+    beats_baseline: bool | None = _optional()
+    """Whether the best pick is clearly better than the baseline, on the same examples; None where that is not known."""
     schema_version: int = SCHEMA_VERSION
 
 

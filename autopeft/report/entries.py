@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from autopeft.methods import fill_settings
 from autopeft.records import Cost, StudyRecord, TrialRecord, TrialSpec, digest_json
 from autopeft.report.scores import serving_seconds
+from autopeft.tasks.spec import describe_scoring
 
 EntryKind = Literal["trial", "head", "majority", "base"]
 
@@ -32,6 +33,8 @@ class Run:
     device: str
     autopeft: str
     created_at: str
+    quality_sd: float | None = field(default=None, metadata={"leave_out_default": True})
+    """Over the examples, where the quality is no share of right answers."""
 
     def identity(self) -> tuple[str, int, int]:
         return (self.study_uid, -1 if self.trial is None else self.trial, -1 if self.seed is None else self.seed)
@@ -49,19 +52,34 @@ class Entry:
     task_digest: str
     model_digest: str
     runs: tuple[Run, ...]
+    scoring: str | None = field(default=None, metadata={"leave_out_default": True})
+    """What else decides scores on the same rows, such as `max_length 128`; None in rows from before it was written."""
+
+    def rivalry(self) -> tuple[str, str, str, str]:
+        """What qualities must share to be compared: the digests of data and weights, and how they are scored."""
+        return (self.task_digest, self.model_digest, self.scorer, self.scoring or "")
 
 
 def list_entries(study: StudyRecord) -> list[Entry]:
-    """What a study adds: its complete trials, the trained head where it is complete, and what no learning gives."""
+    """What a study adds: its complete trials, the trained head where it is complete, and what no learning gives.
+
+    Not what diverged with another seed: its score was luck.
+    """
     entries = [_floor_entry(study)] if _has_floor(study) else []
     entries += [
         _trial_entry(study, trial, "trial")
         for trial in study.trials
-        if _is_full_length(trial) and trial.source != "baseline"
+        if _is_full_length(trial) and trial.source != "baseline" and not trial.diverges
     ]
     if study.baseline is not None and _is_full_length(study.baseline) and study.config.task_kind != "generation":
         entries.append(_trial_entry(study, study.baseline, "head"))
     return entries
+
+
+def drop_study(entries: Iterable[Entry], uid: str) -> list[Entry]:
+    """Without a study's runs: what it has to say now stands in their place."""
+    left = [replace(entry, runs=tuple(run for run in entry.runs if run.study_uid != uid)) for entry in entries]
+    return [entry for entry in left if entry.runs]
 
 
 def merge_entries(entries: Iterable[Entry]) -> list[Entry]:
@@ -90,9 +108,11 @@ def _trial_entry(study: StudyRecord, trial: TrialRecord, kind: EntryKind) -> Ent
         trial=trial.number,
         seed=trial.spec.seed,
         quality=last.quality,
+        quality_sd=last.quality_sd,
         num_examples=last.num_examples,
         cost=trial.cost and replace(trial.cost, latency_seconds=serving_seconds(trial)),
-        device_seconds=trial.device_seconds,
+        # What an interrupt lost belongs to no run.
+        device_seconds=sum(score.device_seconds for score in trial.rungs),
     )
     confirmed = [
         replace(
@@ -127,27 +147,29 @@ def _floor_entry(study: StudyRecord) -> Entry:
 
 def _entry(study: StudyRecord, kind: EntryKind, spec: TrialSpec | None, runs: tuple[Run, ...]) -> Entry:
     provenance = study.provenance
-    return Entry(
-        key=_key(kind, spec, provenance.task_digest, provenance.model_digest, study.config.scorer),
-        kind=kind,
-        spec=spec,
-        scorer=study.config.scorer,
-        task_digest=provenance.task_digest,
-        model_digest=provenance.model_digest,
-        runs=runs,
+    return _with_key(
+        Entry(
+            key="",
+            kind=kind,
+            spec=spec,
+            scorer=study.config.scorer,
+            scoring=describe_scoring(study.config.task),
+            task_digest=provenance.task_digest,
+            model_digest=provenance.model_digest,
+            runs=runs,
+        )
     )
 
 
 def fill_entry(entry: Entry) -> Entry:
     """With what its method can be set to since it was written, at the defaults that it had then: the same configuration
     has the same key again."""
-    spec = None if entry.spec is None else fill_settings(entry.spec)
-    return replace(entry, spec=spec, key=_key(entry.kind, spec, entry.task_digest, entry.model_digest, entry.scorer))
+    return _with_key(replace(entry, spec=None if entry.spec is None else fill_settings(entry.spec)))
 
 
-def _key(kind: EntryKind, spec: TrialSpec | None, *measured: str) -> str:
-    """`measured` are the digests of data and weights, and the scorer: what qualities must share to be compared."""
-    return digest_json([kind, None if spec is None else spec.key(), *measured])
+def _with_key(entry: Entry) -> Entry:
+    rivalry = [part for part in entry.rivalry() if part]
+    return replace(entry, key=digest_json([entry.kind, None if entry.spec is None else entry.spec.key(), *rivalry]))
 
 
 def _run(study: StudyRecord, *, quality: float, num_examples: int, **known: Any) -> Run:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from autopeft.records import RungScore, StudyRecord, TrialRecord
 from autopeft.report.charts import CLEAR, Figure, axis, compact, layout, quality_axis, reference_line
-from autopeft.report.hover import escape
+from autopeft.report.hover import escape, number_trial
 from autopeft.report.palette import Mark
 from autopeft.report.scores import all_trials
 from autopeft.report.words import describe_floor, describe_spec, format_quality, format_seconds, title_method
@@ -87,7 +87,7 @@ def _height(rung: RungScore, curve: Curve) -> float | None:
 
 def _rung_text(study: StudyRecord, trial: TrialRecord, rung: RungScore) -> str:
     quality = format_quality(rung.quality, study.config.scorer)
-    head = f"<b>#{trial.number}</b> {escape(describe_spec(trial.spec))}"
+    head = f"<b>{number_trial(trial.number)}</b> {escape(describe_spec(trial.spec))}"
     return f"{head}<br>step {rung.step:,}: {quality}, loss {rung.loss:.3f} ({trial.state})"
 
 
@@ -118,8 +118,8 @@ def timeline_figure(study: StudyRecord) -> Figure:
                 "base": [compact(segment.start_seconds / divisor) for segment in segments],
                 "x": [compact((segment.end_seconds - segment.start_seconds) / divisor) for segment in segments],
                 "hovertext": [
-                    f"<b>#{s.trial}</b> {escape(methods.get(s.trial, ''))}<br>{purpose} to step {s.step:,}, "
-                    f"{format_seconds(s.end_seconds - s.start_seconds)}"
+                    f"<b>{number_trial(s.trial)}</b> {escape(methods.get(s.trial, ''))}<br>"
+                    f"{purpose} to step {s.step:,}, {format_seconds(s.end_seconds - s.start_seconds)}"
                     for s in segments
                 ],
                 "hoverinfo": "text",

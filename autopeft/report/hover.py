@@ -22,11 +22,16 @@ def escape(text: str) -> str:
     return html.escape(text, quote=False)
 
 
+def number_trial(number: int) -> str:
+    """`#3`; the baseline has none."""
+    return f"#{number}" if number >= 0 else "baseline"
+
+
 def hover_text(study: StudyRecord, trial: TrialRecord) -> str:
     """A trial's whole configuration, scores, costs and standing."""
     spec, scorer = trial.spec, study.config.scorer
     training = f"{spec.bits} bits, lr {format_learning_rate(spec.learning_rate)}, {describe_training(spec)}"
-    lines = [f"<b>{escape(f'{title_method(spec.method)} #{trial.number}')}</b>"]
+    lines = [f"<b>{escape(f'{title_method(spec.method)} {number_trial(trial.number)}')}</b>"]
     for sentence in (describe_settings(spec), training):
         lines += [escape(line) for line in textwrap.wrap(sentence, 58)]
     if (score := validation_score(trial, scorer)) is not None:

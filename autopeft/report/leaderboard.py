@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 from autopeft.errors import RecordError
 from autopeft.records import StudyRecord, from_record, to_record
-from autopeft.report.entries import Entry, list_entries, merge_entries
+from autopeft.report.entries import Entry, drop_study, list_entries, merge_entries
 from autopeft.report.files import hold_lock, safe_file_name, write_atomically
 from autopeft.report.standings import rank_entries
 from autopeft.report.tables import render_csv, render_markdown
 
-LEADERBOARD_VERSION = 1
+LEADERBOARD_VERSION = 2
 """Raised when the JSON changes in a way that older code would misread."""
 
 
@@ -42,7 +42,8 @@ def update_leaderboard(study: StudyRecord, root: Path) -> Path:
     markdown = path.with_suffix(".md")
     # From reading to writing, or of two studies that end together one would be lost.
     with hold_lock(path.with_name(f".{path.stem}.lock")):
-        entries = merge_entries([*_read_entries(path, config.task_name, config.model), *list_entries(study)])
+        known = drop_study(_read_entries(path, config.task_name, config.model), study.uid)
+        entries = merge_entries([*known, *list_entries(study)])
         ranked = rank_entries(entries)
         write_atomically(path, _encode(config.task_name, config.model, entries))
         write_atomically(path.with_suffix(".csv"), render_csv(ranked))

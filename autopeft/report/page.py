@@ -175,8 +175,8 @@ def _list_notes(study: StudyRecord) -> list[str]:
 
 
 def _describe_warm_start(warm_start: WarmStart) -> str:
-    number = len(warm_start.first)
-    return f"{number} first configurations by {', '.join(warm_start.sources)}; none of their results are in this study"
+    first = say_count(len(warm_start.first), "first configuration")
+    return f"{first} by {', '.join(warm_start.sources)}; none of their results are in this study"
 
 
 def _list_origins(study: StudyRecord) -> list[tuple[str, str]]:

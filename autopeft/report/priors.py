@@ -59,13 +59,13 @@ def _read_leaderboard(path: Path) -> list[Source]:
 
 
 def _group(entries: Iterable[Entry], task_name: str, model: str, title: str) -> list[Source]:
-    """One source for each version of the data and the weights: scores on others do not compare."""
-    groups: dict[tuple[str, str, str], list[Entry]] = {}
+    """One source for each version of the data, the weights and the scoring: scores by others do not compare."""
+    groups: dict[tuple[str, str, str, str], list[Entry]] = {}
     for entry in entries:
-        groups.setdefault((entry.task_digest, entry.model_digest, entry.scorer), []).append(entry)
+        groups.setdefault(entry.rivalry(), []).append(entry)
     return [
         Source(
-            title=f"{title} ({'-'.join(digest[:8] for digest in (task, weights))})",
+            title=f"{title} ({', '.join([f'{task[:8]}-{weights[:8]}', *_tell_apart(rivalry, groups)])})",
             task_name=task_name,
             model=model,
             majority_quality=max(
@@ -75,8 +75,15 @@ def _group(entries: Iterable[Entry], task_name: str, model: str, title: str) -> 
             trained=_list_trained(group),
             task_kind="generation" if scorer in GENERATION_SCORERS else "classification",
         )
-        for (task, weights, scorer), group in sorted(groups.items())
+        for rivalry, group in sorted(groups.items())
+        for task, weights, scorer, _ in [rivalry]
     ]
+
+
+def _tell_apart(rivalry: tuple[str, str, str, str], groups: Iterable[tuple[str, str, str, str]]) -> list[str]:
+    """How it was scored, where others have the same data and weights."""
+    same = [other for other in groups if other[:2] == rivalry[:2]]
+    return [part for part in rivalry[2:] if part] if len(same) > 1 else []
 
 
 def _list_trained(entries: Sequence[Entry]) -> tuple[Trained, ...]:

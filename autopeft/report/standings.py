@@ -73,12 +73,11 @@ def rank_entries(entries: Iterable[Entry]) -> list[Standing]:
     return [standing for _, group in ordered for standing in _rank_group(group)]
 
 
-def group_rivals(standings: Iterable[Standing]) -> dict[tuple[str, str, str], list[Standing]]:
-    """(task digest, model digest, scorer) -> its standings, both in the order given."""
-    groups: dict[tuple[str, str, str], list[Standing]] = {}
+def group_rivals(standings: Iterable[Standing]) -> dict[tuple[str, str, str, str], list[Standing]]:
+    """(task digest, model digest, scorer, scoring) -> its standings, both in the order given."""
+    groups: dict[tuple[str, str, str, str], list[Standing]] = {}
     for standing in standings:
-        entry = standing.entry
-        groups.setdefault((entry.task_digest, entry.model_digest, entry.scorer), []).append(standing)
+        groups.setdefault(standing.entry.rivalry(), []).append(standing)
     return groups
 
 
@@ -158,9 +157,12 @@ def _find_places(rivals: Sequence[Standing]) -> dict[str, tuple[int, int]]:
     """By key, for rivals from the best to the worst.
 
     A difference is clear from two standard errors on. Leaderboards keep no answers, so it is judged as if the examples
-    were not the same for all, which is rather too careful. What seeds change is known of rivals with several; a single
-    run is taken to vary as they do on average.
+    were not the same for all, which is rather too careful. What seeds change is known of rivals with several, and taken
+    to be alike for all: of two or three runs that came out level nobody knows that they always do. Where nothing is
+    known of the examples' part, nothing is clear.
     """
+    if any(_example_error(standing) is None for standing in rivals):
+        return {standing.entry.key: (1, len(rivals)) for standing in rivals}
     variances = _find_variances(rivals)
     places = {}
     for standing in rivals:
@@ -176,15 +178,17 @@ def _find_places(rivals: Sequence[Standing]) -> dict[str, tuple[int, int]]:
 
 def _find_variances(rivals: Sequence[Standing]) -> dict[str, float]:
     """Squared standard errors of the rivals' qualities, by key: over examples and seeds."""
-    known = [standing.quality_sd**2 for standing in rivals if standing.quality_sd is not None]
-    of_seeds = statistics.fmean(known) if known else 0.0
+    known = [(standing.num_seeds - 1, standing.quality_sd) for standing in rivals if standing.quality_sd is not None]
+    of_seeds = sum(n * sd**2 for n, sd in known) / sum(n for n, _ in known) if known else 0.0
     return {
-        standing.entry.key: (_example_error(standing) or 0.0) ** 2
-        + (of_seeds if standing.quality_sd is None else standing.quality_sd**2) / standing.num_seeds
+        standing.entry.key: (_example_error(standing) or 0.0) ** 2 + of_seeds / standing.num_seeds
         for standing in rivals
     }
 
 
 def _example_error(standing: Standing) -> float | None:
-    examples = min(run.num_examples for run in standing.entry.runs)
-    return standard_error(standing.quality, examples, standing.entry.scorer)
+    runs = standing.entry.runs
+    spreads = [run.quality_sd for run in runs if run.quality_sd is not None]
+    examples = min(run.num_examples for run in runs)
+    spread = statistics.fmean(spreads) if spreads else None
+    return standard_error(standing.quality, examples, standing.entry.scorer, spread)

@@ -50,6 +50,7 @@ _COLUMNS = (
     "studies",
     "date",
     "scorer",
+    "scoring",
     "task_digest",
     "model_digest",
     "key",
@@ -68,10 +69,10 @@ def render_csv(standings: Sequence[Standing]) -> str:
 def render_markdown(task_name: str, model: str, standings: Sequence[Standing]) -> str:
     groups = group_rivals(standings)
     lines = [f"# {escape_markdown(task_name)} on {escape_markdown(model)}", "", *_explain(standings)]
-    for (task_digest, model_digest, scorer), group in groups.items():
+    for (task_digest, model_digest, scorer, scoring), group in groups.items():
         if len(groups) > 1:
-            data, weights = escape_markdown(task_digest), escape_markdown(model_digest)
-            lines += ["", f"## Data {data}, weights {weights}, {escape_markdown(title_scorer(scorer))}"]
+            parts = (f"Data {task_digest}", f"weights {model_digest}", title_scorer(scorer), scoring)
+            lines += ["", f"## {', '.join(escape_markdown(part) for part in parts if part)}"]
         lines += ["", *_markdown_table(group)]
     return "\n".join(lines) + "\n"
 
@@ -112,6 +113,7 @@ def _csv_row(standing: Standing) -> list[object]:
         "; ".join(standing.studies),
         standing.date,
         entry.scorer,
+        entry.scoring,
         entry.task_digest,
         entry.model_digest,
         entry.key,

@@ -95,23 +95,41 @@ def _say_baselines(study: StudyRecord) -> str:
 
 
 def _say_doubt(study: StudyRecord, best: TrialRecord) -> str:
-    """Says so where the best is not clearly above a baseline; unpaired, so rather too careful."""
+    """Says so where the best is not clearly above a baseline.
+
+    On the same examples, as the study itself has compared them; older studies have not, and what nobody compared by
+    examples is told apart by standard errors, which is rather too careful.
+    """
     scorer = study.config.scorer
-    quality, examples = best.quality or 0.0, best.rungs[-1].num_examples
-    error = standard_error(quality, examples, scorer, best.rungs[-1].quality_sd) or 0.0
-    if quality - study.config.majority_quality < _CLEAR * error:
+    quality, error = best.quality or 0.0, _find_error(best, scorer)
+    is_generation = study.config.task_kind == "generation"
+    base = None if study.baseline is None else study.baseline.quality
+    noise = error if study.baseline is None else math.hypot(error, _find_error(study.baseline, scorer))
+    if is_generation and study.beats_baseline is not None:
+        beats_floor = study.beats_baseline
+    else:
+        beats_floor = quality - study.config.majority_quality > _CLEAR * (noise if is_generation else error)
+    if not beats_floor:
         return (
             "Nothing is clearly better than that: the budget was too small for this task, "
             "or none of these configurations suits it."
         )
-    head = None if study.baseline is None else study.baseline.quality
-    if head is None or study.config.task_kind == "generation":
+    if base is None or is_generation or study.beats_baseline:
         return ""
-    head_sd = None if study.baseline is None else study.baseline.rungs[-1].quality_sd
-    noise = math.hypot(error, standard_error(head, examples, scorer, head_sd) or 0.0)
-    if quality - head < _CLEAR * noise:
-        return f"The best is not clearly above the trained head: {examples:,} examples cannot tell them apart."
-    return ""
+    if base - quality > _CLEAR * noise:
+        return "The trained head alone is clearly better, and trains nothing else."
+    if study.beats_baseline is None and quality - base > _CLEAR * noise:
+        return ""
+    examples = best.rungs[-1].num_examples
+    return f"The best is not clearly above the trained head: {examples:,} examples cannot tell them apart."
+
+
+def _find_error(trial: TrialRecord, scorer: str) -> float:
+    """The standard error of its quality, by examples; 0 where it is not known."""
+    if trial.quality is None or not trial.rungs:
+        return 0.0
+    last = trial.rungs[-1]
+    return standard_error(trial.quality, last.num_examples, scorer, last.quality_sd) or 0.0
 
 
 def _say_nothing_won(study: StudyRecord) -> str:

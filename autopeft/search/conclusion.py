@@ -45,7 +45,8 @@ def conclude(config: StudyConfig, trials: Sequence[Trial], ending: Ending) -> li
             "or a stronger --model."
         )
     if complete and not any(trial.confirmations for trial in complete) and config.confirm_seeds:
-        notes.append("No finalist could be confirmed with another seed within the budget: there are no test scores.")
+        why = " within the budget" if ending.num_unconfirmed else ", every such training ended without a score"
+        notes.append(f"No finalist could be confirmed with another seed{why}: there are no test scores.")
     elif ending.num_unconfirmed:
         count = say_count(ending.num_unconfirmed, "planned confirmation")
         notes.append(f"{count} did not fit into the budget.")

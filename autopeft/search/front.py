@@ -32,6 +32,10 @@ _SEED_SHARE = 0.5
 seeds in reports/sst2-minilm.html."""
 
 
+BASELINE = -1
+"""The number of the run that the baseline's answers are."""
+
+
 class Run(NamedTuple):
     """One full-length training of a configuration: the answers it gave on the search-validation split."""
 
@@ -46,6 +50,8 @@ class Front(NamedTuple):
     hypervolume: float
     ties: tuple[tuple[int, ...], ...] = ()
     """Groups of members whose quality cannot be told apart, the best first."""
+    beats_baseline: bool | None = None
+    """Whether the best pick clearly is, on the same examples; None where the baseline's answers are not known."""
 
 
 def parse_objectives(text: str) -> tuple[str, ...]:
@@ -168,51 +174,73 @@ def analyze_front(
 
     `awaited` are the numbers of what is to be confirmed before anything else.
 
-    What the trained-head baseline dominates is on no front: nobody needs an adapter that is worse than none.
+    What the trained-head baseline dominates is on no front: nobody needs an adapter that is worse than none. Picks come
+    from the front of those that may be picked: a single lucky score, which may not, puts none of them off it.
 
     Confidence and ties come from a bootstrap over validation examples and seeds, see `_resample_qualities`.
     """
     complete = [trial for trial in trials if trial.state == "complete" and trial.cost and trial.quality is not None]
     if not complete:
         return Front((), (), 0.0)
-    costs = [cost_vector(trial.cost, objectives) for trial in complete if trial.cost]
-    floor = np.empty((0, 1 + len(costs[0])))
+    # Who is named of equals depends on what they are, not on who came first.
+    complete.sort(key=lambda trial: trial.spec.key())
+    rows = np.random.default_rng(seed).integers(0, len(labels), (_RESAMPLES, len(labels)))
+    resampled = _resample_qualities(complete, runs, labels, scorer, rows, seed)
+    answers = next((run.predictions for run in runs if run.number == BASELINE), None)
+    base = None if answers is None else resample_scores(scorer, labels, answers, rows)
+    costs = np.array([cost_vector(trial.cost, objectives) for trial in complete if trial.cost])
+    points = _points([trial.quality or 0.0 for trial in complete], costs)
+    floor = np.empty((0, points.shape[1]))
+    floors: Sequence[Points] = [floor] * _RESAMPLES
     if baseline is not None and baseline.cost is not None and baseline.quality is not None:
-        floor = _points([baseline.quality], [cost_vector(baseline.cost, objectives)])
-
-    def on_front_of(qualities: Sequence[float] | Points) -> npt.NDArray[np.bool_]:
-        return find_nondominated(np.vstack([_points(qualities, costs), floor]))[: len(complete)]
-
-    on_front = on_front_of([trial.quality or 0.0 for trial in complete])
-    resampled = _resample_qualities(complete, runs, labels, scorer, seed)
-    confidence = np.mean([on_front_of(row) for row in resampled], axis=0)
+        base_costs = np.array([cost_vector(baseline.cost, objectives)])
+        floor = _points([baseline.quality], base_costs)
+        floors = [floor] * _RESAMPLES if base is None else [_points([quality], base_costs) for quality in base]
+    on_front = _is_on_front(points, floor)
+    shares = [_is_on_front(_points(row, costs), below) for row, below in zip(resampled, floors, strict=True)]
     members = [
         FrontMember(number=trial.number, confidence=float(share))
-        for trial, on, share in zip(complete, on_front, confidence, strict=True)
+        for trial, on, share in zip(complete, on_front, np.mean(shares, axis=0), strict=True)
         if on
     ]
-    volume = hypervolume(scaled_points(complete, reference), [1.0] * len(reference))
-    ties = _group_ties(complete, on_front, resampled)
-    return Front(tuple(members), _pick(complete, on_front, resampled, objectives, awaited), volume, ties)
+    picks = _pick(complete, points, floor, resampled, objectives, awaited)
+    best = next(place for place, trial in enumerate(complete) if trial.number == picks[0].number)
+    return Front(
+        tuple(sorted(members, key=lambda member: member.number)),
+        picks,
+        hypervolume(scaled_points(complete, reference), [1.0] * len(reference)),
+        _group_ties(complete, on_front, resampled),
+        None if base is None else bool(np.quantile(resampled[:, best] - base, 0.025) > 0),
+    )
 
 
-def _points(qualities: Sequence[float] | Points, costs: Sequence[tuple[float, ...]]) -> Points:
-    return np.column_stack([-np.asarray(qualities), np.asarray(costs).reshape(len(costs), -1)])
+def _points(qualities: Sequence[float] | Points, costs: Points) -> Points:
+    return np.column_stack([-np.asarray(qualities), costs.reshape(len(costs), -1)])
+
+
+def _is_on_front(points: Points, floor: Points) -> npt.NDArray[np.bool_]:
+    """(N,) of the points, the floor's (none or one) beside them."""
+    return find_nondominated(np.vstack([points, floor]))[: len(points)]
 
 
 def _resample_qualities(
-    trials: Sequence[TrialRecord], runs: Sequence[Run], labels: npt.NDArray[np.int64], scorer: str, seed: int
+    trials: Sequence[TrialRecord],
+    runs: Sequence[Run],
+    labels: npt.NDArray[np.int64],
+    scorer: str,
+    rows: npt.NDArray[np.int64],
+    seed: int,
 ) -> Points:
     """(resamples, trials): the quality each trial might have shown on other examples, trained with other seeds.
 
     Each resample draws examples, the same for all trials, so that differences are paired. Seeds add what retraining was
     seen to change: of all trials with several runs, how far each run is from its trial's mean. Drawing from a trial's
     own runs alone would call a single one certain, and three nearly so. Where no trial has several they add what is
-    usual, so that finalists are not chosen as if seeds changed nothing.
+    usual, so that finalists are not chosen as if seeds changed nothing. What they add to a trial depends on its
+    configuration and on nothing else: neither on its number nor on who is beside it.
     """
-    rng = np.random.default_rng(seed)
     by_trial = [[run.predictions for run in runs if run.number == trial.number] for trial in trials]
-    rows = rng.integers(0, len(labels), (_RESAMPLES, len(labels)))
+    luck = [np.random.default_rng([seed, int(trial.spec.key(), 16)]) for trial in trials]
     qualities = np.column_stack(
         [
             np.mean([resample_scores(scorer, labels, predictions, rows) for predictions in predicted], axis=0)
@@ -222,16 +250,16 @@ def _resample_qualities(
     residuals = _seed_residuals([[score_predictions(scorer, labels, p) for p in predicted] for predicted in by_trial])
     if not len(residuals):
         deviations: Points = _SEED_SHARE * qualities.std(axis=0)
-        return qualities + deviations * rng.standard_normal(qualities.shape)
-    for t, predicted in enumerate(by_trial):
-        qualities[:, t] += rng.choice(residuals, (_RESAMPLES, len(predicted))).mean(axis=1)
+        return qualities + deviations * np.column_stack([rng.standard_normal(len(rows)) for rng in luck])
+    for t, (rng, predicted) in enumerate(zip(luck, by_trial, strict=True)):
+        qualities[:, t] += rng.choice(residuals, (len(rows), len(predicted))).mean(axis=1)
     return qualities
 
 
 def _seed_residuals(qualities: Sequence[Sequence[float]]) -> Points:
-    """How far runs lie from their trial's mean, widened by what taking the mean of few narrows."""
+    """How far runs lie from their trial's mean, widened by what taking the mean of few narrows; in order of size."""
     several = [np.asarray(values) for values in qualities if len(values) > 1]
-    return np.concatenate([*((v - v.mean()) * math.sqrt(len(v) / (len(v) - 1)) for v in several), []])
+    return np.sort(np.concatenate([*((v - v.mean()) * math.sqrt(len(v) / (len(v) - 1)) for v in several), []]))
 
 
 def _group_ties(
@@ -242,7 +270,7 @@ def _group_ties(
     Two are told apart where 97.5% of the resamples have one of them ahead of the other by more than nothing (a
     two-sided bootstrap test of 5%). A group is what cannot be told from its first; two others in it may differ clearly.
     """
-    order = sorted(map(int, np.flatnonzero(on_front)), key=lambda i: (-(trials[i].quality or 0.0), trials[i].number))
+    order = sorted(map(int, np.flatnonzero(on_front)), key=lambda i: -(trials[i].quality or 0.0))
     groups = []
     while order:
         best = order[0]
@@ -255,29 +283,33 @@ def _group_ties(
 
 def _pick(
     trials: Sequence[TrialRecord],
-    on_front: npt.NDArray[np.bool_],
+    points: Points,
+    floor: Points,
     resampled: Points,
     objectives: Sequence[str],
     awaited: Collection[int],
 ) -> tuple[Pick, ...]:
-    """Best, knee and smallest of the surest. What is still to be confirmed first is picked from as well: where time or
-    the user ends it there, what was quick to confirm is not all that there is."""
+    """Best, knee and smallest of the surest, the best first. What is still to be confirmed first is picked from as
+    well: where time or the user ends it there, what was quick to confirm is not all that there is."""
     quality = np.array([trial.quality for trial in trials], dtype=float)
     params = np.array([trial.cost.trainable_parameters for trial in trials if trial.cost], dtype=float)
     confirmed = np.array([_is_confirmed(trial) for trial in trials])
     waiting = {trial.number for trial in trials if trial.number in awaited and not _was_tried(trial)}
     surest = {trial.number for trial in find_surest(trials, waiting)}
     eligible = np.flatnonzero([trial.number in surest for trial in trials])
-    front = np.array([i for i in eligible if on_front[i]] or list(eligible))
+    on_front = _is_on_front(points[eligible], floor)
+    front = eligible[on_front] if on_front.any() else eligible
     best = max((int(i) for i in front), key=lambda i: (quality[i], -params[i]))
     # Within noise: in at least 1 of 40 resamples it is no worse than the best (a one-sided 2.5% test).
     ties = [int(i) for i in eligible if np.quantile(resampled[:, best] - resampled[:, i], 0.025) <= 0]
+    ties = [i for i in ties if _is_on_front(points[[i]], floor)[0]] or ties
     smallest = min(ties, key=lambda i: (params[i], -quality[i]))
     among = "confirmed" if confirmed[eligible].all() else "complete"
+    of_them = " of those confirmed" if among == "confirmed" and len(eligible) < len(trials) else ""
     tied = f"{len(ties)} of {say_count(len(eligible), f'{among} trial')} cannot be told from the best on this split"
     axis, name = _knee_axis([trial.cost for trial in trials if trial.cost], objectives)
     chosen: list[tuple[PickName, int, str]] = [
-        ("best", best, "highest mean quality on the search-validation split"),
+        ("best", best, f"highest mean quality{of_them} on the search-validation split"),
         ("knee", _find_knee(quality, axis, front), f"best exchange of quality for {name}"),
         ("smallest", smallest, f"fewest trainable parameters; {tied}"),
     ]

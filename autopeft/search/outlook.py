@@ -151,7 +151,7 @@ def find_outlook(trials: Sequence[Trial], rungs: Sequence[int], reference: dict[
             )
         )  # fmt: skip
     return Outlook(
-        stopped_seconds=sum(trial.device_seconds for trial in stopped),
+        stopped_seconds=sum(map(_spent_seconds, stopped)),
         saved_seconds=sum(_seconds_to_end(trial, rungs) for trial in stopped),
         stopped_members=count_lost_members(trials, rungs, reference),
         forecasts=tuple(forecasts),
@@ -204,7 +204,12 @@ def _point(trial: Trial, reference: dict[str, float]) -> list[float]:
 
 def _seconds_to_end(trial: Trial, rungs: Sequence[int]) -> float:
     """Device-seconds, at the pace that the trial has shown."""
-    return trial.device_seconds * (rungs[-1] - trial.step) / trial.step
+    return _spent_seconds(trial) * (rungs[-1] - trial.step) / trial.step
+
+
+def _spent_seconds(trial: Trial) -> float:
+    """On what it was scored for; what an interrupt lost is told apart."""
+    return sum(score.device_seconds for score in trial.rungs)
 
 
 def _volume(points: Points) -> float:

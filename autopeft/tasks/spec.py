@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,20 @@ class TaskSpec:
     def num_labels(self) -> int | None:
         """Classes of the head; None for generation, which has no head."""
         return len(self.labels) if self.kind == "classification" else None
+
+
+def describe_scoring(text: str) -> str:
+    """What of a task, beside its rows and its scorer, decides scores on them: `max_length 128`.
+
+    `text` is what a study keeps of its task. It was checked when the study began, maybe by another version.
+    """
+    known = yaml.safe_load(text)
+    known = known if isinstance(known, dict) else {}
+    names = ["max_length"]
+    if known.get("scorer") == "exact_match":
+        names += ["max_new_tokens", "answer"]
+    defaults = {each.name: each.default for each in fields(TaskSpec)}
+    return ", ".join(f"{name} {known.get(name, defaults[name])}" for name in names)
 
 
 def list_tasks() -> dict[str, Path]:

@@ -117,7 +117,7 @@ def test_the_terminal_says_the_same(uncertain, capsys):
 def test_a_warm_start_is_named_in_the_provenance(study_of, trial_of, spec_of):
     warm = WarmStart(sources=("study before (c0ffee-c0ffee)",), first=(spec_of(),), weighed=("lora",))
     words = words_of(study_of(trials=[trial_of(0, source="prior")], warm_start=warm))
-    assert "1 first configurations by study before (c0ffee-c0ffee); none of their results are in this study" in words
+    assert "1 first configuration by study before (c0ffee-c0ffee); none of their results are in this study" in words
     assert "warm start" in words.rsplit("All trials", 1)[1]
 
 

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from autopeft.errors import RecordError
 from autopeft.methods import fill_settings
-from autopeft.records import Inference, Latency
-from autopeft.report.entries import list_entries, merge_entries
+from autopeft.records import FailedConfirmation, Inference, Latency
+from autopeft.report.entries import fill_entry, list_entries, merge_entries
 from autopeft.report.files import hold_lock
 from autopeft.report.leaderboard import read_leaderboard, update_leaderboard
+from autopeft.report.priors import list_study_sources
 from autopeft.report.standings import rank_entries
 from autopeft.report.tables import escape_markdown, render_csv, render_markdown
 
@@ -92,9 +93,43 @@ def test_what_was_scored_otherwise_is_ranked_apart(study_of, trial_of, tmp_path)
     assert len([line for line in written.splitlines() if line.startswith("## Data")]) == 2
 
 
+def test_what_was_cut_or_asked_otherwise_is_ranked_apart(study_of, trial_of, tmp_path):
+    ours, theirs = (study_of(trials=[trial_of(0)], uid=uid, with_picks=False) for uid in "ab")
+    longer = theirs.config.task + "\nmax_length: 512\n"
+    theirs = dataclasses.replace(theirs, config=dataclasses.replace(theirs.config, task=longer))
+    for study in (ours, theirs):
+        update_leaderboard(study, tmp_path)
+    rows = [standing for standing in rank_entries(read_leaderboard(tmp_path / "sst2" / "minilm.json").entries)]
+    trials = [row for row in rows if row.entry.kind == "trial"]
+    assert {(row.entry.scoring, row.rank, len(row.entry.runs)) for row in trials} == {
+        ("max_length 128", 1, 1),
+        ("max_length 512", 1, 1),
+    }
+    written = (tmp_path / "sst2" / "minilm.md").read_text()
+    assert "max_length 512" in written
+    assert len({source.title for source in list_study_sources(ours)}) == 1
+
+
+def test_a_studys_rows_of_before_make_room_for_those_of_now(study_of, trial_of, tmp_path):
+    study = study_of(trials=[trial_of(0), trial_of(1)], uid="a", with_picks=False)
+    update_leaderboard(study, tmp_path)
+    path = tmp_path / "sst2" / "minilm.json"
+    # As an earlier version wrote them: how rows were scored was not told, and what diverged was among them.
+    content = json.loads(path.read_text())
+    for entry in content["entries"]:
+        del entry["scoring"]
+    path.write_text(json.dumps(content))
+    diverged = FailedConfirmation(seed=1, reason="diverged", detail="the training loss is nan")
+    trials = (study.trials[0], dataclasses.replace(study.trials[1], failed_confirmations=(diverged,)))
+    update_leaderboard(dataclasses.replace(study, trials=trials), tmp_path)
+    rows = [entry for entry in read_leaderboard(path).entries if entry.kind == "trial"]
+    assert [(len(row.runs), row.runs[0].trial, row.scoring) for row in rows] == [(1, 0, "max_length 128")]
+
+
 def test_rows_from_before_scorers_counted_are_the_same(study_of, trial_of):
     entries = list_entries(study_of(trials=[trial_of(0)], with_picks=False))
     stored = [dataclasses.replace(entry, key=f"of before {place}") for place, entry in enumerate(entries)]
+    assert fill_entry(dataclasses.replace(entries[0], scoring=None)).key != entries[0].key
     assert {entry.kind for entry in entries} > {"trial"}
     assert len(merge_entries([*stored, *entries])) == len(entries)
 
@@ -405,6 +440,51 @@ def rank_of(study_of, trial_of, *finals, **changes):
 def test_ranks_within_two_standard_errors_may_be_exchanged(study_of, trial_of):
     # 500 examples: a standard error of 1.6 points each, so differences are clear from 4.6 points on.
     assert rank_of(study_of, trial_of, 0.85, 0.84, 0.70) == [(1, (1, 2)), (2, (1, 2)), (3, (3, 3))]
+
+
+def test_ranks_go_by_the_spread_over_examples_where_it_is_known(study_of, trial_of):
+    def rank(**changes):
+        trials = []
+        for number, quality in enumerate((0.85, 0.84)):
+            trial = trial_of(number, final=quality)
+            rungs = tuple(dataclasses.replace(rung, **changes) for rung in trial.rungs)
+            trials.append(dataclasses.replace(trial, rungs=rungs, confirmations=()))
+        ranked = rank_entries(list_entries(study_of(trials=trials, with_picks=False)))
+        return [(standing.rank, standing.places) for standing in ranked if standing.rank is not None]
+
+    # A standard error of 0.1 points instead of 1.6.
+    assert rank(quality_sd=0.02) == [(1, (1, 1)), (2, (2, 2))]
+    assert rank(quality_sd=None) == [(1, (1, 2)), (2, (1, 2))]
+
+
+def test_where_the_error_is_not_known_no_rank_is_settled(study_of, trial_of):
+    study = study_of(trials=[trial_of(0, final=0.85), trial_of(1, final=0.4)], with_picks=False)
+    entries = [dataclasses.replace(entry, scorer="hub:perplexity") for entry in list_entries(study)]
+    above_one = [
+        dataclasses.replace(entry, runs=tuple(dataclasses.replace(run, quality=9 + run.quality) for run in entry.runs))
+        for entry in entries
+    ]
+    ranked = [standing for standing in rank_entries(above_one) if standing.rank is not None]
+    assert [standing.places for standing in ranked] == [(1, 2), (1, 2)]
+
+
+def test_two_seeds_that_came_out_level_are_no_surer_than_others(study_of, trial_of):
+    (first, *_) = [entry for entry in list_entries(study_of(trials=[trial_of(0)])) if entry.kind == "trial"]
+    run = first.runs[0]
+
+    def entry(place, *qualities):
+        runs = tuple(dataclasses.replace(run, seed=seed, quality=q, trial=place) for seed, q in enumerate(qualities))
+        spec = dataclasses.replace(first.spec, learning_rate=1e-3 * (place + 1))
+        return fill_entry(dataclasses.replace(first, spec=spec, runs=runs))
+
+    many = dataclasses.replace(run, num_examples=10**9)
+    entries = [entry(0, 0.85, 0.85), entry(1, 0.84, 0.84), entry(2, 0.70, 0.78)]
+    entries = [
+        dataclasses.replace(e, runs=tuple(dataclasses.replace(r, num_examples=many.num_examples) for r in e.runs))
+        for e in entries
+    ]
+    places = [standing.places for standing in rank_entries(entries)]
+    assert places[:2] == [(1, 2), (1, 2)]
 
 
 def test_more_examples_tell_apart_what_few_cannot(study_of, trial_of):

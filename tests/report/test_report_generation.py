@@ -49,6 +49,12 @@ def test_the_verdict_doubts_a_best_that_is_no_better_than_the_base(study):
     assert "Nothing is clearly better" not in write_verdict(study)
 
 
+def test_the_verdict_goes_by_what_the_study_has_compared(study):
+    assert "Nothing is clearly better" in write_verdict(dataclasses.replace(study, beats_baseline=False))
+    level = dataclasses.replace(study, config=dataclasses.replace(study.config, majority_quality=0.9))
+    assert "Nothing is clearly better" not in write_verdict(dataclasses.replace(level, beats_baseline=True))
+
+
 def test_a_recorded_spread_gives_the_error_of_one_run(study):
     trial = next(t for t in study.trials if not t.confirmations and t.rungs)
     rung = dataclasses.replace(trial.rungs[-1], quality_sd=0.1, num_examples=400)

@@ -192,6 +192,20 @@ def test_a_best_no_better_than_the_trained_head_is_called_so(study_of, trial_of)
     assert "The best is not clearly above the trained head" in text
 
 
+def test_a_best_behind_the_trained_head_is_called_so(study_of, trial_of):
+    text = write_verdict(study_of(trials=[trial_of(0, final=0.60)]))
+    assert "The trained head alone is clearly better" in text
+    assert "cannot tell them apart" not in text
+
+
+def test_what_the_study_has_compared_on_the_same_examples_decides_over_standard_errors(study_of, trial_of):
+    near = study_of(trials=[trial_of(0, final=0.80)])
+    assert "cannot tell them apart" not in write_verdict(dataclasses.replace(near, beats_baseline=True))
+    far = study_of(trials=[trial_of(0, final=0.95)])
+    assert "cannot tell them apart" not in write_verdict(far)
+    assert "cannot tell them apart" in write_verdict(dataclasses.replace(far, beats_baseline=False))
+
+
 def test_a_best_no_better_than_the_majority_class_is_called_so(study_of, trial_of):
     text = Document(build_page(study_of(trials=[trial_of(0, final=0.51)]))).text
     assert "Nothing is clearly better than that" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -64,6 +65,15 @@ def test_whatever_cut_it_short_is_said(
     changes: dict[str, float], words: str, config: StudyConfig, complete: list[Trial]
 ) -> None:
     (note,) = conclude(config, complete, WELL._replace(**changes))  # type: ignore[arg-type]
+    assert words in note
+
+
+@pytest.mark.parametrize(("num_unconfirmed", "words"), [(2, "within the budget"), (0, "ended without a score")])
+def test_why_nothing_could_be_confirmed_is_said(
+    num_unconfirmed: int, words: str, config: StudyConfig, complete: list[Trial]
+) -> None:
+    ending = WELL._replace(num_unconfirmed=num_unconfirmed)
+    (note,) = conclude(replace(config, confirm_seeds=2), complete, ending)
     assert words in note
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from autopeft.errors import SpecError
-from autopeft.records import Completed, Confirmation, Cost, RungScore, TrialRecord, TrialSpec
+from autopeft.records import Completed, Confirmation, Cost, Failed, RungScore, TrialRecord, TrialSpec, TrialState
 from autopeft.search.front import (
+    BASELINE,
     Front,
     Run,
     _resample_qualities,
@@ -189,19 +191,23 @@ def analyze(make_spec: Callable[..., TrialSpec]) -> Callable[..., Front]:
         *rows: tuple[float, int, int, int],
         objectives: tuple[str, ...] = ("quality", "vram", "params"),
         baseline: tuple[float, int, int] | None = None,
+        baseline_answers: npt.NDArray[np.int64] | None = None,
+        order: Sequence[int] = (),
+        also: Sequence[TrialRecord] = (),
     ) -> Front:
-        """Rows of (quality, VRAM, parameters, confirmations)."""
-        trials = [make_trial(make_spec(), i, *row) for i, row in enumerate(rows)]
-        runs = [
-            Run(trial.number, answers(trial.rungs[-1].quality, 10 * trial.number + seed))
-            for trial in trials
-            for seed in range(1 + len(trial.confirmations))
-        ]
+        """Rows of (quality, VRAM, parameters, confirmations). A trial's number is its place in `order`."""
+        order = order or range(len(rows))
+        trials, runs = [], []
+        for number, row in enumerate(order):
+            trials.append(make_trial(make_spec(learning_rate=1e-3 + 1e-5 * row), number, *rows[row]))
+            runs += [Run(number, answers(rows[row][0], 10 * row + seed)) for seed in range(1 + rows[row][3])]
         head = make_trial(make_spec("head"), -1, *baseline) if baseline else None
+        if baseline_answers is not None:
+            runs.append(Run(BASELINE, baseline_answers))
         reference = {"quality": 0.5, "vram": 1000.0, "params": 1000.0}
         reference = {name: reference[name] for name in objectives}
         return analyze_front(
-            trials, head, runs, LABELS, objectives=objectives, scorer="accuracy", reference=reference, seed=0
+            [*trials, *also], head, runs, LABELS, objectives=objectives, scorer="accuracy", reference=reference, seed=0
         )
 
     return analyze
@@ -266,26 +272,102 @@ def test_once_some_are_confirmed_only_those_are_picked(analyze: Callable[..., Fr
     assert {chosen.number for chosen in front.picks} <= {1, 2}
 
 
-@given(
-    st.lists(
-        st.tuples(
-            st.integers(55, 99).map(lambda q: q / 100),
-            st.integers(1, 999),
-            st.integers(1, 999),
-            st.sampled_from([0, 2]),
-        ),
-        min_size=1,
-        max_size=4,
+def test_a_lucky_score_that_was_not_confirmed_puts_no_confirmed_one_out_of_the_choice(
+    analyze: Callable[..., Front],
+) -> None:
+    # The second dominates the first, and may not be picked.
+    front = analyze((0.90, 900, 900, 2), (0.905, 800, 800, 0), (0.60, 100, 10, 2))
+    assert numbers(front) == [1, 2]
+    assert pick(front, "best") == 0
+    assert front.picks[0].why == "highest mean quality of those confirmed on the search-validation split"
+
+
+def test_the_smallest_within_noise_is_none_that_the_trained_head_dominates(analyze: Callable[..., Front]) -> None:
+    rows = ((0.83, 900, 900, 0), (0.80, 500, 10, 0))
+    assert pick(analyze(*rows), "smallest") == 1
+    assert pick(analyze(*rows, baseline=(0.82, 400, 0)), "smallest") == 0
+
+
+@pytest.mark.parametrize(("seed", "beats"), [(0, True), (77, False)], ids=["nearly the same answers", "other answers"])
+def test_the_best_is_compared_with_the_baseline_on_the_same_examples(
+    analyze: Callable[..., Front], seed: int, beats: bool
+) -> None:
+    # Of 200 answers 12 more are right: more than chance where the others are alike, and less where they are not.
+    front = analyze((0.86, 500, 100, 0), baseline=(0.80, 80, 0), baseline_answers=answers(0.80, seed))
+    assert front.beats_baseline is beats
+    assert analyze((0.86, 500, 100, 0), baseline=(0.80, 80, 0)).beats_baseline is None
+
+
+def test_a_member_no_surer_than_its_lead_on_the_baseline_is_uncertain(analyze: Callable[..., Front]) -> None:
+    # Dearer than the head, so that it is on the front only where it is better.
+    fixed, paired = (
+        analyze((0.82, 500, 100, 0), baseline=(0.80, 80, 0), baseline_answers=known).members[0].confidence
+        for known in (None, answers(0.80, 0))
+    )
+    assert fixed < paired < 1
+
+
+ROWS = st.lists(
+    st.tuples(
+        st.integers(55, 99).map(lambda q: q / 100),
+        st.integers(1, 999),
+        st.integers(1, 999),
+        st.sampled_from([0, 2]),
     ),
-    st.sampled_from([("quality",), ("quality", "params"), ("quality", "vram", "params")]),
+    min_size=1,
+    max_size=4,
 )
-def test_best_and_knee_come_from_the_front_and_hypervolume_is_a_share(
+"""Of (quality, VRAM, parameters, confirmations)."""
+ALIKE = st.lists(
+    st.tuples(
+        st.sampled_from([0.80, 0.82, 0.90]),
+        st.sampled_from([100, 500]),
+        st.sampled_from([10, 100]),
+        st.sampled_from([0, 2]),
+    ),
+    min_size=2,
+    max_size=5,
+)
+"""The same with many equals."""
+
+
+@given(ALIKE, st.permutations(range(5)))
+def test_other_numbers_and_another_order_change_nothing(
+    analyze: Callable[..., Front], rows: list[tuple[float, int, int, int]], order: list[int]
+) -> None:
+    order = [place for place in order if place < len(rows)]
+    front, other = analyze(*rows, baseline=(0.81, 90, 0)), analyze(*rows, baseline=(0.81, 90, 0), order=order)
+    assert {(m.number, m.confidence) for m in front.members} == {(order[m.number], m.confidence) for m in other.members}
+    assert [(p.name, p.number, p.why) for p in front.picks] == [(p.name, order[p.number], p.why) for p in other.picks]
+    assert front.ties == tuple(tuple(order[number] for number in group) for group in other.ties)
+    assert front.hypervolume == pytest.approx(other.hypervolume, rel=1e-12)
+
+
+@given(ROWS, st.sampled_from(["failed", "refused", "stopped", "paused", "running"]), st.integers(1, 3))
+def test_what_did_not_complete_changes_no_front_however_good_it_was(
+    analyze: Callable[..., Front],
+    make_spec: Callable[..., TrialSpec],
+    rows: list[tuple[float, int, int, int]],
+    state: TrialState,
+    count: int,
+) -> None:
+    out_of_memory = Failed(reason="out_of_memory", detail="")
+    better = [
+        replace(make_trial(make_spec(learning_rate=0.1 + i), 100 + i, 0.995, 1, 1), state=state, outcome=out_of_memory)
+        for i in range(count)
+    ]
+    assert analyze(*rows, also=better) == analyze(*rows)
+
+
+@given(ROWS, st.sampled_from([("quality",), ("quality", "params"), ("quality", "vram", "params")]))
+def test_best_and_knee_are_on_the_front_of_what_may_be_picked_and_hypervolume_is_a_share(
     analyze: Callable[..., Front], rows: list[tuple[float, int, int, int]], objectives: tuple[str, ...]
 ) -> None:
     front = analyze(*rows, objectives=objectives)
-    confirmed_on_front = [n for n in numbers(front) if rows[n][3]]
-    if confirmed_on_front or not any(row[3] for row in rows):
-        assert {pick(front, "best"), pick(front, "knee")} <= set(numbers(front))
+    confirmed = [place for place, row in enumerate(rows) if row[3]] or list(range(len(rows)))
+    among_them = analyze(*(rows[place] for place in confirmed), objectives=objectives)
+    assert {pick(front, "best"), pick(front, "knee")} <= {confirmed[number] for number in numbers(among_them)}
+    assert rows[pick(front, "best")][0] == max(rows[place][0] for place in confirmed)
     assert 0 <= front.hypervolume <= 1
     assert math.isfinite(front.hypervolume)
 
@@ -307,11 +389,16 @@ def test_a_tie_is_led_by_the_best_and_holds_members_of_the_front_alone(analyze: 
     assert front.ties == ((1, 0),)
 
 
+def draw_rows() -> npt.NDArray[np.int64]:
+    return np.random.default_rng(0).integers(0, len(LABELS), (400, len(LABELS)))
+
+
 def resampled_deviation(make_spec: Callable[..., TrialSpec], *qualities: list[float]) -> npt.NDArray[np.float64]:
     """Over the resamples, of each trial, given the accuracies of its runs."""
-    trials = [make_trial(make_spec(), n, values[0], 500, 100, len(values) - 1) for n, values in enumerate(qualities)]
+    specs = [make_spec(learning_rate=1e-3 + 1e-5 * n) for n in range(len(qualities))]
+    trials = [make_trial(specs[n], n, values[0], 500, 100, len(values) - 1) for n, values in enumerate(qualities)]
     runs = [Run(n, answers(q, seed)) for n, values in enumerate(qualities) for seed, q in enumerate(values)]
-    return np.asarray(_resample_qualities(trials, runs, LABELS, "accuracy", 0).std(axis=0))
+    return np.asarray(_resample_qualities(trials, runs, LABELS, "accuracy", draw_rows(), 0).std(axis=0))
 
 
 def test_without_a_second_seed_resamples_spread_as_examples_do_and_half_of_that_for_seeds(
@@ -340,6 +427,6 @@ def test_any_scorer_is_resampled_over_the_same_examples(make_spec: Callable[...,
     trials = [make_trial(make_spec(), n, 0.8, 500, 100, 1) for n in range(2)]
     # Of two seeds alike, so that seeds were seen to change nothing.
     runs = [Run(n, answers(0.8, 3)) for n in range(2) for _ in range(2)]
-    qualities = _resample_qualities(trials, runs, LABELS, scorer, 0)
+    qualities = _resample_qualities(trials, runs, LABELS, scorer, draw_rows(), 0)
     assert (qualities[:, 0] == qualities[:, 1]).all()
     assert qualities[:, 0].std() > 0

@@ -32,8 +32,8 @@ def make_trial(make_spec: Callable[..., TrialSpec]) -> MakeTrial:
     ) -> Trial:
         rungs = [
             RungScore(
-                rung=rung, step=RUNGS[rung], quality=quality, loss=1.0, num_examples=10_000, device_seconds=1.0,
-                train_seconds=1.0, scores_file="x", scores_digest="x",
+                rung=rung, step=RUNGS[rung], quality=quality, loss=1.0, num_examples=10_000,
+                device_seconds=seconds / len(qualities), train_seconds=1.0, scores_file="x", scores_digest="x",
             )
             for rung, quality in enumerate(qualities)
         ]  # fmt: skip
@@ -183,6 +183,10 @@ def test_the_outlook_adds_up_what_stopped_trials_took_and_saved(make_trial: Make
     found = find_outlook(in_order([*trials, *stopped]), RUNGS, REFERENCE)
     assert found is not None
     assert found.stopped_seconds == 9.0
+    # What an interrupt lost is in the ledger by itself, and no part of what the search spent on it.
+    stopped[0].device_seconds += 100
+    assert find_outlook(in_order([*trials, *stopped]), RUNGS, REFERENCE).stopped_seconds == 9.0  # type: ignore[union-attr]
+    stopped[0].device_seconds -= 100
     # 40 of 160 steps took 3 s, so the rest takes 9; 80 took 6, so the rest takes 6.
     assert found.saved_seconds == pytest.approx(15.0)
     assert [round(forecast.device_seconds, 6) for forecast in found.forecasts] == [27.25, 54.5, 109.0]
