@@ -10,6 +10,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+from autopeft.cli.session import say
 from autopeft.records import StudyConfig, TrialState
 from autopeft.report.words import describe_spec, format_quality, format_seconds
 from autopeft.search.status import Status
@@ -45,7 +46,7 @@ class _Lines:
 
     def __init__(self, config: StudyConfig, write: Callable[[str], object] | None = None) -> None:
         self._config = config
-        self._write = write or _print_line
+        self._write = write or say
         self._seen: dict[int, tuple[object, ...]] = {}
         self._phase = ""
 
@@ -79,10 +80,6 @@ class _Lines:
         elif trial.outcome is not None and trial.outcome.kind == "refused":
             why = trial.outcome.rule
         return f"{words}  {describe_spec(trial.spec)}{why and f': {why}'}"
-
-
-def _print_line(text: str) -> None:
-    print(text, flush=True)
 
 
 def _render(config: StudyConfig, status: Status):  # type: ignore[no-untyped-def]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from types import FrameType
@@ -26,6 +28,23 @@ LEADERBOARDS = Path("leaderboards")
 
 _LOCAL = "local.json"
 """Where model and data lie on this machine; kept beside the study, never in its records."""
+
+
+def say(text: str) -> None:
+    """Prints, as long as anybody listens: a search goes on without a terminal, and without whoever read its pipe."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        stop_printing()
+
+
+def stop_printing() -> None:
+    sys.stdout = _Nobody()
+
+
+class _Nobody(io.TextIOBase):
+    def write(self, text: str) -> int:
+        return len(text)
 
 
 def run_new_study(plan: Plan) -> int:
@@ -129,18 +148,24 @@ def run_study(store: StudyStore, executor: Executor, space: SearchSpace, limit: 
 
     # Not by the study's workers: it may be resumed where there are fewer GPUs.
     free_bytes = find_free_bytes(executor.num_workers) if store.config.device_kind == "cuda" else None
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    # A terminal that is closed ends it as Ctrl-C does, but for one that nohup keeps.
+    hangup = getattr(signal, "SIGHUP", None)
+    signals = [signal.SIGTERM, *([hangup] if hangup and signal.getsignal(hangup) != signal.SIG_IGN else [])]
+    previous = {number: signal.signal(number, _interrupt) for number in signals}
     try:
         with store.lock(), show_progress(store.config) as display:
+            # Whoever held the lock until now may have written since this was opened.
+            store.reread()
             search = Search(store, executor, space, wall_seconds_limit=limit, free_bytes=free_bytes, on_change=display)
             record = search.run()
     except KeyboardInterrupt:
-        print(f"\nInterrupted. Go on with: autopeft resume {store.config.name}")
+        say(f"\nInterrupted. Go on with: autopeft resume {store.config.name}")
         if store.trials:
             write_outputs(build_record(store))
         return 130
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     write_outputs(record)
     if not record.picks:
         raise NothingFeasibleError(_why_nothing(record))
@@ -190,13 +215,18 @@ def write_outputs(record: StudyRecord) -> None:
     from autopeft.report.page import write_page
 
     # First: a page that cannot be written, or a leaderboard that is held, is no reason to say nothing of the study.
-    print_summary(record)
+    # Nor is nobody's listening any reason not to write them.
+    try:
+        print_summary(record)
+        sys.stdout.flush()
+    except OSError:
+        stop_printing()
     name = record.config.name
     page = REPORTS / f"{name}.html"
     try:
         write_page(record, page, find_way=lambda trial: find_way(record, trial))
-        print(f"\nreport       {page}")
-        print(f"leaderboard  {update_leaderboard(record, LEADERBOARDS)}")
+        say(f"\nreport       {page}")
+        say(f"leaderboard  {update_leaderboard(record, LEADERBOARDS)}")
     except OSError as exc:
         raise StudyError(
             f"The study '{name}' is kept, but {REPORTS}/ and {LEADERBOARDS}/ must be writable for its report, and are "

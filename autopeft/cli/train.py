@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import os
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+from autopeft.wording import in_one_line
 
 if TYPE_CHECKING:
     from autopeft.production.files import LocalPlaces
@@ -86,12 +90,43 @@ def run(args: argparse.Namespace) -> int:
     except AutopeftError as exc:
         if is_main_process():
             raise
-        # The first process says it. A launcher ends all when one has ended, so let it speak first.
+        # What befalls all of them the first one says; a launcher ends all when one has ended, so let it speak first.
         time.sleep(_SECONDS_TO_SPEAK)
+        # It has not ended, so this befell here alone: the longest rows are the last process's.
+        print(f"autopeft: process {os.environ['RANK']}: {in_one_line(exc)}", file=sys.stderr, flush=True)
         return exc.exit_code
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _leave(code)
     return code
+
+
+@contextlib.contextmanager
+def _hold(out: Path) -> Iterator[None]:
+    """Raises TrainingError where another process trains into the folder: each would delete the other's checkpoints."""
+    from autopeft.errors import TrainingError
+    from autopeft.locks import lock_file
+
+    if not is_main_process():
+        yield
+        return
+    path = out.parent / f".{out.name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        try:
+            lock_file(file.fileno())
+        except BlockingIOError:
+            raise TrainingError(
+                f"One process at a time trains into a folder, and another one trains into '{out}'. Wait for it, or "
+                "stop it and give the same command again, which goes on from the last checkpoint."
+            ) from None
+        except OSError:
+            # Of some clusters' file systems: there nobody can tell.
+            pass
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _leave(code: int) -> NoReturn:
@@ -162,7 +197,7 @@ def _run(args: argparse.Namespace) -> int:
     display.plan(recipe, notes)
     from autopeft.production.run import train
 
-    with display:
+    with _hold(out), display:
         result = train(
             recipe, task, places, model=model, out=out, options=_options(args), listener=display,
             pretrained=Path(args.start) if args.start else None,
@@ -178,7 +213,7 @@ def _pretrain(  # type: ignore[no-untyped-def]
 ) -> int:
     from autopeft.production.pretrain import pretrain
 
-    with display:
+    with _hold(out), display:
         result = pretrain(
             recipe, task, places, model=model, text=Path(args.text), out=out, options=_options(args), listener=display,
             epochs=args.epochs, steps=args.steps,

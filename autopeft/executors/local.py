@@ -20,6 +20,7 @@ from autopeft.backends.base import (
     CostRequest,
     Listening,
     Pack,
+    Progress,
     Ready,
     WorkerSetup,
     decode_event,
@@ -35,6 +36,11 @@ _COST = -1
 _START_SECONDS = 1800.0
 """A large base may have to be downloaded first."""
 _COST_SECONDS = 600.0
+_SILENT_SECONDS = 3600.0
+"""After which a worker that has something to do and says nothing is taken to hang: training and scoring tell how far
+they are each second, and a base is loaded, a trial built and a batch written in less."""
+_LOOK_SECONDS = 60.0
+"""Between two looks for such."""
 
 
 class _Process:
@@ -54,12 +60,17 @@ class _Process:
             encoding="utf-8",
         )
         self._events = events
+        self.is_busy = True
+        """Until it is ready, and from each command to its answer."""
+        self.heard_at = time.monotonic()
+        self._why_killed = ""
         self.send(setup)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def send(self, message: Command | WorkerSetup) -> None:
         assert self.process.stdin is not None
+        self.is_busy, self.heard_at = True, time.monotonic()
         # A worker that has died is reported by its reader; there is nobody to tell anything.
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(encode_message(message) + "\n")
@@ -73,6 +84,8 @@ class _Process:
         try:
             for line in self.process.stdout:
                 event = decode_event(line)
+                self.heard_at = time.monotonic()
+                self.is_busy = isinstance(event, Progress)
                 self._events.put(WorkerEvent(self.number, event, time.monotonic()))
                 if isinstance(event, Broken):
                     return
@@ -83,7 +96,8 @@ class _Process:
         code = self.process.wait()
         words = self.last_words()
         # The last line is what users see; the others are for whoever looks for the cause.
-        detail = f"{words}\nexit status {code}{after}. {last_line(words)}".strip()
+        why = f" {self._why_killed}" if self._why_killed else after
+        detail = f"{words}\nexit status {code}{why}. {last_line(words)}".strip()
         self._events.put(WorkerEvent(self.number, None, time.monotonic(), detail))
 
     def last_words(self) -> str:
@@ -92,6 +106,13 @@ class _Process:
             self.log.seek(max(0, self.log.tell() - 2000))
             return self.log.read().decode(errors="replace").strip()
         return ""
+
+    def end_if_silent(self) -> None:
+        """Its death is told as any other's."""
+        silence = time.monotonic() - self.heard_at
+        if self.is_busy and silence > _SILENT_SECONDS and not self._why_killed:
+            self._why_killed = f"after {silence:.0f} s without a sign of life"
+            self.process.kill()
 
     def kill(self) -> None:
         self.process.kill()
@@ -135,10 +156,17 @@ class LocalExecutor:
         self._processes[worker].send(pack)
 
     def wait(self, timeout_seconds: float) -> list[WorkerEvent]:
-        try:
-            events = [self._events.get(timeout=max(timeout_seconds, 0.001))]
-        except queue.Empty:
-            return []
+        end = time.monotonic() + timeout_seconds
+        while True:
+            for worker in range(self.num_workers):
+                self._processes[worker].end_if_silent()
+            left = end - time.monotonic()
+            try:
+                events = [self._events.get(timeout=max(min(left, _LOOK_SECONDS), 0.001))]
+                break
+            except queue.Empty:
+                if left <= _LOOK_SECONDS:
+                    return []
         with contextlib.suppress(queue.Empty):
             while True:
                 events.append(self._events.get_nowait())

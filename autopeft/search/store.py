@@ -163,14 +163,18 @@ class StudyStore:
         self._study = study
         self._storage = storage
         self._study_id = storage.get_study_id_from_name(_STUDY)
-        attributes = study.user_attrs
+        self.reread()
+
+    def reread(self) -> None:
+        """All of it, from the disk. Raises RecordError for a study of a newer autopeft."""
+        attributes = self._study.user_attrs
         version = attributes.get("schema_version", 0)
         if version > SCHEMA_VERSION:
             raise RecordError(
-                f"The study in '{folder}' was written with schema {version}, and this autopeft reads schemas up to "
-                f"{SCHEMA_VERSION}. Nothing was changed. Install a newer autopeft to go on."
+                f"The study in '{self.folder}' was written with schema {version}, and this autopeft reads schemas up "
+                f"to {SCHEMA_VERSION}. Nothing was changed. Install a newer autopeft to go on."
             )
-        where = f"study '{folder.name}'"
+        where = f"study '{self.folder.name}'"
         config = from_record(StudyConfig, attributes["config"], where)
         self.config: StudyConfig = replace(config, included=tuple(map(fill_settings, config.included)))
         self.provenance: Provenance = from_record(Provenance, attributes["provenance"], where)
@@ -184,7 +188,7 @@ class StudyStore:
         self._told: set[int] = set()
         self._known: dict[str, optuna.distributions.BaseDistribution] = {}
         """By name, as Optuna saw them first."""
-        for frozen in study.get_trials(deepcopy=False):
+        for frozen in self._study.get_trials(deepcopy=False):
             self.trials.append(self._read_trial(frozen, attributes))
             self._known = frozen.distributions | self._known
             if frozen.state.is_finished():

@@ -8,6 +8,7 @@ Workers train; only this process decides, keeps the ledger, and writes. It never
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -127,7 +128,12 @@ class Search:
         """Runs until the budget is spent or nothing is left to do. KeyboardInterrupt leaves everything written."""
         self.account.reopen()
         recover(self.store, self.account.ledger)
-        try:
+        with contextlib.ExitStack() as leaving:
+            # From the last to the first, whatever becomes of the others. The workers are ended before anything is
+            # written: where that fails, or takes long, they would go on without a driver.
+            leaving.callback(self.account.write)
+            leaving.callback(self._abandon_running)
+            leaving.callback(self.executor.close)
             self._start()
             while self.phase != "done":
                 self._assign_idle_workers()
@@ -140,13 +146,6 @@ class Search:
                     self._take(event)
                 self.account.heartbeat()
                 self.on_change(self.status())
-        except BaseException:
-            self._abandon_running()
-            raise
-        finally:
-            # First: where nothing can be written, workers would go on without a driver.
-            self.executor.close()
-            self.account.write()
         self.store.save_study(finished=True, running=[])
 
     def _start(self) -> None:
@@ -189,14 +188,20 @@ class Search:
 
     def _abandon_running(self) -> None:
         """An interrupt: the workers are ended, and what they had begun is charged and requeued."""
-        for running in self._running.values():
+        if not self._running:
+            return
+        abandoned = list(self._running.values())
+        for running in abandoned:
             self._charge(running, "lost")
+        self._running.clear()
+        # Before checkpoints are read, which takes long: a second interrupt must not have it charged twice.
+        self.account.heartbeat(force=True)
+        for running in abandoned:
             if running.stretch.purpose == "search":
                 requeue(running.trial, self.store, self.account.ledger)
             elif running.stretch.purpose == "baseline":
                 running.trial.state = "waiting"
                 self.store.save(running.trial)
-        self._running.clear()
         self.account.heartbeat(force=True)
 
     # --- assign

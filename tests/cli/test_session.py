@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import functools
+import io
 import math
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from autopeft.backends.base import Pack, Ready, WorkerSetup
 from autopeft.cli import session
 from autopeft.errors import BudgetError, WorkerError
+from autopeft.executors.base import WorkerEvent
 from autopeft.executors.inline import InlineExecutor
-from autopeft.search.plan import make_plan
+from autopeft.search.plan import Plan, make_plan, make_provenance
 from autopeft.search.request import Request
+from autopeft.search.store import StudyStore
 
 
 @pytest.fixture
@@ -93,3 +99,68 @@ def test_a_study_whose_start_failed_leaves_its_name_free_and_one_that_began_stay
     with pytest.raises(WorkerError):
         session.run_new_study(plan)
     assert (tmp_path / "studies" / "mine").exists() == starts
+
+
+@pytest.fixture
+def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """A study of fake workers, in a working directory of its own."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    monkeypatch.setattr("autopeft.cli.session.keep_places", lambda *arguments: None)
+    plan = make_plan(Request(task="demo", budget="3trials", model="model", name="mine"), studies=Path("studies"))
+    return replace(plan, config=replace(plan.config, backend="fake", confirm_seeds=0))
+
+
+def run(plan: Plan, store: StudyStore) -> int:
+    setup = replace(plan.setup(Path("studies")), backend="fake")
+    return session.run_study(store, InlineExecutor(setup, 1), plan.space, math.inf)
+
+
+def create(plan: Plan) -> StudyStore:
+    labels = np.array([i % 2 for i in range(300)])
+    return StudyStore.create(Path("studies"), plan.config, make_provenance(plan), labels)
+
+
+def test_a_study_is_read_anew_once_no_other_process_can_write_to_it(planned: Plan) -> None:
+    store = create(planned)
+    early = StudyStore.open(Path("studies"), "mine")
+    run(planned, store)
+    ended = StudyStore.open(Path("studies"), "mine").trials
+    assert len([trial for trial in ended if trial.rungs]) == 3
+    # Read before the other process began: written back, its view would undo all of that.
+    run(planned, early)
+    assert StudyStore.open(Path("studies"), "mine").trials == ended
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(5, "Input/output error")], ids=["pipe", "terminal"])
+def test_a_search_that_nobody_listens_to_any_more_goes_on_and_writes_its_report(
+    planned: Plan, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise error
+
+    monkeypatch.setattr("sys.stdout", Gone())
+    run(planned, create(planned))
+    assert StudyStore.open(Path("studies"), "mine").finished
+    assert Path("reports/mine.html").is_file()
+    assert Path("leaderboards/demo").is_dir()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_ends_a_search_as_an_interrupt_does(planned: Plan, name: str) -> None:
+    number = getattr(signal, name)
+
+    class Signalled(InlineExecutor):
+        def wait(self, timeout_seconds: float) -> list[WorkerEvent]:
+            os.kill(os.getpid(), number)
+            return super().wait(timeout_seconds)
+
+    setup = replace(planned.setup(Path("studies")), backend="fake")
+    before = signal.getsignal(number)
+    code = session.run_study(create(planned), Signalled(setup, 1), planned.space, math.inf)
+    assert code == 130
+    assert signal.getsignal(number) == before
+    assert not StudyStore.open(Path("studies"), "mine").finished

@@ -94,6 +94,23 @@ def test_a_killed_worker_is_reported_once_and_its_successor_works(executor: Loca
     check_successor(executor)
 
 
+def test_a_worker_that_hangs_is_ended_and_its_successor_works(
+    executor: LocalExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autopeft.executors.local._LOOK_SECONDS", 0.1)
+    monkeypatch.setattr("autopeft.executors.local._SILENT_SECONDS", 1.0)
+    executor._processes[0].process.send_signal(signal.SIGSTOP)
+    # Longer than a busy one may be silent: what has nothing to do has nothing to tell.
+    assert executor.wait(1.5) == []
+    executor.assign(0, make_pack(1))
+    (death,) = executor.wait(20.0)
+    assert (death.worker, death.event) == (0, None)
+    assert re.search(r"exit status -9 after \d s without a sign of life", death.detail)
+    assert executor._processes[1].process.poll() is None
+    monkeypatch.setattr("autopeft.executors.local._SILENT_SECONDS", 60.0)
+    check_successor(executor)
+
+
 def test_a_worker_that_breaks_is_reported_once_and_its_successor_works(executor: LocalExecutor) -> None:
     # A configuration without the rank that the backend looks for.
     executor.assign(0, make_pack(1, "lora", alpha_over_rank=2))

@@ -11,6 +11,7 @@ import pytest
 
 from autopeft.cli.main import main
 from autopeft.executors.devices import Gpu, describe_cpu
+from autopeft.locks import lock_file
 from autopeft.production.files import LocalPlaces, read_recipe, write_local, write_recipe
 from autopeft.production.recipe import Recipe
 
@@ -59,6 +60,23 @@ def test_a_training_folder_goes_on_in_itself(folder: Path, capsys: pytest.Captur
     assert main(["train", "here"]) == 0
     assert "going on from step 8" in capsys.readouterr().out
     assert (folder.parent / "here" / "result.json").is_file()
+
+
+def test_a_folder_that_another_process_trains_into_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (folder.parent / ".here.lock").open("ab") as file:
+        lock_file(file.fileno())
+        assert main(["train", "recipe", "--out", "here"]) == 1
+    assert "another one trains into 'here'" in capsys.readouterr().err
+    assert not (folder.parent / "here").exists()
+
+
+def test_what_befalls_a_process_but_the_first_is_told(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr("autopeft.cli.train._SECONDS_TO_SPEAK", 0.0)
+    assert main(["train", "nowhere", "--pick", "best"]) == 2
+    assert capsys.readouterr().err.startswith("autopeft: process 3: ")
 
 
 def test_a_changed_batch_says_what_becomes_of_the_rate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

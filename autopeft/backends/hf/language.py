@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -99,11 +99,18 @@ def score_completions(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> tupl
 
 @torch.no_grad()
 def write_completions(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], *, batch_size: int, max_new_tokens: int, device: str
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    device: str,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """What the model writes after each prompt, always the likeliest token, until it ends or has written enough.
 
-    The model is in evaluation mode.
+    The model is in evaluation mode; `on_batch` is called before each batch.
     """
     configuration = transformers.GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -114,6 +121,7 @@ def write_completions(
     )
     texts = [""] * len(prompts)
     for indices in _writing_batches([len(prompt) for prompt in prompts], batch_size, padded=not _has_prompt(model)):
+        on_batch()
         batch = _pad_left([prompts[i] for i in indices], tokenizer.pad_token_id)
         inputs = {name: tensor.to(device) for name, tensor in batch.items()}
         with warnings.catch_warnings():

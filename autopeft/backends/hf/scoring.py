@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from autopeft.backends.base import Score
-from autopeft.backends.hf.data import TaskData, TokenizedSplit, scoring_batches
+from autopeft.backends.hf.data import Batch, TaskData, TokenizedSplit, scoring_batches
 from autopeft.backends.hf.language import match_answer, write_completions
 from autopeft.backends.hf.steps import SplitScores, autocast, score_batches
 from autopeft.tasks.scorers import estimate_example_sd, score_predictions
 from autopeft.tasks.spec import TaskSpec
 
 
-def score_split(model: Any, data: TaskData, split: TokenizedSplit, *, batch_size: int, device: str) -> SplitScores:
-    """Leaves the model in training mode. Raises Diverged where a loss is not finite."""
-    batches = scoring_batches(split.lengths(), batch_size)
-    scores = score_batches(model, batches, lambda i: data.collate(split, i, device), device=device)
+def score_split(
+    model: Any,
+    data: TaskData,
+    split: TokenizedSplit,
+    *,
+    batch_size: int,
+    device: str,
+    on_batch: Callable[[], None] = lambda: None,
+) -> SplitScores:
+    """Leaves the model in training mode; `on_batch` is called before each batch. Raises Diverged where a loss is not
+    finite."""
+
+    def collate(indices: list[int]) -> Batch:
+        on_batch()
+        return data.collate(split, indices, device)
+
+    scores = score_batches(model, scoring_batches(split.lengths(), batch_size), collate, device=device)
     if data.task.scorer == "exact_match":
-        return scores._replace(predictions=_match_all(model, data, split, batch_size, device))
+        return scores._replace(predictions=_match_all(model, data, split, batch_size, device, on_batch))
     return scores
 
 
@@ -54,14 +68,14 @@ def pack_scores(name: str, scores: SplitScores) -> dict[str, Any]:
 
 
 def _match_all(
-    model: Any, data: TaskData, split: TokenizedSplit, batch_size: int, device: str
+    model: Any, data: TaskData, split: TokenizedSplit, batch_size: int, device: str, on_batch: Callable[[], None]
 ) -> npt.NDArray[np.float32]:
     """1 for every example whose completion the model writes by itself, else 0."""
     prompts = [split.prompt_ids(i) for i in range(len(split.features))]
     limits: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": data.task.max_new_tokens}
     model.eval()
     with autocast(device):
-        texts = write_completions(model, data.tokenizer, prompts, device=device, **limits)
+        texts = write_completions(model, data.tokenizer, prompts, device=device, on_batch=on_batch, **limits)
     model.train()
     matches = [match_answer(data.task, text, known) for text, known in zip(texts, split.completions, strict=True)]
     return np.array(matches, dtype=np.float32)

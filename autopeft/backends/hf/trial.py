@@ -93,6 +93,20 @@ class LiveTrial:
         self.step = state["step"]
 
 
+class _Signs:
+    """Tells the driver now and then how far a stretch is, and so that its worker is alive."""
+
+    def __init__(self, emit: Callable[[Event], None], stretch: Stretch) -> None:
+        self._emit = emit
+        self._job = stretch.job
+        self._last = time.monotonic()
+
+    def __call__(self, step: int) -> None:
+        if time.monotonic() - self._last > _PROGRESS_SECONDS:
+            self._last = time.monotonic()
+            self._emit(Progress(job=self._job, step=step))
+
+
 class HfBackend:
     """Trains on real models. One a worker process; holds the resident bases and the tokenized task."""
 
@@ -114,6 +128,7 @@ class HfBackend:
         self._base_latency: Latency | None = None
         self._load_seconds = 0.0
         """Of the stretch that is run."""
+        self._sign: Callable[[int], None] = lambda step: None
 
     def ready(self) -> Ready:
         """Loads the unquantized base, so that a model that cannot be had is known before any trial starts."""
@@ -153,11 +168,12 @@ class HfBackend:
 
     def run(self, stretch: Stretch, emit: Callable[[Event], None]) -> Finished | Ended:
         self._load_seconds = 0.0
+        self._sign = _Signs(emit, stretch)
         if self._on_gpu:
             # A trial that goes on is not probed: without this, running out it would report an earlier trial's peak.
             torch.cuda.reset_peak_memory_stats()
         try:
-            return replace(self._run(stretch, emit), load_seconds=self._load_seconds)
+            return replace(self._run(stretch), load_seconds=self._load_seconds)
         except Diverged as exc:
             ended = Ended(job=stretch.job, reason="diverged", detail=str(exc))
         except (MemoryError, RuntimeError) as exc:
@@ -169,13 +185,13 @@ class HfBackend:
         self._drop_live()
         return ended
 
-    def _run(self, stretch: Stretch, emit: Callable[[Event], None]) -> Finished:
+    def _run(self, stretch: Stretch) -> Finished:
         if stretch.to_step == 0:
             return self._score_untrained(stretch)
         live, vram = self._resume_or_build(stretch)
         # Values that training changes make no difference to it.
         inference = self._measure_inference(live, stretch.score_batch_size) if stretch.measure_inference else None
-        train_seconds = self._train(live, stretch, emit)
+        train_seconds = self._train(live, stretch)
         return replace(self._finish(live.model, stretch, vram, train_seconds, live), inference=inference)
 
     @property
@@ -299,12 +315,12 @@ class HfBackend:
 
     # --- train
 
-    def _train(self, live: LiveTrial, stretch: Stretch, emit: Callable[[Event], None]) -> float:
+    def _train(self, live: LiveTrial, stretch: Stretch) -> float:
         spec, device = stretch.spec, self.setup.device
         batches = plan_batches(
             self.data.train.lengths(), batch_size=spec.batch_size, num_steps=stretch.to_step, seed=spec.seed
         )
-        started = last_sign = time.monotonic()
+        started = time.monotonic()
         for step in range(live.step, stretch.to_step):
             batch = self.data.collate(self.data.train, batches[step], device)
             loss = train_step(
@@ -319,9 +335,7 @@ class HfBackend:
             if (device == "cpu" or step % 8 == 7) and not torch.isfinite(loss):
                 raise Diverged(f"the training loss is {loss.item()} at step {step + 1}")
             live.step = step + 1
-            if time.monotonic() - last_sign > _PROGRESS_SECONDS:
-                last_sign = time.monotonic()
-                emit(Progress(job=stretch.job, step=live.step))
+            self._sign(live.step)
         if self._on_gpu:
             torch.cuda.synchronize()
         return time.monotonic() - started
@@ -389,7 +403,10 @@ class HfBackend:
     def _score(self, model: Any, split: TokenizedSplit, stretch: Stretch) -> SplitScores:
         # Without activations kept for a backward pass, twice the training batch mostly needs less memory.
         batch_size = stretch.score_batch_size or 2 * stretch.spec.batch_size
-        return score_split(model, self.data, split, batch_size=batch_size, device=self.setup.device)
+        return score_split(
+            model, self.data, split, batch_size=batch_size, device=self.setup.device,
+            on_batch=lambda: self._sign(stretch.to_step),
+        )  # fmt: skip
 
 
 def write_whole(path: Path, write: Callable[[Any], object]) -> str:
@@ -415,7 +432,12 @@ def is_out_of_memory(error: Exception) -> bool:
     return any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
-_OUT_OF_MEMORY = ("not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 def release_memory() -> None:

@@ -231,8 +231,11 @@ def test_a_trial_whose_loss_is_not_finite_has_diverged_and_the_worker_goes_on(ba
         RuntimeError("CUDA error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:114] . DefaultCPUAllocator: not enough memory: you tried to ..."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:129] DefaultCPUAllocator: can't allocate memory: you tried to ..."
+        ),
     ],
-    ids=["allocator", "kernel", "cuBLAS", "CPU"],
+    ids=["allocator", "kernel", "cuBLAS", "CPU on Windows", "CPU"],
 )
 def test_running_out_of_memory_is_an_outcome_and_leaves_nothing_behind(
     backend: HfBackend, monkeypatch: pytest.MonkeyPatch, error: Exception
