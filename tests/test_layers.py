@@ -19,7 +19,7 @@ LAYERS = (
     "errors", "wording", "locks", "records", "budget", "hub", "methods", "tasks", "spaces", "backends", "executors",
     "search", "report", "production", "export", "cli",
 )  # fmt: skip
-"""Lowest first, as design.md lists them."""
+"""Lowest first, as ARCHITECTURE.md lists them."""
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors"}
 
 

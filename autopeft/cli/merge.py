@@ -18,7 +18,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "merge",
         help="fold a trained adapter into its base: a plain model",
-        description="Folds a trained adapter into its base and writes a plain model, which transformers, vLLM, TGI and "
+        description="Folds a trained adapter into its base and writes a plain model, which transformers, vLLM and "
         "llama.cpp's converter load. Its answers on rows of the test split are compared with the unmerged model's; a "
         "base of 4 or 8 bits is dequantized first.",
     )
