@@ -10,7 +10,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from autopeft.cli.session import say
+from autopeft.cli.session import say, stop_printing
 from autopeft.records import StudyConfig, TrialState
 from autopeft.report.words import describe_spec, format_quality, format_seconds
 from autopeft.search.status import Status
@@ -28,17 +28,37 @@ def show_progress(config: StudyConfig) -> Iterator[Callable[[Status], None]]:
     if not sys.stdout.isatty():
         yield _Lines(config)
         return
+    from rich.console import Console
     from rich.live import Live
 
-    with Live(refresh_per_second=4, transient=False) as live:
-        # A target's pattern may have brackets, which are no markup.
-        lines = _Lines(config, functools.partial(live.console.print, highlight=False, markup=False, soft_wrap=True))
+    live = Live(console=Console(), refresh_per_second=4, transient=False)
+    # A target's pattern may have brackets, which are no markup.
+    lines = _Lines(config, functools.partial(live.console.print, highlight=False, markup=False, soft_wrap=True))
 
-        def update(status: Status) -> None:
+    @contextlib.contextmanager
+    def as_long_as_it_is_there() -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            # The terminal was closed; the search goes on.
+            stop_printing()
+            live.console.quiet = True
+
+    def update(status: Status) -> None:
+        with as_long_as_it_is_there():
             lines(status)
             live.update(_render(config, status))
 
+    has_started = False
+    with as_long_as_it_is_there():
+        live.start()
+        has_started = True
+    try:
         yield update
+    finally:
+        if has_started:
+            with as_long_as_it_is_there():
+                live.stop()
 
 
 class _Lines:

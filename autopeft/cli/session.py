@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -39,6 +40,12 @@ def say(text: str) -> None:
 
 
 def stop_printing() -> None:
+    # What is buffered would fail once more when the interpreter ends.
+    with contextlib.suppress(OSError, ValueError):
+        descriptor = sys.stdout.fileno()
+        nobody = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nobody, descriptor)
+        os.close(nobody)
     sys.stdout = _Nobody()
 
 

@@ -109,24 +109,22 @@ def _hold(out: Path) -> Iterator[None]:
     if not is_main_process():
         yield
         return
-    path = out.parent / f".{out.name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
+    path = out.resolve().parent / f".{out.resolve().name}.lock"
+    with contextlib.ExitStack() as stack:
         try:
-            lock_file(file.fileno())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock_file(stack.enter_context(path.open("ab")).fileno())
+            # While it is still held.
+            stack.callback(path.unlink, missing_ok=True)
         except BlockingIOError:
             raise TrainingError(
                 f"One process at a time trains into a folder, and another one trains into '{out}'. Wait for it, or "
                 "stop it and give the same command again, which goes on from the last checkpoint."
             ) from None
         except OSError:
-            # Of some clusters' file systems: there nobody can tell.
+            # A folder beside which nothing may be written, or a cluster's file system: there nobody can tell.
             pass
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                path.unlink()
+        yield
 
 
 def _leave(code: int) -> NoReturn:

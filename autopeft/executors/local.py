@@ -60,8 +60,9 @@ class _Process:
             encoding="utf-8",
         )
         self._events = events
-        self.is_busy = True
-        """Until it is ready, and from each command to its answer."""
+        self._awaited = 0
+        """Answers: that it is ready, and one to each command, which may be sent before."""
+        self._counting = threading.Lock()
         self.heard_at = time.monotonic()
         self._why_killed = ""
         self.send(setup)
@@ -70,7 +71,9 @@ class _Process:
 
     def send(self, message: Command | WorkerSetup) -> None:
         assert self.process.stdin is not None
-        self.is_busy, self.heard_at = True, time.monotonic()
+        with self._counting:
+            self._awaited += 1
+            self.heard_at = time.monotonic()
         # A worker that has died is reported by its reader; there is nobody to tell anything.
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(encode_message(message) + "\n")
@@ -84,8 +87,9 @@ class _Process:
         try:
             for line in self.process.stdout:
                 event = decode_event(line)
-                self.heard_at = time.monotonic()
-                self.is_busy = isinstance(event, Progress)
+                with self._counting:
+                    self._awaited -= not isinstance(event, Progress)
+                    self.heard_at = time.monotonic()
                 self._events.put(WorkerEvent(self.number, event, time.monotonic()))
                 if isinstance(event, Broken):
                     return
@@ -110,7 +114,7 @@ class _Process:
     def end_if_silent(self) -> None:
         """Its death is told as any other's."""
         silence = time.monotonic() - self.heard_at
-        if self.is_busy and silence > _SILENT_SECONDS and not self._why_killed:
+        if self._awaited > 0 and silence > _SILENT_SECONDS and not self._why_killed:
             self._why_killed = f"after {silence:.0f} s without a sign of life"
             self.process.kill()
 
@@ -139,6 +143,7 @@ class LocalExecutor:
         self._cost_events: queue.Queue[WorkerEvent] = queue.Queue()
         self._cost_process_listens = False
         self._processes: dict[int, _Process] = {}
+        self._looked_at = time.monotonic()
 
     def start(self) -> list[Ready]:
         for worker in range(self.num_workers):
@@ -158,8 +163,7 @@ class LocalExecutor:
     def wait(self, timeout_seconds: float) -> list[WorkerEvent]:
         end = time.monotonic() + timeout_seconds
         while True:
-            for worker in range(self.num_workers):
-                self._processes[worker].end_if_silent()
+            self._look_for_silent()
             left = end - time.monotonic()
             try:
                 events = [self._events.get(timeout=max(min(left, _LOOK_SECONDS), 0.001))]
@@ -171,6 +175,15 @@ class LocalExecutor:
             while True:
                 events.append(self._events.get_nowait())
         return events
+
+    def _look_for_silent(self) -> None:
+        now = time.monotonic()
+        # In which this process did not look: it was stopped, maybe, and its workers with it.
+        missed = max(0.0, now - self._looked_at - 2 * _LOOK_SECONDS)
+        self._looked_at = now
+        for worker in range(self.num_workers):
+            self._processes[worker].heard_at += missed
+            self._processes[worker].end_if_silent()
 
     def restart(self, worker: int) -> None:
         self._processes[worker].kill()

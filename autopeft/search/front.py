@@ -302,8 +302,9 @@ def _pick(
     best = max((int(i) for i in front), key=lambda i: (quality[i], -params[i]))
     # Within noise: in at least 1 of 40 resamples it is no worse than the best (a one-sided 2.5% test).
     ties = [int(i) for i in eligible if np.quantile(resampled[:, best] - resampled[:, i], 0.025) <= 0]
-    ties = [i for i in ties if _is_on_front(points[[i]], floor)[0]] or ties
-    smallest = min(ties, key=lambda i: (params[i], -quality[i]))
+    # What the baseline dominates is tied as well, but nobody needs it.
+    needed = [i for i in ties if _is_on_front(points[[i]], floor)[0]] or ties
+    smallest = min(needed, key=lambda i: (params[i], -quality[i]))
     among = "confirmed" if confirmed[eligible].all() else "complete"
     of_them = " of those confirmed" if among == "confirmed" and len(eligible) < len(trials) else ""
     tied = f"{len(ties)} of {say_count(len(eligible), f'{among} trial')} cannot be told from the best on this split"

@@ -259,11 +259,20 @@ class Search:
                 self._found_nothing_new = self._count_refused() >= _MOST_REFUSED
 
     def _count_refused(self) -> int:
-        """Suggestions refused since a trial was last begun, by the study's state: a resumed search knows them too."""
-        unbegun = itertools.takewhile(
-            lambda trial: not trial.rungs and trial.state in ("refused", "waiting"), reversed(self.store.trials)
-        )
-        return sum(trial.state == "refused" and trial.source == "sampler" for trial in unbegun)
+        """Suggestions refused since a trial was last begun, by the study's state: a resumed search knows them too.
+
+        Only those that would be refused again: a GPU may have had less room then.
+        """
+        refused = 0
+        for trial in reversed(self.store.trials):
+            if trial.rungs or trial.state not in ("refused", "waiting"):
+                break
+            if trial.state == "waiting" or trial.source != "sampler":
+                continue
+            if trial.cost is not None and self.limits.judge(trial).rule is None:
+                break
+            refused += 1
+        return refused
 
     def _find_held(self, worker: int) -> Bits | None:
         """A GPU has room for one base, and begins with the unquantized one; on a CPU all stay."""

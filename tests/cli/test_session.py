@@ -134,13 +134,25 @@ def test_a_study_is_read_anew_once_no_other_process_can_write_to_it(planned: Pla
     assert StudyStore.open(Path("studies"), "mine").trials == ended
 
 
-@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(5, "Input/output error")], ids=["pipe", "terminal"])
+@pytest.mark.parametrize(
+    ("error", "num_written"),
+    [(BrokenPipeError(), 0), (OSError(5, "Input/output error"), 0), (OSError(5, "Input/output error"), 5)],
+    ids=["pipe", "no terminal", "terminal closed"],
+)
 def test_a_search_that_nobody_listens_to_any_more_goes_on_and_writes_its_report(
-    planned: Plan, monkeypatch: pytest.MonkeyPatch, error: OSError
+    planned: Plan, monkeypatch: pytest.MonkeyPatch, error: OSError, num_written: int
 ) -> None:
     class Gone(io.StringIO):
+        left = num_written
+
+        def isatty(self) -> bool:
+            return not isinstance(error, BrokenPipeError)
+
         def write(self, text: str) -> int:
-            raise error
+            self.left -= 1
+            if self.left < 0:
+                raise error
+            return len(text)
 
     monkeypatch.setattr("sys.stdout", Gone())
     run(planned, create(planned))
@@ -149,9 +161,14 @@ def test_a_search_that_nobody_listens_to_any_more_goes_on_and_writes_its_report(
     assert Path("leaderboards/demo").is_dir()
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_signal_ends_a_search_as_an_interrupt_does(planned: Plan, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "handler", "code"),
+    [("SIGTERM", signal.SIG_DFL, 130), ("SIGHUP", signal.SIG_DFL, 130), ("SIGHUP", signal.SIG_IGN, 0)],
+    ids=["ended", "terminal closed", "kept by nohup"],
+)
+def test_a_signal_ends_a_search_as_an_interrupt_does(planned: Plan, name: str, handler: Any, code: int) -> None:
     number = getattr(signal, name)
+    kept = signal.signal(number, handler)
 
     class Signalled(InlineExecutor):
         def wait(self, timeout_seconds: float) -> list[WorkerEvent]:
@@ -159,8 +176,9 @@ def test_a_signal_ends_a_search_as_an_interrupt_does(planned: Plan, name: str) -
             return super().wait(timeout_seconds)
 
     setup = replace(planned.setup(Path("studies")), backend="fake")
-    before = signal.getsignal(number)
-    code = session.run_study(create(planned), Signalled(setup, 1), planned.space, math.inf)
-    assert code == 130
-    assert signal.getsignal(number) == before
-    assert not StudyStore.open(Path("studies"), "mine").finished
+    try:
+        assert session.run_study(create(planned), Signalled(setup, 1), planned.space, math.inf) == code
+        assert signal.getsignal(number) == handler
+    finally:
+        signal.signal(number, kept)
+    assert StudyStore.open(Path("studies"), "mine").finished == (code == 0)

@@ -134,7 +134,7 @@ def test_a_study_that_is_resumed_on_fewer_gpus_is_limited_by_what_those_have_fre
         raise StudyError("far enough")
 
     monkeypatch.setattr("autopeft.search.study.Search", search)
-    store: Any = SimpleNamespace(config=SimpleNamespace(device_kind="cuda", workers=2), lock=nullcontext)
+    store: Any = SimpleNamespace(config=SimpleNamespace(device_kind="cuda", workers=2), lock=nullcontext, reread=list)
     executor: Any = SimpleNamespace(num_workers=1)
     with pytest.raises(StudyError, match="far enough"):
         run_study(store, executor, SearchSpace(name="", device_kind="cuda", methods={}, recipes=()), 1.0)

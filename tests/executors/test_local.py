@@ -107,8 +107,29 @@ def test_a_worker_that_hangs_is_ended_and_its_successor_works(
     assert (death.worker, death.event) == (0, None)
     assert re.search(r"exit status -9 after \d s without a sign of life", death.detail)
     assert executor._processes[1].process.poll() is None
+    # Its successor hangs before it is ready, with something to do already.
+    executor.restart(0)
+    executor._processes[0].process.send_signal(signal.SIGSTOP)
+    executor.assign(0, make_pack(2))
+    (again,) = executor.wait(20.0)
+    assert "without a sign of life" in again.detail
     monkeypatch.setattr("autopeft.executors.local._SILENT_SECONDS", 60.0)
     check_successor(executor)
+
+
+def test_a_driver_that_was_stopped_itself_ends_no_worker(
+    executor: LocalExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autopeft.executors.local._LOOK_SECONDS", 0.1)
+    monkeypatch.setattr("autopeft.executors.local._SILENT_SECONDS", 1.0)
+    executor._processes[0].process.send_signal(signal.SIGSTOP)
+    executor.assign(0, make_pack(1))
+    # Neither looked nor waited, as where a shell has stopped all of them.
+    time.sleep(1.5)
+    assert executor.wait(0.1) == []
+    executor._processes[0].process.send_signal(signal.SIGCONT)
+    (event,) = executor.wait(20.0)
+    assert isinstance(event.event, Finished)
 
 
 def test_a_worker_that_breaks_is_reported_once_and_its_successor_works(executor: LocalExecutor) -> None:

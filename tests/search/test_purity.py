@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from autopeft.backends.base import Stretch
+from autopeft.backends.base import CONTEXT_BYTES, Stretch
 from autopeft.records import Bits, StudyRecord
 from autopeft.search.early_end import EarlyEnd
 from autopeft.search.plan import restore_space
@@ -87,6 +87,14 @@ def test_a_search_that_gave_up_finding_what_fits_gives_up_again_when_resumed(stu
     assert _states(again) == _states(first)
     assert again.notes == first.notes
     assert build_record(studies.open()).trials == again.trials
+
+
+def test_what_a_fuller_gpu_refused_is_no_reason_to_give_up_on_an_emptier_one(studies: FakeStudies) -> None:
+    store = studies.create_default(budget="8trials", device_kind="cuda")
+    full = studies.search(store, free_bytes=CONTEXT_BYTES + 100_000).run()
+    assert {trial.state for trial in full.trials} == {"refused"}
+    again = studies.search(studies.open(), free_bytes=2**40).run()
+    assert sum(bool(trial.rungs) for trial in again.trials) > 0
 
 
 def _states(record: StudyRecord) -> list[tuple[int, str, int]]:

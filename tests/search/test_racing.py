@@ -141,7 +141,8 @@ def test_trials_with_identical_losses_never_stop_each_other(seed: int, progress:
 @given(contenders(), PROGRESSES)
 def test_a_trial_never_races_itself(field: list[Contender], progress: float) -> None:
     alone = field[:1]
-    assert stopped(PairedRacing(z_at_end=0.0), alone, progress) == set()
+    # Any gap is clear to it, the one to itself too.
+    assert stopped(LearnedRacing(scale=-0.1), alone, progress) == set()
 
 
 @given(contenders(), RULES, st.permutations(range(6)), PROGRESSES)
@@ -174,6 +175,35 @@ def test_a_dearer_and_worse_newcomer_changes_no_verdict(
     )
     more = [*field[:place], worst, *field[place:]]
     assert stopped(rule, more, progress) - {worst.number} == stopped(rule, field, progress)
+
+
+FIXED: st.SearchStrategy[RacingRule] = st.builds(
+    PairedRacing, z_at_end=st.just(0.0), reversal=st.sampled_from([None, 0.01, 0.1])
+) | st.builds(LearnedRacing, scale=st.sampled_from([0.0, 0.02, 0.1]))
+"""Rules with one margin for all pairs."""
+
+
+@given(contenders(), FIXED, PROGRESSES, st.integers(0, 5), st.integers(0, 2), st.sampled_from([0.0, 0.1, 0.3]))
+def test_a_newcomer_dearer_and_worse_than_one_changes_no_verdict(
+    field: list[Contender], rule: RacingRule, progress: float, place: int, dearer: int, worse: float
+) -> None:
+    # Between the others it may well stop some: but no more than the one that it is behind.
+    better = field[place % len(field)]
+    assert better.losses is not None
+    newcomer = make_contender(
+        len(field), costs=tuple(cost + dearer for cost in better.costs), quality=better.quality - worse / 2,
+        losses=better.losses + worse,
+    )  # fmt: skip
+    assert stopped(rule, [*field, newcomer], progress) - {newcomer.number} == stopped(rule, field, progress)
+
+
+@given(contenders(), RULES, PROGRESSES)
+def test_what_a_field_stops_one_of_it_stops_alone(field: list[Contender], rule: RacingRule, progress: float) -> None:
+    # By this law only a newcomer has to be compared, and not everybody anew.
+    alone = {
+        trial.number for trial in field for rival in field if stopped(rule, [trial, rival], progress) >= {trial.number}
+    }
+    assert stopped(rule, field, progress) == alone
 
 
 def make_pair(gap: float, *, cost: float = 2.0, rival_cost: float = 1.0, rival_quality: float = 0.9) -> list[Contender]:
