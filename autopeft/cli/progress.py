@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import math
 import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import IO, cast
 
 from autopeft.cli.session import say, stop_printing
 from autopeft.records import StudyConfig, TrialState
@@ -31,34 +33,49 @@ def show_progress(config: StudyConfig) -> Iterator[Callable[[Status], None]]:
     from rich.console import Console
     from rich.live import Live
 
-    live = Live(console=Console(), refresh_per_second=4, transient=False)
-    # A target's pattern may have brackets, which are no markup.
-    lines = _Lines(config, functools.partial(live.console.print, highlight=False, markup=False, soft_wrap=True))
+    # Of its own, written to from a thread as well: neither ends the search where the terminal was closed.
+    with Live(console=Console(file=cast(IO[str], _Terminal())), refresh_per_second=4, transient=False) as live:
+        # A target's pattern may have brackets, which are no markup.
+        lines = _Lines(config, functools.partial(live.console.print, highlight=False, markup=False, soft_wrap=True))
 
-    @contextlib.contextmanager
-    def as_long_as_it_is_there() -> Iterator[None]:
-        try:
-            yield
-        except OSError:
-            # The terminal was closed; the search goes on.
-            stop_printing()
-            live.console.quiet = True
-
-    def update(status: Status) -> None:
-        with as_long_as_it_is_there():
+        def update(status: Status) -> None:
             lines(status)
             live.update(_render(config, status))
 
-    has_started = False
-    with as_long_as_it_is_there():
-        live.start()
-        has_started = True
-    try:
         yield update
-    finally:
-        if has_started:
-            with as_long_as_it_is_there():
-                live.stop()
+
+
+class _Terminal(io.TextIOBase):
+    """Standard output, as long as it is there."""
+
+    def __init__(self) -> None:
+        self._output = sys.stdout
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._output.encoding or "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._output.fileno()
+
+    def write(self, text: str) -> int:
+        with self._as_long_as_it_is_there():
+            self._output.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._as_long_as_it_is_there():
+            self._output.flush()
+
+    @contextlib.contextmanager
+    def _as_long_as_it_is_there(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            stop_printing()
 
 
 class _Lines:
