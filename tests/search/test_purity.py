@@ -63,10 +63,12 @@ def _tell(decision: tuple[Trial, Stretch] | None) -> object:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"budget": "16trials", "workers": 2},
-        {"budget": "3min", "workers": 2},
-        {"budget": "12trials", "device_kind": "cuda", "max_vram_bytes": 3_400_000},
-        {"budget": "14trials", "max_params": 300, "confirm_seeds": 0},
+        {"budget": "12trials", "workers": 2},
+        {"budget": "2min", "workers": 2},
+        pytest.param(
+            {"budget": "12trials", "device_kind": "cuda", "max_vram_bytes": 3_400_000}, marks=pytest.mark.slow
+        ),
+        {"budget": "8trials", "max_params": 300, "confirm_seeds": 0},
     ],
     ids=["trials", "clock", "limit", "nothing new fits"],
 )
