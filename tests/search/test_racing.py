@@ -141,6 +141,7 @@ def test_trials_with_identical_losses_never_stop_each_other(seed: int, progress:
 @given(contenders(), PROGRESSES)
 def test_a_trial_never_races_itself(field: list[Contender], progress: float) -> None:
     alone = field[:1]
+    assert stopped(PairedRacing(z_at_end=0.0), alone, progress) == set()
     # Any gap is clear to it, the one to itself too.
     assert stopped(LearnedRacing(scale=-0.1), alone, progress) == set()
 
