@@ -220,29 +220,33 @@ def _make_rows(args: argparse.Namespace, device_kind: str) -> list[EstimateRow]:
         if dot and owner not in (names := [method.name for method in methods]):
             raise SpecError(f"--fix {key}: '{owner}' is not estimated. {suggest_nearest(owner, names)}")
     options = {name: value for name in _SHORT_FOR_FIX if (value := getattr(args, name)) is not None}
+    several: list[Scalar | None] = []
+    if args.bits:
+        try:
+            several = [part if part == "unquantized" else int(part) for part in args.bits.split(",")]
+        except ValueError:
+            raise SpecError(f"--bits takes 4, 8 or unquantized, but was given '{args.bits}'.") from None
     widest = widest_bits(device_kind)
     rows = []
     for method in methods:
         given = {"batch_size": 4} | settle_fixed(method, fixed | options)
-        widths: list[Scalar | None] = [given.pop("bits", None)]
-        if args.bits and f"{method.name}.bits" not in fixed:
-            try:
-                widths = [part if part == "unquantized" else int(part) for part in args.bits.split(",")]
-            except ValueError:
-                raise SpecError(f"--bits takes 4, 8 or unquantized, but was given '{args.bits}'.") from None
-        for width in widths:
-            rows.append(_make_row(method, given, widest if width == "unquantized" else width, device_kind))
+        own = given.pop("bits", None)
+        for bits in several if several and f"{method.name}.bits" not in fixed else [own]:
+            rows.append(_make_row(method, given, widest if bits == "unquantized" else bits, device_kind))
     return rows
 
 
 def _make_row(method: Method, given: dict[str, Scalar], bits: Scalar | None, device_kind: str) -> EstimateRow:
+    """The method's recipe with what is given otherwise."""
     from autopeft.cli.estimate_display import EstimateRow
     from autopeft.errors import UsageError
     from autopeft.methods.faults import DEVICE_BITS
+    from autopeft.spaces.recipes import vary_recipe
 
     shown = bits if isinstance(bits, int) else next(width for width in DEVICE_BITS[device_kind] if width in method.bits)
     try:
-        return _row_of(_make_spec(method, given, bits, device_kind))
+        values = given if bits is None else {**given, "bits": bits}
+        return _row_of(vary_recipe(method, values, device_kind=device_kind, max_steps=_STEPS, seed=0))
     except UsageError as exc:
         return EstimateRow(method.name, shown, None, refused=in_one_line(exc))
 
@@ -251,14 +255,6 @@ def _row_of(spec: TrialSpec) -> EstimateRow:
     from autopeft.cli.estimate_display import EstimateRow
 
     return EstimateRow(spec.method, spec.bits, spec)
-
-
-def _make_spec(method: Method, given: dict[str, Scalar], bits: Scalar | None, device_kind: str) -> TrialSpec:
-    """The method's recipe with what is given otherwise."""
-    from autopeft.spaces.recipes import vary_recipe
-
-    values = given if bits is None else {**given, "bits": bits}
-    return vary_recipe(method, values, device_kind=device_kind, max_steps=_STEPS, seed=0)
 
 
 def _draw_space(args: argparse.Namespace, device_kind: str) -> list[EstimateRow]:

@@ -32,10 +32,6 @@ _SEED_SHARE = 0.5
 seeds in reports/sst2-minilm.html."""
 
 
-BASELINE = -1
-"""The number of the run that the baseline's answers are."""
-
-
 class Run(NamedTuple):
     """One full-length training of a configuration: the answers it gave on the search-validation split."""
 
@@ -186,7 +182,7 @@ def analyze_front(
     complete.sort(key=lambda trial: trial.spec.key())
     rows = np.random.default_rng(seed).integers(0, len(labels), (_RESAMPLES, len(labels)))
     resampled = _resample_qualities(complete, runs, labels, scorer, rows, seed)
-    answers = next((run.predictions for run in runs if run.number == BASELINE), None)
+    answers = next((run.predictions for run in runs if baseline is not None and run.number == baseline.number), None)
     base = None if answers is None else resample_scores(scorer, labels, answers, rows)
     costs = np.array([cost_vector(trial.cost, objectives) for trial in complete if trial.cost])
     points = _points([trial.quality or 0.0 for trial in complete], costs)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from autopeft.budget import Ledger, parse_budget
 from autopeft.records import StudyRecord
-from autopeft.search.front import BASELINE, Front, Run, analyze_front
+from autopeft.search.front import Front, Run, analyze_front
 from autopeft.search.outlook import find_outlook
 from autopeft.search.store import StudyStore, Trial, is_ended, scored_runs
 
@@ -24,10 +24,8 @@ def analyze(store: StudyStore, *, confirmed: bool = True) -> Front:
         trials = [replace(trial, confirmations=[], failed_confirmations=[]) for trial in trials]
     elif any(trial.confirmations for trial in trials):
         awaited = {pick.number for pick in analyze(store, confirmed=False).picks}
-    scored = list(scored_runs(trials))
     baseline = store.baseline
-    if baseline is not None and baseline.state == "complete" and baseline.rungs:
-        scored.append((BASELINE, baseline.rungs[-1].scores_file))
+    scored = scored_runs([*trials, *([baseline] if baseline is not None and baseline.rungs else [])])
     runs = [Run(number, store.read_scores(file, "validation_predictions")) for number, file in scored]
     return analyze_front(
         [trial.to_record() for trial in trials],

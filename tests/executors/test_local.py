@@ -94,41 +94,42 @@ def test_a_killed_worker_is_reported_once_and_its_successor_works(executor: Loca
     check_successor(executor)
 
 
-def test_a_worker_that_hangs_is_ended_and_its_successor_works(
-    executor: LocalExecutor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def hung(executor: LocalExecutor, monkeypatch: pytest.MonkeyPatch) -> LocalExecutor:
+    """Its first worker hangs, and may be silent for a second."""
     monkeypatch.setattr("autopeft.executors.local._LOOK_SECONDS", 0.1)
     monkeypatch.setattr("autopeft.executors.local._SILENT_SECONDS", 1.0)
     executor._processes[0].process.send_signal(signal.SIGSTOP)
+    return executor
+
+
+def test_a_worker_that_hangs_is_ended_and_its_successor_works(
+    hung: LocalExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Longer than a busy one may be silent: what has nothing to do has nothing to tell.
-    assert executor.wait(1.5) == []
-    executor.assign(0, make_pack(1))
-    (death,) = executor.wait(20.0)
+    assert hung.wait(1.5) == []
+    hung.assign(0, make_pack(1))
+    (death,) = hung.wait(20.0)
     assert (death.worker, death.event) == (0, None)
     assert re.search(r"exit status -9 after \d s without a sign of life", death.detail)
-    assert executor._processes[1].process.poll() is None
+    assert hung._processes[1].process.poll() is None
     # Its successor hangs before it is ready, with something to do already.
-    executor.restart(0)
-    executor._processes[0].process.send_signal(signal.SIGSTOP)
-    executor.assign(0, make_pack(2))
-    (again,) = executor.wait(20.0)
+    hung.restart(0)
+    hung._processes[0].process.send_signal(signal.SIGSTOP)
+    hung.assign(0, make_pack(2))
+    (again,) = hung.wait(20.0)
     assert "without a sign of life" in again.detail
     monkeypatch.setattr("autopeft.executors.local._SILENT_SECONDS", 60.0)
-    check_successor(executor)
+    check_successor(hung)
 
 
-def test_a_driver_that_was_stopped_itself_ends_no_worker(
-    executor: LocalExecutor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("autopeft.executors.local._LOOK_SECONDS", 0.1)
-    monkeypatch.setattr("autopeft.executors.local._SILENT_SECONDS", 1.0)
-    executor._processes[0].process.send_signal(signal.SIGSTOP)
-    executor.assign(0, make_pack(1))
+def test_a_driver_that_was_stopped_itself_ends_no_worker(hung: LocalExecutor) -> None:
+    hung.assign(0, make_pack(1))
     # Neither looked nor waited, as where a shell has stopped all of them.
     time.sleep(1.5)
-    assert executor.wait(0.1) == []
-    executor._processes[0].process.send_signal(signal.SIGCONT)
-    (event,) = executor.wait(20.0)
+    assert hung.wait(0.1) == []
+    hung._processes[0].process.send_signal(signal.SIGCONT)
+    (event,) = hung.wait(20.0)
     assert isinstance(event.event, Finished)
 
 

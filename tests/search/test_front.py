@@ -17,7 +17,6 @@ from hypothesis.extra import numpy as hnp
 from autopeft.errors import SpecError
 from autopeft.records import Completed, Confirmation, Cost, Failed, RungScore, TrialRecord, TrialSpec, TrialState
 from autopeft.search.front import (
-    BASELINE,
     Front,
     Run,
     _resample_qualities,
@@ -203,7 +202,7 @@ def analyze(make_spec: Callable[..., TrialSpec]) -> Callable[..., Front]:
             runs += [Run(number, answers(rows[row][0], 10 * row + seed)) for seed in range(1 + rows[row][3])]
         head = make_trial(make_spec("head"), -1, *baseline) if baseline else None
         if baseline_answers is not None:
-            runs.append(Run(BASELINE, baseline_answers))
+            runs.append(Run(-1, baseline_answers))
         reference = {"quality": 0.5, "vram": 1000.0, "params": 1000.0}
         reference = {name: reference[name] for name in objectives}
         return analyze_front(
