@@ -19,6 +19,7 @@ from autopeft.records import Scalar, StudyConfig, TrialSpec, WarmStart
 from autopeft.search.plan import restore_space
 from autopeft.search.racing import LearnedRacing, PairedRacing, RacingRule
 from autopeft.search.sampler import Sampler
+from autopeft.search.speed import kind_of
 from autopeft.search.store import Trial
 from autopeft.search.worth import Appraiser, Newcomer
 from autopeft.spaces.space import SearchSpace
@@ -56,7 +57,7 @@ class PoolSampler(Sampler):
         unused = self.choose(sorted(index for key, index in self.table.index_of.items() if key not in known))
         rows = [self.encoder.encode(self.pool.params[index]) for index in unused]
         specs = [self.table.curves[index].spec for index in unused]
-        return [Newcomer(spec.method, row, spec=spec) for spec, row in zip(specs, rows, strict=True)]
+        return [Newcomer(kind_of(spec), row, spec=spec) for spec, row in zip(specs, rows, strict=True)]
 
     def choose(self, unused: list[int]) -> list[int]:
         return unused

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from autopeft.records import Bits
-from autopeft.search.speed import Speed
+from autopeft.search.speed import Kind, Speed, kind_of
 from autopeft.search.store import Trial
 from autopeft.search.worth import Appraiser, Newcomer
 
@@ -68,13 +68,13 @@ def choose_next(
     """`find_newcomers` is asked only where something new may be started."""
     may_start = situation.trials_left > 0
     waiting = situation.waiting
-    if may_start and waiting is not None and _fits(None, waiting.spec.bits, 0, situation, speed):
+    if may_start and waiting is not None and _fits(kind_of(waiting.spec), 0, situation, speed):
         return StartNew(())
     paused = [trial for trial in situation.trials if trial.state == "paused" and trial.cost is not None]
     affordable = [trial for trial in paused if _fits_rest(trial, situation, speed)]
     newcomers: list[Newcomer] = []
     if may_start and situation.can_suggest:
-        newcomers = [new for new in find_newcomers() if _fits(new.method, new.bits, 0, situation, speed)]
+        newcomers = [new for new in find_newcomers() if _fits(new.kind, 0, situation, speed)]
     promotions, beginnings = _price(affordable, newcomers, appraiser)
     # Of equals the new one goes first: where nothing promises anything, something else has to be tried.
     if beginnings and (not promotions or beginnings[0].price >= promotions[0].price):
@@ -136,12 +136,12 @@ def _choose_revival(situation: Situation, speed: Speed, appraiser: Appraiser) ->
 
 
 def _fits_rest(trial: Trial, situation: Situation, speed: Speed) -> bool:
-    return _fits(trial.spec.method, trial.spec.bits, trial.step, situation, speed)
+    return _fits(kind_of(trial.spec), trial.step, situation, speed)
 
 
-def _fits(method: str | None, bits: Bits | None, step: int, situation: Situation, speed: Speed) -> bool:
+def _fits(kind: Kind, step: int, situation: Situation, speed: Speed) -> bool:
     """Whether the full length is within reach; a trial that ends between rungs would have cost time for nothing."""
     if math.isinf(situation.seconds_left):
         return True
-    needed = speed.predict_load(bits, situation.held) + speed.predict_to_end(method, step, situation.rungs)
+    needed = speed.predict_load(kind.bits, situation.held) + speed.predict_to_end(kind, step, situation.rungs)
     return needed <= situation.seconds_left

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from autopeft.errors import SpecError
 from autopeft.methods import refuse_spec
-from autopeft.records import Bits, StudyConfig, TrialSource, TrialSpec, WarmStart
+from autopeft.records import StudyConfig, TrialSource, TrialSpec, WarmStart
 from autopeft.search.candidates import draw_candidates
 from autopeft.search.costs import Costs
+from autopeft.search.speed import Kind, kind_of
 from autopeft.search.store import StudyStore
 from autopeft.search.surrogate import Answers, Encoder, Row, encode_spec
 from autopeft.search.worth import Appraiser, Newcomer
@@ -76,10 +77,7 @@ class Sampler:
             return []
         rng = random.Random(f"{self.store.config.seed} {len(self.store.trials)}")
         drawn = draw_candidates(self.space, appraiser.find_parents(), rng)
-        return [
-            Newcomer(str(answers["method"]), self.encoder.encode(answers), bits=self._read_bits(answers))
-            for answers in drawn
-        ]
+        return [Newcomer(self._read_kind(answers), self.encoder.encode(answers)) for answers in drawn]
 
     def choose_new(self, newcomers: Sequence[Newcomer]) -> Proposal | None:
         """The first that is new and that the machine can train; None where none is."""
@@ -92,7 +90,7 @@ class Sampler:
 
     def make_newcomer(self, spec: TrialSpec, source: TrialSource) -> Newcomer:
         row = encode_spec(self.encoder, self.space, spec)
-        return Newcomer(spec.method, row, spec=spec, source=source, cost=self.costs.find(spec).cost, bits=spec.bits)
+        return Newcomer(kind_of(spec), row, spec=spec, source=source, cost=self.costs.find(spec).cost)
 
     def encode_trials(self) -> dict[int, Row | None]:
         """All trials in the space's terms, by number; None where it cannot express one."""
@@ -107,18 +105,19 @@ class Sampler:
         self._num_keys = len(self.store.trials)
         return self._keys
 
-    def _read_bits(self, answers: Answers) -> Bits:
+    def _read_kind(self, answers: Answers) -> Kind:
         method = str(answers["method"])
-        bits = answers.get(f"{method}.bits")
-        return self.space.methods[method].fixed["bits"] if bits is None else bits  # type: ignore[return-value]
+        fixed = self.space.methods[method].fixed
+        bits, batch_size = (answers.get(f"{method}.{name}", fixed.get(name)) for name in ("bits", "batch_size"))
+        return Kind(method, bits, batch_size)  # type: ignore[arg-type]
 
     def _make_spec(self, newcomer: Newcomer) -> TrialSpec | None:
         """None where the settings do not go together, or not on this machine."""
         assert newcomer.row is not None
         config = self.store.config
-        settings = self.space.methods[newcomer.method].read_answers(newcomer.row.answers)
+        settings = self.space.methods[newcomer.kind.method].read_answers(newcomer.row.answers)
         try:
-            spec = make_spec(newcomer.method, settings, max_steps=config.rungs[-1], seed=config.seed)
+            spec = make_spec(newcomer.kind.method, settings, max_steps=config.rungs[-1], seed=config.seed)
         except SpecError:
             return None
         return spec if refuse_spec(spec, config.device_kind) is None else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from autopeft.records import Bits, RungScore, TrialSpec
 from autopeft.search.store import Trial
@@ -12,12 +13,24 @@ from autopeft.search.store import Trial
 _SCORED = ("search", "baseline")
 
 
+class Kind(NamedTuple):
+    """Of a step: what its time depends on most."""
+
+    method: str
+    bits: Bits
+    batch_size: int
+
+
+def kind_of(spec: TrialSpec) -> Kind:
+    return Kind(spec.method, spec.bits, spec.batch_size)
+
+
 class Speed:
-    """Pace by method: what else slows a step down differs less than methods do."""
+    """Pace by kind of step: what else slows one down differs less than kinds do."""
 
     def __init__(self) -> None:
-        self._per_step: dict[str, list[float]] = {}
-        self._medians: dict[str, float] = {}
+        self._per_step: dict[Kind, list[float]] = {}
+        self._medians: dict[Kind, float] = {}
         self._scoring: list[float] = []
         self._loads: dict[Bits, list[float]] = {}
         self._load_medians: dict[Bits | None, float] = {}
@@ -30,11 +43,10 @@ class Speed:
             self._load_medians[bits] = statistics.median(self._loads[bits])
             self._load_medians[None] = statistics.median(itertools.chain(*self._loads.values()))
 
-    def predict_load(self, bits: Bits | None, held: Bits | None) -> float:
+    def predict_load(self, bits: Bits, held: Bits | None) -> float:
         """Wall seconds until a worker that holds a base of one width has one of another; 0 where all that there are
-        stay loaded (`held` is None), nothing is chosen yet (`bits` is None), or nothing is known. As others took for a
-        width that was not timed yet."""
-        if held is None or bits in (None, held) or not self._load_medians:
+        stay loaded (`held` is None), or nothing is known. As others took for a width that was not timed yet."""
+        if held in (None, bits) or not self._load_medians:
             return 0.0
         return self._load_medians.get(bits, self._load_medians[None])
 
@@ -43,8 +55,9 @@ class Speed:
         if num_steps == 0:
             # The untrained base was scored, which says nothing of a pace.
             return
-        self._per_step.setdefault(spec.method, []).append(score.train_seconds / num_steps)
-        self._medians[spec.method] = statistics.median(self._per_step[spec.method])
+        kind = kind_of(spec)
+        self._per_step.setdefault(kind, []).append(score.train_seconds / num_steps)
+        self._medians[kind] = statistics.median(self._per_step[kind])
         self._scoring.append(max(0.0, seconds - score.train_seconds))
 
     def learn_all(self, trials: Sequence[Trial]) -> None:
@@ -62,7 +75,7 @@ class Speed:
 
     def predict(
         self,
-        method: str | None,
+        kind: Kind,
         num_steps: int,
         *,
         passes: float = 1.0,
@@ -70,21 +83,26 @@ class Speed:
     ) -> float:
         """Wall seconds for so many steps and a scoring pass, or several; 0 as long as nothing is known.
 
-        For a method not timed yet, or not chosen (None), the slowest one's pace is taken: a stretch that does not fit
-        the budget costs more than one that was not started. `unseen` takes another of the methods' paces.
+        For a method not timed yet the slowest one's pace is taken: a stretch that does not fit the budget costs more
+        than one that was not started. `unseen` takes another of the methods' paces.
         """
         if not self._scoring:
             return 0.0
-        per_step = self._medians.get(method) if method is not None else None
-        if per_step is None:
-            per_step = unseen(self._medians.values())
         recent = self._scoring[-20:]
         # Building is in them, once; the cheapest is nearest to a pass alone.
-        return num_steps * per_step + max(recent) + (passes - 1) * min(recent)
+        return num_steps * self._find_pace(kind, unseen) + max(recent) + (passes - 1) * min(recent)
+
+    def _find_pace(self, kind: Kind, unseen: Callable[[Iterable[float]], float]) -> float:
+        """Seconds a step. A batch of another size is taken to need as much an example, until one was timed."""
+        known = self._medians.get(kind)
+        if known is not None:
+            return known
+        alike = [timed for timed in self._medians if timed.method == kind.method] or list(self._medians)
+        return unseen(self._medians[timed] * kind.batch_size / timed.batch_size for timed in alike)
 
     def predict_to_end(
-        self, method: str | None, step: int, rungs: Sequence[int], *, unseen: Callable[[Iterable[float]], float] = max
+        self, kind: Kind, step: int, rungs: Sequence[int], *, unseen: Callable[[Iterable[float]], float] = max
     ) -> float:
         """Wall seconds from `step` to the last rung, with a scoring pass at every one between."""
         steps = [step, *(rung for rung in rungs if rung > step)]
-        return sum(self.predict(method, b - a, unseen=unseen) for a, b in itertools.pairwise(steps))
+        return sum(self.predict(kind, b - a, unseen=unseen) for a, b in itertools.pairwise(steps))

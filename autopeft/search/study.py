@@ -48,7 +48,7 @@ from autopeft.search.racing import PairedRacing, RacingRule
 from autopeft.search.recovery import find_held, recover, requeue
 from autopeft.search.results import build_record, find_confirmations
 from autopeft.search.sampler import Sampler, enqueue_first
-from autopeft.search.speed import Speed
+from autopeft.search.speed import Speed, kind_of
 from autopeft.search.status import Phase, Status
 from autopeft.search.store import StudyStore, Trial
 from autopeft.search.stretches import make_confirmation, make_rung_score, make_stretch
@@ -567,7 +567,7 @@ class Search:
         for index, (trial, seed) in enumerate(self._confirm_queue):
             # The test split is scored as well.
             passes = 1 + provenance.num_test / max(provenance.num_validation, 1)
-            needed = self.speed.predict(trial.spec.method, trial.spec.max_steps, passes=passes)
+            needed = self.speed.predict(kind_of(trial.spec), trial.spec.max_steps, passes=passes)
             needed += self.speed.predict_load(trial.spec.bits, held)
             if needed <= self.account.seconds_left():
                 del self._confirm_queue[index]

@@ -39,7 +39,7 @@ from autopeft.search.front import (
 )
 from autopeft.search.gain import QUANTILES, Forecast, GrowthModel, expected_improvement
 from autopeft.search.lengths import next_rung
-from autopeft.search.speed import Speed
+from autopeft.search.speed import Kind, Speed, kind_of
 from autopeft.search.store import Trial
 from autopeft.search.surrogate import (
     PRIOR_COUNT,
@@ -69,7 +69,7 @@ _DIVERGED_DEVIATION = 0.03
 class Newcomer(NamedTuple):
     """A configuration that could be started."""
 
-    method: str
+    kind: Kind
     row: Row | None
     """None where the space cannot express it."""
     spec: TrialSpec | None = None
@@ -77,8 +77,6 @@ class Newcomer(NamedTuple):
     source: TrialSource = "sampler"
     cost: Cost | None = None
     """Interpolated from others' where it is not known."""
-    bits: Bits | None = None
-    """Of its base."""
 
 
 class _Beliefs(NamedTuple):
@@ -97,8 +95,7 @@ class _Learned(NamedTuple):
 class _Stretches(NamedTuple):
     """N stretches of training, each to the next score."""
 
-    methods: Sequence[str]
-    bits: Sequence[Bits | None]
+    kinds: Sequence[Kind]
     steps: Sequence[int]
     """From where, 0 for what is new."""
 
@@ -176,11 +173,7 @@ class Appraiser:
         params = np.array([float(trial.cost.trainable_parameters) for trial in trials if trial.cost is not None])
         hopes = self._find_hopes(_express([self._rows.get(trial.number) for trial in trials], params), len(trials))
         return self._price(
-            _Stretches(
-                [trial.spec.method for trial in trials],
-                [trial.spec.bits for trial in trials],
-                [trial.step for trial in trials],
-            ),
+            _Stretches([kind_of(trial.spec) for trial in trials], [trial.step for trial in trials]),
             self._believe_scored(trials),
             _Told(
                 np.array([self._growth.deviation_at(trial.step) for trial in trials]),
@@ -200,7 +193,7 @@ class Appraiser:
         scaled = [[scale_cost(name, value, self._reference) for value in costs[name]] for name in self._objectives]
         known = _express([newcomer.row for newcomer in newcomers], costs["params"])
         prices = self._price(
-            _Stretches([new.method for new in newcomers], [new.bits for new in newcomers], [0] * len(newcomers)),
+            _Stretches([new.kind for new in newcomers], [0] * len(newcomers)),
             self._believe_new(known, len(newcomers)),
             _Told(np.full(len(newcomers), math.inf), self._find_surprises(known, len(newcomers))),
             np.array(scaled).reshape(len(self._objectives), len(newcomers)).T,
@@ -441,12 +434,12 @@ class Appraiser:
 
     def _time(self, stretches: _Stretches) -> _Times:
         first, rest = [], []
-        for method, bits, step in zip(*stretches, strict=True):
+        for kind, step in zip(*stretches, strict=True):
             rung = next_rung(step, self._rungs)
-            seconds = self._speed.predict(method, rung - step, unseen=statistics.median) if self._is_clocked else 0.0
+            seconds = self._speed.predict(kind, rung - step, unseen=statistics.median) if self._is_clocked else 0.0
             if seconds > 0:
-                first.append(seconds + self._speed.predict_load(bits, self._held))
-                rest.append(self._speed.predict_to_end(method, rung, self._rungs, unseen=statistics.median))
+                first.append(seconds + self._speed.predict_load(kind.bits, self._held))
+                rest.append(self._speed.predict_to_end(kind, rung, self._rungs, unseen=statistics.median))
             else:
                 # Before the first stretch a clock has told nothing.
                 first.append(float(rung - step))

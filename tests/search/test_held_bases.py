@@ -14,6 +14,7 @@ from autopeft.executors.base import WorkerEvent
 from autopeft.executors.inline import InlineExecutor
 from autopeft.records import Bits
 from autopeft.search.plan import restore_space
+from autopeft.search.speed import Kind
 from autopeft.search.study import Search
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def test_loading_is_told_apart_and_known_again_by_a_resume(studies: FakeStudies)
     assert record.ledger.lost_seconds > 0
     assert [s.base_seconds for s in record.segments if s.base_seconds] == [LOAD_SECONDS] * executor.num_loads
     # What a stretch takes by itself, as if its base had been there.
-    assert search.speed.predict("lora", 40) == pytest.approx(4.0 + 1.0, abs=0.01)
+    assert search.speed.predict(Kind("lora", 16, 16), 40) == pytest.approx(4.0 + 1.0, abs=0.01)
     assert search.speed.predict_load(4, 16) == LOAD_SECONDS
     resumed = studies.search(studies.open())
     resumed._start()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from autopeft.records import Bits, Cost, RungScore, TrialSpec
 from autopeft.search.policy import Promote, Situation, StartNew, Wait, choose_next, order_by_price
-from autopeft.search.speed import Speed
+from autopeft.search.speed import Kind, Speed
 from autopeft.search.store import Trial
 from autopeft.search.worth import QUALITY_EVERY, Appraiser, Newcomer
 
@@ -67,9 +67,9 @@ def one_a_second(make_spec: MakeSpec) -> Speed:
     return speed
 
 
-def make_newcomer(vram: int = 100, **settings: object) -> Newcomer:
+def make_newcomer(vram: int = 100, bits: Bits = 32, **settings: object) -> Newcomer:
     cost = Cost(trainable_parameters=vram, head_parameters=1, peak_vram_bytes=vram, vram_source="estimated")
-    return Newcomer("lora", None, cost=cost)._replace(**settings)
+    return Newcomer(Kind("lora", bits, 16), None, cost=cost)._replace(**settings)
 
 
 def appraise(trials: Sequence[Trial], speed: Speed | None = None, **settings: object) -> Appraiser:

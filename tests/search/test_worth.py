@@ -17,7 +17,7 @@ from autopeft.methods import METHODS, refuse_spec
 from autopeft.records import Cost, Failed, RungScore, TrialSpec
 from autopeft.search.candidates import draw_candidates
 from autopeft.search.gain import expected_improvement
-from autopeft.search.speed import Speed
+from autopeft.search.speed import Kind, Speed, kind_of
 from autopeft.search.store import Trial
 from autopeft.search.surrogate import Encoder, Row, encode_spec
 from autopeft.search.worth import Appraiser, Newcomer, _Beliefs, _express, _Expressed, _Stretches, _Told
@@ -70,7 +70,7 @@ def appraise(space: SearchSpace, trials: Sequence[Trial], **changes: object) -> 
 
 
 def newcomer_of(space: SearchSpace, spec: TrialSpec, cost: Cost | None = None) -> Newcomer:
-    return Newcomer(spec.method, encode_spec(Encoder(space), space, spec), spec=spec, cost=cost)
+    return Newcomer(kind_of(spec), encode_spec(Encoder(space), space, spec), spec=spec, cost=cost)
 
 
 def test_what_is_like_the_good_ones_is_worth_more(space: SearchSpace, specs: list[TrialSpec]) -> None:
@@ -143,7 +143,7 @@ def test_a_score_buys_the_right_to_stop(
     appraiser = appraise(space, [make_trial(0, specs[0], [0.9] * 3, "complete")])
     beliefs = _Beliefs(np.array([mean]), np.array([deviation**2]))
     stretches, costs, had = (
-        _Stretches(["lora"], [None], [step]),
+        _Stretches([Kind("lora", 32, 16)], [step]),
         np.array([[0.5, 0.5]]),
         appraiser._find_had("complete"),
     )
@@ -169,7 +169,7 @@ def test_the_last_stretch_is_worth_what_it_adds(space: SearchSpace, specs: list[
     appraiser = appraise(space, [make_trial(0, specs[0], [0.9] * 3, "complete")])
     beliefs = _Beliefs(np.array([0.85, 0.7]), np.array([0.01, 0.02]))
     stretches, costs, had = (
-        _Stretches(["lora"] * 2, [None] * 2, [RUNGS[-2]] * 2),
+        _Stretches([Kind("lora", 32, 16)] * 2, [RUNGS[-2]] * 2),
         np.full((2, 2), 0.5),
         appraiser._find_had("complete"),
     )
