@@ -6,7 +6,8 @@ answering the most frequent label gives to the best that was seen, costs as shar
 Then the configuration is taken that adds most to the hypervolume, averaged over the sources, then the one that adds
 most to that, and so on (greedy maximization of a submodular function: at least 1 - 1/e of what the best portfolio of
 that size has, doi:10.1007/BF01588971). Methods differ along a front, so the portfolio is diverse where that pays, and
-what a configuration lacks to the front of its source, its regret, is what it fails to add.
+what a configuration lacks to the front of its source, its regret, is what it fails to add. A source whose best is no
+better than always answering the most frequent label shows nothing.
 
 What a configuration is worth on a source is the mean of what was trained there, weighted by nearness: others of the
 same method count the less the farther their settings are. So a lucky score is drawn towards its neighbours, and one
@@ -117,9 +118,17 @@ def choose_first(
                 f"--warm-start takes what did well in tasks of the same kind, here {space.task_kind}, but "
                 f"{source.title} is of {source.task_kind}. Leave it away, or name other studies."
             )
+    if not any(map(_has_learned, sources)):
+        raise SpecError(
+            "--warm-start takes what did well elsewhere, but nothing that was trained to its full length in "
+            f"{', '.join(sorted(source.title for source in sources))} is better than what no learning gives. Leave it "
+            "away, or name other studies."
+        )
     candidates: dict[str, _Candidate] = {}
     measured = []
-    for source in sorted(sources, key=lambda source: (source.title, source.task_name, source.model)):
+    for source in sorted(
+        filter(_has_learned, sources), key=lambda source: (source.title, source.task_name, source.model)
+    ):
         moved = [
             (trained, spec)
             for trained in sorted(source.trained, key=_order)
@@ -142,6 +151,10 @@ def choose_first(
         first=tuple(first),
         weighed=tuple(sorted({spec.method for source in measured for spec in source.specs})),
     )
+
+
+def _has_learned(source: Source) -> bool:
+    return any(trained.quality > source.majority_quality for trained in source.trained)
 
 
 def _order(trained: Trained) -> tuple[str, int, int, float, int]:
@@ -232,7 +245,7 @@ def _scale_costs(trained: Trained, source: Source, objectives: Sequence[str]) ->
 
 def _measure(source: Source, moved: Sequence[tuple[Trained, TrialSpec]]) -> _Measured:
     best = max(trained.quality for trained in source.trained)
-    height = max(best - source.majority_quality, 1e-9)
+    height = best - source.majority_quality
     return _Measured(
         specs=[spec for _, spec in moved],
         shortfalls=np.array([min(1.0, (best - trained.quality) / height) for trained, _ in moved]),

@@ -161,6 +161,18 @@ def test_no_better_than_the_most_frequent_label_is_never_chosen() -> None:
     assert chance.spec not in choose(source(trained(lora(), 0.9), chance))
 
 
+def test_a_source_that_learned_nothing_shows_nothing() -> None:
+    """Of as many at chance the cheapest would be the best."""
+    failed = source(*(trained(recipe(name), 0.5, params=1) for name in ("prompt_tuning", "ia3")), title="failed")
+    with pytest.raises(SpecError, match="nothing that was trained to its full length in failed is better than"):
+        choose(failed)
+    learned = source(trained(lora(), 0.9), title="learned")
+    assert choose(failed, learned) == choose(learned)
+    both = choose_first([failed, learned], SPACE, objectives=("quality", "vram", "params"), max_steps=160, seed=0)
+    # Of the others nothing is known, so their recipes are tried.
+    assert both.weighed == ("lora",)
+
+
 def test_of_two_alike_one_is_enough() -> None:
     near = [trained(lora(learning_rate=1e-3 * (1 + i / 1000)), 0.9) for i in range(5)]
     assert len(choose(source(*near))) == 1
@@ -188,12 +200,12 @@ def source_lists(draw: st.DrawFn) -> list[Source]:
     sources = []
     for number in range(draw(st.integers(1, 3))):
         items = []
-        for _ in range(draw(st.integers(1, 12))):
+        for turn in range(draw(st.integers(1, 12))):
             spec = recipe(draw(st.sampled_from(methods)))
             rate = spec.learning_rate * 10 ** draw(st.sampled_from([-0.5, 0.0, 0.5]))
             items.append(
                 trained(
-                    dataclasses.replace(spec, learning_rate=rate), draw(st.integers(40, 99)) / 100,
+                    dataclasses.replace(spec, learning_rate=rate), draw(st.integers(40 if turn else 51, 99)) / 100,
                     draw(st.integers(1, 100)), draw(st.integers(1, 10**7)), draw(st.integers(1, 3)),
                 )
             )  # fmt: skip
