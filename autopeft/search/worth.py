@@ -299,12 +299,26 @@ class Appraiser:
         return [(trial, row) for trial in trials if (row := self._rows.get(trial.number)) is not None]
 
     def _believe_scored(self, trials: Sequence[Trial]) -> _Beliefs:
-        joined = {} if self._learned is None else self._learned.joined
+        joined = {} if self._learned is None else self._learned.joined | self._join_others(self._learned, trials)
         forecasts = [joined.get(trial.number, self._forecasts[trial.number]) for trial in trials]
         return _Beliefs(
             np.array([forecast.mean for forecast in forecasts]),
             np.array([forecast.deviation**2 for forecast in forecasts]),
         )
+
+    def _join_others(self, learned: _Learned, trials: Sequence[Trial]) -> dict[int, Forecast]:
+        """Of trials that the surrogate did not learn from, by number: their own scores beside what it expects."""
+        others = self._expressible([trial for trial in trials if trial.number not in learned.joined])
+        if not others:
+            return {}
+        joined = {}
+        for (trial, _), mean, variance in zip(others, *learned.surrogate.estimate(*_describe(others)), strict=True):
+            own = self._forecasts[trial.number]
+            share = variance / (variance + own.deviation**2)
+            joined[trial.number] = Forecast(
+                float(mean + share * (own.mean - mean)), own.deviation * math.sqrt(float(share))
+            )
+        return joined
 
     def _believe_new(self, known: _Expressed | None, count: int) -> _Beliefs:
         qualities = [forecast.mean for forecast in self._forecasts.values()]

@@ -179,6 +179,22 @@ def test_the_last_stretch_is_worth_what_it_adds(space: SearchSpace, specs: list[
     assert prices == pytest.approx(gains / appraiser._time(stretches).to_score, rel=0.1)
 
 
+def test_what_the_surrogate_did_not_learn_from_is_believed_as_if_it_had(
+    space: SearchSpace, specs: list[TrialSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = [make_trial(i, spec, [0.6 + 0.02 * (i % 7)]) for i, spec in enumerate(specs)]
+    learned = appraise(space, trials)
+    monkeypatch.setattr("autopeft.search.worth._MOST_OBSERVED", len(trials) - 1)
+    some = appraise(space, trials)
+    (left_out,) = set(range(len(trials))) - {trial.number for trial in some._observed}
+    alone = some._forecasts[left_out]
+    (mean,), (variance,) = some._believe_scored([trials[left_out]])
+    (known_mean,), (known_variance,) = learned._believe_scored([trials[left_out]])
+    assert mean == pytest.approx(known_mean, abs=0.2 * abs(known_mean - alone.mean) + 0.005)
+    assert variance == pytest.approx(known_variance, rel=0.1)
+    assert variance < 0.8 * alone.deviation**2
+
+
 def express(*rows: Row | None) -> _Expressed | None:
     """Each of 100,000 parameters."""
     return _express(rows, np.full(len(rows), 1e5))
