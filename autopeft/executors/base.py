@@ -38,7 +38,8 @@ class Executor(Protocol):
         ...
 
     def restart(self, worker: int) -> None:
-        """Replaces a worker that died. Raises WorkerError where it dies again at once."""
+        """Replaces a worker that died. It may be assigned work at once; that it is `Ready`, or has died again, comes
+        as an event."""
         ...
 
     def cost(self, spec: TrialSpec) -> CostReply: ...

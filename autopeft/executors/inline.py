@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 
 from autopeft.backends import load_backend, load_cost_model
@@ -38,6 +39,8 @@ class InlineExecutor:
         self._costs = costs
         self._now = 0.0
         self._due: list[tuple[float, int, WorkerEvent]] = []
+        """By time, and of what is due at once by job; restarts, which have none, count down from 0."""
+        self._restarts = itertools.count(1)
 
     def start(self) -> list[Ready]:
         return [self._backend.ready() for _ in range(self.num_workers)]
@@ -62,7 +65,9 @@ class InlineExecutor:
         return [event]
 
     def restart(self, worker: int) -> None:
-        raise AssertionError("inline workers do not die")
+        """At once: only what is made to, dies here."""
+        ready = WorkerEvent(worker, self._backend.ready(), self._now)
+        heapq.heappush(self._due, (self._now, -next(self._restarts), ready))
 
     def cost(self, spec: TrialSpec) -> CostReply:
         try:

@@ -33,6 +33,8 @@ class Account:
         self.ledger = Ledger(self.budget)
         self._store = store
         self._executor = executor
+        self.num_workers = executor.num_workers
+        """That work, or may."""
         self._limit = wall_seconds_limit
         # Workers come up within it: a time of day waits for nobody.
         self._limit_from = executor.now()
@@ -51,6 +53,10 @@ class Account:
 
     def start_clock(self) -> None:
         self._started_at = self._executor.now()
+
+    def lose_worker(self) -> None:
+        """One is given up: what is left of device-seconds lasts longer with fewer."""
+        self.num_workers -= 1
 
     # --- charge
 
@@ -94,15 +100,26 @@ class Account:
 
     def budget_seconds_left(self) -> float:
         """Wall seconds that the budget buys with all workers busy; below zero once it is overrun."""
-        now = self._executor.now()
-        self.ledger.wall_seconds = self._study_seconds(now)
-        unbilled = sum((now - opened.assigned_at) * self._executor.device_rate for opened in self._open.values())
-        return self.ledger.remaining_wall_seconds(self._rate, unbilled)
+        return self._find_left(self._rate)
 
     def seconds_left(self) -> float:
         """The same, and not beyond this run's own limit."""
-        run = self._executor.now() - self._limit_from
-        return min(self.budget_seconds_left(), self._limit - run)
+        return min(self.budget_seconds_left(), self._limit_left())
+
+    def seconds_left_for_one(self, promised_seconds: float) -> float:
+        """Wall seconds that the budget and the limit leave one worker, whether or not the others are busy; what runs
+        will have `promised_seconds` more before it ends."""
+        rate = self._executor.device_rate
+        return min(self._find_left(rate, promised_seconds * rate), self._limit_left())
+
+    def _find_left(self, rate: float, promised_device_seconds: float = 0.0) -> float:
+        now = self._executor.now()
+        self.ledger.wall_seconds = self._study_seconds(now)
+        unbilled = sum((now - opened.assigned_at) * self._executor.device_rate for opened in self._open.values())
+        return self.ledger.remaining_wall_seconds(rate, unbilled + promised_device_seconds)
+
+    def _limit_left(self) -> float:
+        return self._limit - (self._executor.now() - self._limit_from)
 
     def search_seconds_left(self) -> float:
         """The same for the search, which leaves a share for confirmation, as far as that has not had it already."""
@@ -122,7 +139,7 @@ class Account:
 
     @property
     def _rate(self) -> float:
-        return self._executor.device_rate * self._executor.num_workers
+        return self._executor.device_rate * self.num_workers
 
     def _study_seconds(self, at: float) -> float:
         return self._wall_before + (0.0 if self._started_at is None else at - self._started_at)

@@ -21,8 +21,9 @@ class EarlyEnd:
         tried to say."""
 
     def is_due(self) -> bool:
+        """Asked where nothing is waiting that the budget could begin."""
         least, trials = self._store.config.least_gain, self._store.trials
-        if least is None or any(trial.state == "waiting" for trial in trials):
+        if least is None:
             return False
         told = [(len(trial.rungs), trial.outcome is not None) for trial in trials]
         if told != self._told:

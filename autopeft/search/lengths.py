@@ -22,6 +22,9 @@ _MOST_RUNGS = 4
 _EPOCHS_AT_MOST = 3
 _LENGTHS_TO_BUY = 15
 """Full lengths that a time budget should buy; fewer, longer trials would leave nothing to compare."""
+_LONGEST_SHARE = 1 / 8
+"""Of the wall time for one full length. Workers do not shorten it: it must fit into what is kept for confirmation,
+where steps are slower than was guessed too, and leave the search several rounds to learn from."""
 _SHORTEST, _UNCLOCKED = 160, 400
 FEWEST_STEPS, MOST_STEPS = 4, 1_000_000
 """Of a full length. A worker lays out all batches of a trial beforehand, at 200 bytes and more each."""
@@ -79,11 +82,13 @@ def guess_parameters(model: str, weight_bytes: int = 0) -> int:
     return num_bytes // (2 if kept.endswith("16") else 4) or _UNKNOWN_PARAMETERS
 
 
-def choose_max_steps(worker_seconds: float, per_step: float, splits: Splits | None) -> int:
-    """Steps such that the budget buys enough full lengths to compare, and no more than a few epochs."""
+def choose_max_steps(wall_seconds: float, num_workers: int, per_step: float, splits: Splits | None) -> int:
+    """Steps such that the budget buys enough full lengths to compare, none of which takes much of its wall time, and no
+    more than a few epochs."""
     epochs = math.ceil((len(splits.train) if splits else 50_000) / 16 * _EPOCHS_AT_MOST)
-    if math.isinf(worker_seconds):
+    if math.isinf(wall_seconds):
         return max(_SHORTEST, min(_UNCLOCKED, epochs))
-    bought = 0.75 * worker_seconds / _LENGTHS_TO_BUY / (per_step * (1 + SCORING_SHARE))
+    share = min(0.75 * num_workers / _LENGTHS_TO_BUY, _LONGEST_SHARE)
+    bought = share * wall_seconds / (per_step * (1 + SCORING_SHARE))
     steps = max(_SHORTEST, min(int(bought), epochs))
     return steps - steps % 8

@@ -182,7 +182,7 @@ def make_plan(
     wall = min(budget.wall_bound_seconds(devices.rate), limit)
     max_steps = request.max_steps
     if max_steps is None:
-        max_steps = choose_max_steps(wall * len(devices.names), per_step, splits)
+        max_steps = choose_max_steps(wall, len(devices.names), per_step, splits)
     if not FEWEST_STEPS <= max_steps <= MOST_STEPS:
         raise SpecError(f"--max-steps takes {FEWEST_STEPS} to {MOST_STEPS:,}, but was given {max_steps:,}.")
     least_gain = None

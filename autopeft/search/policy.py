@@ -21,7 +21,13 @@ from autopeft.search.worth import Appraiser, Newcomer
 
 class StartNew(NamedTuple):
     newcomers: tuple[Newcomer, ...]
-    """The most promising first; none where it is the turn of one that waits."""
+    """The most promising first."""
+
+
+class StartWaiting(NamedTuple):
+    """What waits comes before whatever promises more."""
+
+    number: int
 
 
 class Promote(NamedTuple):
@@ -54,8 +60,8 @@ class Situation(NamedTuple):
     trials_left: float
     can_suggest: bool
     """Whether the space may still hold something new."""
-    waiting: Trial | None
-    """What is begun next whatever it promises."""
+    waiting: Sequence[Trial]
+    """What is begun next whatever it promises, the first that fits."""
     revivable: Sequence[Trial] = ()
     """Stopped trials whose verdict may still fall."""
     held: Bits | None = None
@@ -64,12 +70,12 @@ class Situation(NamedTuple):
 
 def choose_next(
     situation: Situation, speed: Speed, appraiser: Appraiser, find_newcomers: Callable[[], Sequence[Newcomer]]
-) -> StartNew | Promote | Wait:
+) -> StartNew | StartWaiting | Promote | Wait:
     """`find_newcomers` is asked only where something new may be started."""
     may_start = situation.trials_left > 0
-    waiting = situation.waiting
-    if may_start and waiting is not None and _fits(kind_of(waiting.spec), 0, situation, speed):
-        return StartNew(())
+    waiting = next((trial for trial in situation.waiting if _fits_rest(trial, situation, speed)), None)
+    if may_start and waiting is not None:
+        return StartWaiting(waiting.number)
     paused = [trial for trial in situation.trials if trial.state == "paused" and trial.cost is not None]
     affordable = [trial for trial in paused if _fits_rest(trial, situation, speed)]
     newcomers: list[Newcomer] = []

@@ -42,7 +42,7 @@ from autopeft.search.early_end import EarlyEnd
 from autopeft.search.lengths import next_rung
 from autopeft.search.limits import Limits
 from autopeft.search.plan import complete_provenance
-from autopeft.search.policy import Promote, Situation, StartNew, Wait, choose_next
+from autopeft.search.policy import Promote, Situation, StartNew, StartWaiting, Wait, choose_next
 from autopeft.search.race import Decision, Race
 from autopeft.search.racing import PairedRacing, RacingRule
 from autopeft.search.recovery import find_held, recover, requeue
@@ -55,13 +55,14 @@ from autopeft.search.stretches import make_confirmation, make_rung_score, make_s
 from autopeft.search.worth import Appraiser
 from autopeft.spaces.dimensions import widest_bits
 from autopeft.spaces.space import SearchSpace
+from autopeft.wording import last_line
 
 _MOST_DEATHS = 2
 """Workers that may die under one trial before it is given up."""
 _MOST_REFUSED = 50
 """Suggestions refused in a row before the space is taken to hold nothing more that fits."""
 _MOST_IDLE_DEATHS = 3
-"""Workers that may die without work, since a stretch last finished."""
+"""Times that a worker may die before it has begun anything, since it last finished a stretch, until it is given up."""
 _WAIT_SECONDS = 0.5
 
 
@@ -111,7 +112,11 @@ class Search:
         self._found_nothing_new = False
         """Whether the last decision had nothing new to choose from."""
         self._deaths_in_a_row = 0
-        self._idle_deaths = 0
+        self._idle_deaths = Counter[int]()
+        """By worker: without work or while coming up, which is no trial's doing."""
+        self._coming_up = set[int]()
+        """Workers that were restarted and are not ready yet."""
+        self._given_up = set[int]()
         self._confirm_queue: list[tuple[Trial, int]] = []
         self._confirmation_deaths: Counter[tuple[int, int]] = Counter()
         """By trial and seed."""
@@ -211,7 +216,7 @@ class Search:
         begins_baseline = False
         for worker in range(self.executor.num_workers):
             held = self._find_held(worker)
-            if worker in self._running or held in in_vain:
+            if worker in self._running or worker in self._given_up or held in in_vain:
                 continue
             stretch = self._next_stretch(held)
             if stretch is not None:
@@ -242,14 +247,14 @@ class Search:
             choice = choose_next(
                 self._situation(held), self.speed, appraiser, functools.partial(self.sampler.find_newcomers, appraiser)
             )
-            self._ends_early = not isinstance(choice, Wait) and self.early_end.is_due()
+            self._ends_early = isinstance(choice, StartNew | Promote) and self.early_end.is_due()
             if self._ends_early:
                 return None
             if isinstance(choice, Promote):
                 return self._stretch_of(self.store.trials[choice.number])
-            if not isinstance(choice, StartNew):
+            if isinstance(choice, Wait):
                 return None
-            trial = self._begin(choice)
+            trial = self.store.trials[choice.number] if isinstance(choice, StartWaiting) else self._add(choice)
             if trial is None:
                 self._found_nothing_new = True
             elif self._is_feasible(trial):
@@ -285,7 +290,8 @@ class Search:
             seconds_left=self.account.search_seconds_left(),
             trials_left=self.account.ledger.trials_left(),
             can_suggest=not self._found_nothing_new,
-            waiting=self._next_waiting(),
+            # What the user included, what did well elsewhere, and what was begun in vain, in that order.
+            waiting=[trial for trial in self.store.trials if trial.state == "waiting"],
             revivable=[trial for trial in self.store.trials if self.store.may_revive(trial)],
             held=held,
         )
@@ -303,14 +309,8 @@ class Search:
             held=held,
         )
 
-    def _next_waiting(self) -> Trial | None:
-        """What the user included, what did well elsewhere, and what was begun in vain, in that order."""
-        return next((trial for trial in self.store.trials if trial.state == "waiting"), None)
-
-    def _begin(self, choice: StartNew) -> Trial | None:
-        """The trial to start, not yet known to be feasible; None where there is none."""
-        if not choice.newcomers:
-            return self._next_waiting()
+    def _add(self, choice: StartNew) -> Trial | None:
+        """The trial to start, not yet known to be feasible; None where all that was drawn is known."""
         chosen = self.sampler.choose_new(choice.newcomers)
         return None if chosen is None else self.store.add(chosen.spec, chosen.source, self.space)
 
@@ -379,6 +379,7 @@ class Search:
         running = self._running.get(event.worker)
         if isinstance(event.event, Ready):
             complete_provenance(self.store.provenance, event.event, self.config)
+            self._coming_up.discard(event.worker)
             if running is not None:
                 loading = self.account.measure_open(event.worker, event.at_seconds)
                 self._running[event.worker] = running._replace(loading_seconds=loading)
@@ -399,7 +400,7 @@ class Search:
         else:
             assert isinstance(event.event, Finished)
             # The machine is well: those that died before did so of their trials.
-            self._deaths_in_a_row = self._idle_deaths = 0
+            self._deaths_in_a_row = self._idle_deaths[event.worker] = 0
             self._record_score(running, event.event, seconds)
         self.account.heartbeat(force=True)
         self.on_change(self.status())
@@ -502,18 +503,29 @@ class Search:
             raise StudyError(detail)
         self._held.pop(event.worker, None)
         running = self._running.get(event.worker)
-        if running is None:
-            self._idle_deaths += 1
-            if self._idle_deaths > _MOST_IDLE_DEATHS:
-                raise make_worker_error("Workers die even without work, so the search was ended. Last words:", detail)
+        # Before it was ready it had not looked at the trial that waited for it.
+        has_begun = running is not None and event.worker not in self._coming_up
+        if running is not None:
+            self._charge(running, "lost", event.at_seconds)
+            del self._running[event.worker]
+            self._lose_stretch(running, detail, counts=has_begun)
+        if has_begun:
+            self._deaths_in_a_row += 1
+            if self._deaths_in_a_row > 3 * self.executor.num_workers + 3:
+                raise make_worker_error("Workers keep dying, so the search was ended. The last one's words:", detail)
+        else:
+            self._idle_deaths[event.worker] += 1
+        if self._idle_deaths[event.worker] > _MOST_IDLE_DEATHS:
+            self._give_up_worker(event.worker, detail)
+        else:
+            self._coming_up.add(event.worker)
             self.executor.restart(event.worker)
-            return
-        self._charge(running, "lost", event.at_seconds)
-        del self._running[event.worker]
-        trial = running.trial
-        trial.deaths += 1
-        self._deaths_in_a_row += 1
-        if running.stretch.purpose == "search":
+
+    def _lose_stretch(self, running: _Running, detail: str, *, counts: bool) -> None:
+        """Its trial is tried again, unless workers have died of it too often; `counts` says whether this one did."""
+        trial, stretch = running.trial, running.stretch
+        trial.deaths += counts
+        if stretch.purpose == "search":
             if trial.deaths >= _MOST_DEATHS:
                 trial.state = "failed"
                 trial.outcome = Failed(reason="worker_died", detail=detail[-300:])
@@ -522,21 +534,29 @@ class Search:
                 requeue(trial, self.store, self.account.ledger)
                 if not trial.rungs:
                     self._carry_out(self.race.judge_beaten_by(trial))
-        elif running.stretch.purpose == "confirm":
-            confirmed = (trial.number, running.stretch.spec.seed)
-            self._confirmation_deaths[confirmed] += 1
+        elif stretch.purpose == "confirm":
+            confirmed = (trial.number, stretch.spec.seed)
+            self._confirmation_deaths[confirmed] += counts
             if self._confirmation_deaths[confirmed] >= _MOST_DEATHS:
                 self._give_up_confirmation(running, "worker_died", detail[-300:])
             else:
-                self._confirm_queue.insert(0, (trial, running.stretch.spec.seed))
-        elif running.stretch.purpose == "baseline":
+                self._confirm_queue.insert(0, (trial, stretch.spec.seed))
+        elif stretch.purpose == "baseline":
             if trial.deaths >= _MOST_DEATHS:
                 raise make_worker_error("The baseline cannot be trained: its worker died twice. Last words:", detail)
             trial.state = "waiting"
             self.store.save(trial)
-        if self._deaths_in_a_row > 3 * self.executor.num_workers + 3:
-            raise make_worker_error("Workers keep dying, so the search was ended. The last one's words:", detail)
-        self.executor.restart(event.worker)
+
+    def _give_up_worker(self, worker: int, detail: str) -> None:
+        """The others go on, and have its share of the budget."""
+        self._given_up.add(worker)
+        self.account.lose_worker()
+        if self.account.num_workers == 0:
+            raise make_worker_error("Workers die even without work, so the search was ended. Last words:", detail)
+        self._note(
+            f"Worker {worker} died {self._idle_deaths[worker]} times before it began anything, so it was given up and "
+            f"the others went on: {last_line(detail)}"
+        )
 
     # --- race
 
@@ -563,19 +583,26 @@ class Search:
             self._conclude()
 
     def _next_confirmation(self, held: Bits | None) -> tuple[Trial, Stretch] | None:
-        provenance = self.store.provenance
+        promised = sum(
+            max(0.0, self._predict_confirmation(running.trial) - self.account.measure_open(worker))
+            for worker, running in self._running.items()
+        )
+        # Of device-seconds one worker can have what others do not need: idle they cost nothing.
+        left = self.account.seconds_left_for_one(promised)
         for index, (trial, seed) in enumerate(self._confirm_queue):
-            # The test split is scored as well.
-            passes = 1 + provenance.num_test / max(provenance.num_validation, 1)
-            needed = self.speed.predict(kind_of(trial.spec), trial.spec.max_steps, passes=passes)
-            needed += self.speed.predict_load(trial.spec.bits, held)
-            if needed <= self.account.seconds_left():
+            if self._predict_confirmation(trial) + self.speed.predict_load(trial.spec.bits, held) <= left:
                 del self._confirm_queue[index]
                 return trial, make_stretch(
                     next(self._jobs), trial, "confirm", trial.spec.max_steps, spec=replace(trial.spec, seed=seed),
                     score_test=True, measure_inference=True,
                 )  # fmt: skip
         return None
+
+    def _predict_confirmation(self, trial: Trial) -> float:
+        """Wall seconds; the test split is scored as well."""
+        provenance = self.store.provenance
+        passes = 1 + provenance.num_test / max(provenance.num_validation, 1)
+        return self.speed.predict(kind_of(trial.spec), trial.spec.max_steps, passes=passes)
 
     def _conclude(self) -> None:
         complete = [trial for trial in self.store.trials if trial.state == "complete"]

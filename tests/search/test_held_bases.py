@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from autopeft.backends.base import Finished, Pack
+from autopeft.backends.base import Finished, Pack, Ready
 from autopeft.executors.base import WorkerEvent
 from autopeft.executors.inline import InlineExecutor
 from autopeft.records import Bits
@@ -34,6 +34,7 @@ class Loading(InlineExecutor):
         self.job_to_die_of = 0
 
     def restart(self, worker: int) -> None:
+        super().restart(worker)
         del self.held[worker]
 
     def assign(self, worker: int, pack: Pack) -> None:
@@ -99,8 +100,10 @@ def test_coming_up_again_is_no_loading_of_a_base(studies: FakeStudies, monkeypat
     def restart_slowly(worker: int) -> None:
         restart(worker)
         # It is assigned its next stretch at once, and is ready only then.
+        _, job, event = executor._due.pop(0)
+        assert isinstance(event.event, Ready)
         later = executor.now() + 90.0
-        executor._due.append((later, 10**6, WorkerEvent(worker, executor.start()[0], later)))
+        executor._due.append((later, job, event._replace(at_seconds=later)))
         heapq.heapify(executor._due)
 
     monkeypatch.setattr(executor, "restart", restart_slowly)

@@ -67,19 +67,32 @@ def test_rungs_halve_the_length_down_to_forty_steps_and_are_at_most_four(
     assert plan_rungs(max_steps) == rungs
 
 
-@given(st.floats(1.0, 1e7), st.floats(1.0, 10.0), st.floats(0.005, 5.0))
-def test_more_time_never_makes_trials_shorter(seconds: float, times: float, per_step: float) -> None:
-    assert choose_max_steps(seconds, per_step, None) <= choose_max_steps(seconds * times, per_step, None)
+workers = st.integers(1, 64)
 
 
-@given(st.floats(1.0, 1e7), st.floats(0.005, 5.0), st.floats(1.0, 10.0))
-def test_slower_steps_never_make_trials_longer(seconds: float, per_step: float, times: float) -> None:
-    assert choose_max_steps(seconds, per_step, None) >= choose_max_steps(seconds, per_step * times, None)
+@given(st.floats(1.0, 1e7), workers, st.floats(1.0, 10.0), st.floats(0.005, 5.0))
+def test_more_time_never_makes_trials_shorter(seconds: float, count: int, times: float, per_step: float) -> None:
+    assert choose_max_steps(seconds, count, per_step, None) <= choose_max_steps(seconds * times, count, per_step, None)
+
+
+@given(st.floats(1.0, 1e7), workers, st.floats(0.005, 5.0), st.floats(1.0, 10.0))
+def test_slower_steps_never_make_trials_longer(seconds: float, count: int, per_step: float, times: float) -> None:
+    assert choose_max_steps(seconds, count, per_step, None) >= choose_max_steps(seconds, count, per_step * times, None)
+
+
+@given(st.floats(1.0, 1e7), workers, st.floats(0.005, 5.0))
+def test_more_workers_never_make_trials_shorter_nor_as_long_as_what_is_kept_for_their_confirmation(
+    seconds: float, count: int, per_step: float
+) -> None:
+    steps = choose_max_steps(seconds, count, per_step, None)
+    assert choose_max_steps(seconds, 1, per_step, None) <= steps
+    # A quarter of the wall time, in which a training is as long whatever the others do.
+    assert steps <= 160 or 2 * steps * per_step <= 0.25 * seconds
 
 
 def test_all_the_time_there_is_buys_no_more_than_without_a_clock_and_some_buys_several_trials() -> None:
-    unbounded = choose_max_steps(math.inf, 0.1, None)
-    assert choose_max_steps(1e12, 0.1, None) >= unbounded > 0
-    hour = choose_max_steps(3600.0, 0.1, None)
+    unbounded = choose_max_steps(math.inf, 1, 0.1, None)
+    assert choose_max_steps(1e12, 1, 0.1, None) >= unbounded > 0
+    hour = choose_max_steps(3600.0, 1, 0.1, None)
     # Of 36,000 steps of a tenth of a second: enough full lengths to compare.
     assert 5 * hour <= 36_000

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autopeft.records import Bits, Cost, RungScore, TrialSpec
-from autopeft.search.policy import Promote, Situation, StartNew, Wait, choose_next, order_by_price
+from autopeft.search.policy import Promote, Situation, StartNew, StartWaiting, Wait, choose_next, order_by_price
 from autopeft.search.speed import Kind, Speed
 from autopeft.search.store import Trial
 from autopeft.search.worth import QUALITY_EVERY, Appraiser, Newcomer
@@ -54,7 +54,7 @@ def make_trial(make_spec: MakeSpec) -> MakeTrial:
 
 def make_situation(trials: Sequence[Trial], **changes: object) -> Situation:
     situation = Situation(
-        trials=trials, rungs=RUNGS, seconds_left=math.inf, trials_left=10, can_suggest=True, waiting=None
+        trials=trials, rungs=RUNGS, seconds_left=math.inf, trials_left=10, can_suggest=True, waiting=[]
     )  # fmt: skip
     return situation._replace(**changes)
 
@@ -100,7 +100,7 @@ def test_a_study_begins_with_something_new() -> None:
 
 def test_what_waits_comes_before_whatever_promises_more(make_trial: MakeTrial) -> None:
     trials = [make_trial(i, [0.5 + i / 10]) for i in range(4)]
-    assert decide(make_situation(trials, waiting=make_trial(4, [])), newcomers=[make_newcomer()]) == StartNew(())
+    assert decide(make_situation(trials, waiting=[make_trial(4, [])]), newcomers=[make_newcomer()]) == StartWaiting(4)
 
 
 def test_a_good_trial_goes_on_before_an_unknown_one_of_its_cost_is_begun(make_trial: MakeTrial) -> None:
@@ -287,6 +287,16 @@ def test_of_new_ones_that_promise_as_much_the_one_is_begun_whose_base_the_worker
             assert decide_for(held, make_situation([]), slow_loads, newcomers) == StartNew((first, second))  # type: ignore[arg-type]
 
 
+def test_what_waits_and_no_longer_fits_holds_up_nothing(make_trial: MakeTrial, one_a_second: Speed) -> None:
+    long, short = make_trial(0, []), make_trial(1, [])
+    long.spec = replace(long.spec, batch_size=2 * long.spec.batch_size)
+    situation = make_situation([], waiting=[long, short], seconds_left=200.0)
+    newcomers = [make_newcomer()]
+    assert decide(situation, one_a_second, newcomers) == StartWaiting(1)
+    assert decide(situation._replace(seconds_left=400.0), one_a_second, newcomers) == StartWaiting(0)
+    assert decide(situation._replace(waiting=[long]), one_a_second, newcomers) == StartNew(tuple(newcomers))
+
+
 def test_loading_has_to_fit_too(make_trial: MakeTrial, slow_loads: Speed) -> None:
     trial = make_trial(0, [0.9])
     trial.spec = replace(trial.spec, bits=4)
@@ -294,8 +304,8 @@ def test_loading_has_to_fit_too(make_trial: MakeTrial, slow_loads: Speed) -> Non
     assert decide_for(4, within, slow_loads) == Promote(0)
     assert decide_for(16, within, slow_loads) == Wait("time")
     assert decide_for(16, within._replace(seconds_left=150.0), slow_loads) == Promote(0)
-    waits = within._replace(trials=[], waiting=replace(trial, state="waiting", rungs=[]), trials_left=1)
-    assert decide_for(4, waits._replace(seconds_left=160.0), slow_loads) == StartNew(())
+    waits = within._replace(trials=[], waiting=[replace(trial, state="waiting", rungs=[])], trials_left=1)
+    assert decide_for(4, waits._replace(seconds_left=160.0), slow_loads) == StartWaiting(0)
     assert decide_for(16, waits._replace(seconds_left=189.0), slow_loads) == Wait("time")
 
 
@@ -310,7 +320,7 @@ def test_nothing_new_is_begun_that_cannot_end_in_time(make_trial: MakeTrial, one
     within = make_situation([], seconds_left=160.0)
     assert decide(within, one_a_second, [make_newcomer()]) == StartNew((make_newcomer(),))
     assert decide(within._replace(seconds_left=159.0), one_a_second, [make_newcomer()]) == Wait("time")
-    assert decide(within._replace(waiting=make_trial(0, []), seconds_left=159.0), one_a_second) == Wait("time")
+    assert decide(within._replace(waiting=[make_trial(0, [])], seconds_left=159.0), one_a_second) == Wait("time")
 
 
 def test_no_trials_left_means_waiting() -> None:

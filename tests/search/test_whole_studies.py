@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import itertools
 import math
 import random
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from autopeft.backends.base import Broken, CostReply, Ended, Pack, Ready
+from autopeft.backends.base import Broken, CostReply, Ended, Finished, Pack, Ready
 from autopeft.errors import StudyError, WorkerError
 from autopeft.executors.base import WorkerEvent
 from autopeft.executors.inline import InlineExecutor
@@ -379,9 +380,6 @@ class LaterEnd(InlineExecutor):
             event = WorkerEvent(worker, None, due, "killed by signal 9") if self.kills else None
             self._due.append((due, job, event or WorkerEvent(worker, ended, due)))
 
-    def restart(self, worker: int) -> None:
-        pass
-
 
 @pytest.mark.parametrize("kills", [False, True])
 def test_what_fails_after_a_rung_gives_back_what_it_stopped(
@@ -431,6 +429,7 @@ class Dying(InlineExecutor):
             self._due.append((due, job, WorkerEvent(worker, self.last_event, due, "killed by signal 9")))
 
     def restart(self, worker: int) -> None:
+        super().restart(worker)
         self.restarts += 1
 
 
@@ -608,9 +607,11 @@ class DyingAfterwards(InlineExecutor):
 
     def wait(self, timeout_seconds: float) -> list[WorkerEvent]:
         events = super().wait(timeout_seconds)
-        return [*events, *(WorkerEvent(event.worker, None, event.at_seconds, "gone") for event in events)]
+        ended = [event for event in events if isinstance(event.event, Finished)]
+        return [*events, *(WorkerEvent(event.worker, None, event.at_seconds, "gone") for event in ended)]
 
     def restart(self, worker: int) -> None:
+        super().restart(worker)
         self.restarts += 1
 
 
@@ -621,6 +622,60 @@ def test_workers_that_die_between_stretches_end_no_search_in_which_all_finish(st
     assert record.finished
     assert executor.restarts > 4
     assert {trial.state for trial in record.trials} <= {"complete", "stopped"}
+
+
+class BreakingDown(InlineExecutor):
+    """From some stretch on a worker dies under it, and then each time that it is started."""
+
+    breaks_at: dict[int, int]
+    """The stretch, by worker."""
+    broken: set[int]
+
+    def assign(self, worker: int, pack: Pack) -> None:
+        (stretch,) = pack.stretches
+        if self.breaks_at.get(worker, stretch.job + 1) > stretch.job:
+            super().assign(worker, pack)
+        elif worker not in self.broken:
+            self.broken.add(worker)
+            self._die(worker, self._now + 1.0)
+
+    def restart(self, worker: int) -> None:
+        if worker in self.broken:
+            self._die(worker, self._now + 5.0)
+        else:
+            super().restart(worker)
+
+    def _die(self, worker: int, at: float) -> None:
+        heapq.heappush(self._due, (at, -next(self._restarts), WorkerEvent(worker, None, at, "GPU is lost")))
+
+
+def break_down(studies: FakeStudies, breaks_at: dict[int, int]) -> Search:
+    store = studies.create(budget="20cpu-min", workers=2)
+    executor = BreakingDown(studies.executor(store)._setup, 2)
+    executor.breaks_at, executor.broken = breaks_at, set()
+    return Search(store, executor, restore_space(store.config))
+
+
+def test_a_gpu_that_is_lost_costs_no_trial_and_the_others_have_its_budget(studies: FakeStudies) -> None:
+    search = break_down(studies, {1: 8})
+    record = search.run()
+    assert not any(trial.state == "failed" for trial in record.trials)
+    # The one that it was lost under; those that waited for it in vain are as they were.
+    assert sum(trial.deaths for trial in search.store.trials) == 1
+    assert [note for note in record.notes if "Worker 1 died 4 times before it began anything" in note]
+    lost = [segment for segment in record.segments if segment.purpose == "lost"]
+    assert [segment.worker for segment in lost] == [1] * len(lost)
+    assert max(segment.start_seconds for segment in record.segments if segment.worker == 1) < 100.0
+    # All but what is too short for another confirmation.
+    assert search.account.ledger.spent_device_seconds > 1000.0
+
+
+def test_a_search_all_of_whose_workers_are_lost_is_ended_and_keeps_its_trials(studies: FakeStudies) -> None:
+    search = break_down(studies, {0: 12, 1: 8})
+    with pytest.raises(WorkerError, match=r"^Workers die even without work, .* GPU is lost"):
+        search.run()
+    assert not any(trial.state == "failed" for trial in search.store.trials)
+    assert studies.run(studies.open()).finished
 
 
 # --- recipes, included configurations, the baseline
@@ -709,6 +764,17 @@ def test_finalists_are_retrained_with_two_more_seeds_and_scored_on_test(record: 
 
 def test_only_finalists_have_test_scores(record: StudyRecord) -> None:
     assert all(trial.test_quality is None for trial in record.trials if not trial.confirmations)
+
+
+def test_many_workers_confirm_side_by_side_in_the_device_time_that_idle_ones_leave(studies: FakeStudies) -> None:
+    """A quarter of a minute is kept, and a training takes 20 seconds, however many workers there are."""
+    search = studies.search(studies.create(budget="8cpu-min", workers=8))
+    record = search.run()
+    confirmations = [segment for segment in record.segments if segment.purpose == "confirm"]
+    assert len(confirmations) >= 4
+    assert len({segment.worker for segment in confirmations}) >= 4
+    assert min(segment.end_seconds - segment.start_seconds for segment in confirmations) > 15.0
+    assert search.account.ledger.spent_device_seconds <= 480.0
 
 
 def test_only_complete_trials_are_confirmed(record: StudyRecord) -> None:
