@@ -245,6 +245,8 @@ class Failed:
 
     reason: FailureReason
     detail: str
+    room_bytes: int | None = _optional()
+    """Where it ran out of memory: what the GPU had free for it when the search began."""
     kind: Literal["failed"] = "failed"
 
 

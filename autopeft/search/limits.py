@@ -22,6 +22,12 @@ _LEAST_SPREAD = 1.5
 """Between the smallest and the largest estimate: a slope fitted to less would be noise."""
 
 
+_AMPLE_SHARE = 0.8
+"""Of the room that a GPU has: what is taken to need less fits there by all that is known."""
+_MORE_ROOM = 1.05
+"""Times the room that something ran out in: what a GPU has free differs a little from day to day."""
+
+
 class Overhead(NamedTuple):
     """What to add to an estimate: `fixed_bytes` plus `share` of it."""
 
@@ -80,6 +86,16 @@ class Limits:
         self._fitted: dict[Bits, tuple[list[tuple[int, int]], Overhead]] = {}
         """The pairs, and what was fitted to them: each decision asks, and each slope between any two is weighed."""
 
+    @property
+    def room_bytes(self) -> int | None:
+        """What the GPU had free for a training, where there is one."""
+        return None if self._free_bytes is None else max(1, self._free_bytes - CONTEXT_BYTES)
+
+    def has_ample_room(self, trial: Trial) -> bool:
+        """Whether it can only have run out of memory because something else had taken it."""
+        room = self.room_bytes
+        return room is not None and trial.cost is not None and self._need_of(trial) <= _AMPLE_SHARE * room
+
     def overhead(self, bits: Bits) -> Overhead:
         """By trials on a base of that width, or by all while there are none."""
         pairs = measured_pairs(self._trials, bits) or measured_pairs(self._trials)
@@ -108,17 +124,16 @@ class Limits:
 
         most = self._config.max_vram_bytes
         limit(need, most, f"needs {_gib(need)}{learned} and --max-vram is {_gib(most or 0)}")
-        free = None if self._free_bytes is None else max(1, self._free_bytes - CONTEXT_BYTES)
-        limit(need, free, f"needs {_gib(need)}{learned} and the GPU has {_gib(free or 0)} free for it")
+        room = self.room_bytes
+        limit(need, room, f"needs {_gib(need)}{learned} and the GPU has {_gib(room or 0)} free for it")
         params = self._config.max_params
         count = cost.trainable_parameters
         limit(count, params, f"trains {count:,} parameters, and --max-params is {params or 0:,}")
         failed = self._least_that_ran_out(trial)
         if failed is not None:
-            room = self._need_of(failed)
-            # As much as what failed is too much already.
-            rule = f"needs {_gib(need)}{learned} and trial {failed.number} ran out of memory with {_gib(room)}"
-            limit(need, room - 1, rule)
+            too_much = self._need_of(failed)
+            rule = f"needs {_gib(need)}{learned} and trial {failed.number} ran out of memory with {_gib(too_much)}"
+            limit(need, too_much - 1, rule)
         return max(judgements, key=lambda judgement: judgement.excess)
 
     def judge_measured(self, cost: Cost) -> str | None:
@@ -133,7 +148,7 @@ class Limits:
         failed = self._least_that_ran_out()
         rooms = [
             self._config.max_vram_bytes,
-            None if self._free_bytes is None else self._free_bytes - CONTEXT_BYTES,
+            self.room_bytes,
             None if failed is None else self._need_of(failed) - 1,
         ]
         room = min((room for room in rooms if room is not None), default=None)
@@ -141,8 +156,18 @@ class Limits:
         return {name: float(most) for name, most in {"vram": room, "params": params}.items() if most is not None}
 
     def _least_that_ran_out(self, but: Trial | None = None) -> Trial | None:
-        failed = [trial for trial in self._trials if ran_out(trial) and trial.cost is not None and trial is not but]
-        return min(failed, key=self._need_of, default=None)
+        """Of those that needed more than what fitted, on no smaller a GPU than today's."""
+        fitted = max((measured for _, measured in measured_pairs(self._trials)), default=0)
+        failed = [
+            trial
+            for trial in self._trials
+            if ran_out(trial) and trial.cost is not None and trial is not but and not self._has_more_room_than(trial)
+        ]
+        return min((trial for trial in failed if self._need_of(trial) > fitted), key=self._need_of, default=None)
+
+    def _has_more_room_than(self, trial: Trial) -> bool:
+        had = trial.outcome.room_bytes if isinstance(trial.outcome, Failed) else None
+        return had is not None and self.room_bytes is not None and self.room_bytes > _MORE_ROOM * had
 
     def _need_of(self, trial: Trial) -> int:
         """What a trial would have needed, had it fitted: its estimate with today's correction."""

@@ -465,18 +465,32 @@ class Search:
 
     def _record_end(self, running: _Running, ended: Ended) -> None:
         trial = running.trial
+        if ended.reason == "out_of_memory" and self._may_pass(running):
+            self._lose_stretch(running, ended.detail, counts=True)
+            return
         if running.stretch.purpose == "confirm":
             self._give_up_confirmation(running, ended.reason, ended.detail)
             return
         if ended.peak_vram_bytes is not None and trial.cost is not None:
             trial.cost = measured_cost(trial.cost, ended.peak_vram_bytes, None)
-        trial.state, trial.outcome = "failed", Failed(reason=ended.reason, detail=ended.detail)
+        room = self.limits.room_bytes if ended.reason == "out_of_memory" else None
+        trial.state, trial.outcome = "failed", Failed(reason=ended.reason, detail=ended.detail, room_bytes=room)
         self._give_up(trial)
         if running.stretch.purpose == "baseline" and self._is_generation:
             self._note(
                 f"The untrained base could not be scored ({ended.reason}), so trials are compared with 0 instead."
             )
             self._set_floor(0.0, 0.0)
+
+    def _may_pass(self, running: _Running) -> bool:
+        """Whether a trial that ran out of memory is tried once more: another process may have had it."""
+        trial, stretch = running.trial, running.stretch
+        if stretch.purpose == "baseline" or not self.limits.has_ample_room(trial):
+            return False
+        deaths = (
+            trial.deaths if stretch.purpose == "search" else self._confirmation_deaths[trial.number, stretch.spec.seed]
+        )
+        return deaths + 1 < _MOST_DEATHS
 
     def _give_up_confirmation(self, running: _Running, reason: FailureReason, detail: str) -> None:
         trial, failed = running.trial, FailedConfirmation(seed=running.stretch.spec.seed, reason=reason, detail=detail)

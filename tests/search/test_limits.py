@@ -133,6 +133,25 @@ def test_what_needs_as_much_as_what_ran_out_of_memory_is_refused(config, make_tr
     assert limits.overhead(16).num_trials == 0
 
 
+def test_what_ran_out_where_more_has_fitted_refuses_nothing(config, make_trial):
+    failed = make_trial(0, estimated(10 * GIB), measured=2 * GIB, ran_out=True)
+    another = make_trial(1, estimated(12 * GIB))
+    assert "trial 0 ran out of memory" in (Limits(config, [failed], None).judge(another).rule or "")
+    fitted = make_trial(2, estimated(20 * GIB), measured=20 * GIB)
+    limits = Limits(config, [failed, fitted], None)
+    assert limits.judge(another).rule is None
+    assert "vram" not in limits.most()
+
+
+def test_what_ran_out_on_a_smaller_gpu_refuses_nothing_on_a_larger_one(config, make_trial):
+    failed = make_trial(0, estimated(20 * GIB), measured=18 * GIB, ran_out=True)
+    failed.outcome = replace(failed.outcome, room_bytes=22 * GIB)
+    another = make_trial(1, estimated(21 * GIB))
+    for free, is_refused in ((22 * GIB, True), (22.5 * GIB, True), (40 * GIB, False)):
+        rule = Limits(config, [failed], round(free) + CONTEXT_BYTES).judge(another).rule
+        assert (rule is not None) == is_refused
+
+
 def test_an_evaluation_that_needs_more_than_training_counts(config, make_trial):
     assert needed_bytes(estimated(4 * GIB, scoring=5 * GIB)) == 5 * GIB
     assert needed_bytes(estimated(4 * GIB, scoring=3 * GIB)) == 4 * GIB
@@ -204,6 +223,47 @@ def test_a_trial_that_runs_out_of_memory_ends_and_later_ones_are_judged_by_it(st
     # From the second on they are corrected, by the tenth that they were off.
     last = max((t for t in completed if t.cost.corrected_vram_bytes is not None), key=lambda trial: trial.number)
     assert last.cost.corrected_vram_bytes == pytest.approx(last.cost.peak_vram_bytes, rel=0.02)
+
+
+class _Crowded(InlineExecutor):
+    """LoRA's first stretches run out of memory, because another process has taken it."""
+
+    times: int = 0
+    purpose: str = "search"
+
+    def assign(self, worker: int, pack: Any) -> None:
+        super().assign(worker, pack)
+        (stretch,) = pack.stretches
+        if stretch.spec.method == "lora" and stretch.purpose == self.purpose and self.times:
+            self.times -= 1
+            due, job, event = self._due.pop()
+            ended = Ended(job=stretch.job, reason="out_of_memory", detail="CUDA", peak_vram_bytes=1000)
+            self._due.append((due, job, event._replace(event=ended)))
+
+
+@pytest.mark.parametrize("purpose", ["search", "confirm"])
+@pytest.mark.parametrize(
+    ("times", "free_bytes", "num_failed"), [(1, 10 * GIB, 0), (2, 10 * GIB, 1), (1, 20_000_000 + CONTEXT_BYTES, 0),
+                                            (1, 5_000_000 + CONTEXT_BYTES, 1), (1, None, 1)]
+)  # fmt: skip
+def test_what_runs_out_of_memory_beside_ample_room_is_tried_once_more(studies, purpose, times, free_bytes, num_failed):
+    # LoRA's recipe is estimated at 4.45 MB.
+    space = "methods: {lora: {rank: 8, learning_rate: [0.0001, 0.001], bits: [unquantized]}}"
+    store = studies.create(space=space, budget="2trials")
+    executor = studies.executor(store)
+    executor.__class__ = _Crowded
+    executor.times, executor.purpose = times, purpose
+    record = Search(store, executor, restore_space(store.config), free_bytes=free_bytes).run()
+    if purpose == "search":
+        failed = [trial for trial in record.trials if trial.state == "failed"]
+        assert [trial.outcome.reason for trial in failed] == ["out_of_memory"] * num_failed
+        assert [trial.outcome.room_bytes for trial in failed] == [
+            None if free_bytes is None else free_bytes - CONTEXT_BYTES
+        ] * num_failed
+    else:
+        failed = [each for trial in record.trials for each in trial.failed_confirmations]
+        assert [each.reason for each in failed] == ["out_of_memory"] * num_failed
+    assert sum(len(trial.confirmations) for trial in record.trials) > 0
 
 
 def test_a_trial_that_is_measured_to_need_more_than_max_vram_is_refused_though_its_estimate_fitted(studies):
