@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from autopeft.export.bundle import Bundle
-from autopeft.export.common import OPTIMIZERS, schedule, training_arguments
+from autopeft.export.common import optimizer, schedule, training_arguments
 from autopeft.export.files import to_yaml
 from autopeft.export.lora import list_differences, note_narrow_weights, refuse_classifier, say_bundle
 from autopeft.export.rows import Row, write_rows
@@ -50,7 +50,7 @@ TRAINING = training_arguments(
     ),
     schedule=schedule("lr_scheduler"),
     micro_batch=to("micro_batch_size"),
-    optimizer=choose({ours: {"optimizer": theirs} for ours, theirs in OPTIMIZERS.items()}, "no optimizer {}."),
+    optimizer=optimizer("optimizer"),
 )
 
 

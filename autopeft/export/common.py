@@ -5,7 +5,15 @@ from __future__ import annotations
 from autopeft.export.settings import Entries, Rule, Values, choose, said_elsewhere, to
 
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
-"""Names of transformers' `OptimizerNames`. All have betas of 0.9 and 0.999 and an epsilon of 1e-8, as in a trial."""
+"""Names of transformers' `OptimizerNames`."""
+ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
+"""A trial's (PyTorch's and bitsandbytes' defaults), said because trainers have defaults of their own: ms-swift's
+second beta is 0.95."""
+
+
+def optimizer(key: str = "optim") -> Rule:
+    """The optimizer by transformers' name, and its constants, which Axolotl takes by the same names."""
+    return choose({ours: {key: theirs, **ADAM} for ours, theirs in OPTIMIZERS.items()}, "no optimizer {}.")
 
 
 def schedule(key: str = "lr_scheduler_type", arguments: str = "lr_scheduler_kwargs") -> Rule:
@@ -33,7 +41,7 @@ def training_arguments(**changes: Rule) -> dict[str, Rule]:
         "gradient_accumulation": to("gradient_accumulation_steps"),
         "weight_decay": to("weight_decay"),
         "max_grad_norm": to("max_grad_norm"),
-        "optimizer": choose({ours: {"optim": theirs} for ours, theirs in OPTIMIZERS.items()}, "no optimizer {}."),
+        "optimizer": optimizer(),
         "precision": choose({"bfloat16": {"bf16": True}, "float32": {"bf16": False}}, "no precision {}."),
         "checkpoint_activations": to("gradient_checkpointing"),
         "seed": to("seed"),

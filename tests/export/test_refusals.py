@@ -172,6 +172,18 @@ def test_restarts_keep_their_number(target: str) -> None:
     assert entries["lr_scheduler_kwargs"] == {"num_cycles": 4}
 
 
+@pytest.mark.parametrize("target", sorted(TABLED))
+def test_adams_constants_are_the_trials_whatever_a_trainers_own_are(target: str) -> None:
+    import torch
+
+    recipe, _ = draw_recipe(make_spec("lora", 16), "generation")
+    entries = say(TABLED[target], recipe)
+    assert entries is not None
+    defaults = torch.optim.AdamW([torch.zeros(1)]).defaults
+    assert (entries["adam_beta1"], entries["adam_beta2"]) == defaults["betas"]
+    assert entries["adam_epsilon"] == defaults["eps"]
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_a_constant_rate_keeps_its_warm_up(schedule: str) -> None:
     recipe, _ = draw_recipe(make_spec("lora", 16), "generation", schedule=schedule)
