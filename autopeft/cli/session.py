@@ -135,10 +135,11 @@ def find_places(store: StudyStore, *, model: str | None = None, data_dir: str | 
     from autopeft.production.recipe import find_task_files, make_task_portable
 
     config, local = store.config, read_local(store)
+    asked = list_data_folders(data_dir, config.task_name)
     data_dir = data_dir or keep_folder(local["data_dir"]) or os.environ.get("AUTOPEFT_DATA_DIR")
     task = find_task(
         make_task_portable(config.task), config.task_name, find_task_files(config.task),
-        list_data_folders(data_dir, config.task_name),
+        list_data_folders(data_dir, config.task_name), asked=asked,
     )  # fmt: skip
     model = model or local["model"]
     assert model is not None

@@ -163,10 +163,12 @@ def _run(args: argparse.Namespace) -> int:
 
     _check_stage(args)
     source = _read_source(args)
-    data_dir = args.data_dir or os.environ.get("AUTOPEFT_DATA_DIR") or keep_folder(source.places.data_dir)
-    name = source.recipe.task_name
+    asked = args.data_dir or os.environ.get("AUTOPEFT_DATA_DIR")
+    data_dir, name = asked or keep_folder(source.places.data_dir), source.recipe.task_name
     folders = [*([source.folder] if source.folder else []), *list_data_folders(data_dir, name)]
-    task_text = find_task(source.recipe.task, name, source.places.files, folders)
+    task_text = find_task(
+        source.recipe.task, name, source.places.files, folders, asked=list_data_folders(asked, name)
+    )  # fmt: skip
     task = parse_task(task_text, name)
     model = find_model(source.recipe, source.places, args.model)
     places = _places(source, task_text, model, data_dir)

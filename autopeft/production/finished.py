@@ -58,14 +58,16 @@ def open_finished(folder: Path, *, model: str | None = None, data_dir: str | Non
     recipe, result, places = read_recipe(folder), read_result(folder), read_local(folder)
     if not (folder / ADAPTER).is_dir():
         raise RecordError(f"'{folder}' must hold the trained weights in {ADAPTER}/, but does not. Train it again.")
-    data_dir = data_dir or os.environ.get("AUTOPEFT_DATA_DIR") or keep_folder(places.data_dir)
+    asked = data_dir or os.environ.get("AUTOPEFT_DATA_DIR")
+    data_dir, name = asked or keep_folder(places.data_dir), recipe.task_name
     base = find_model(recipe, places, model)
-    beside = [folder, *list_data_folders(data_dir, recipe.task_name)]
+    beside = [folder, *list_data_folders(data_dir, name)]
+    task = find_task(recipe.task, name, places.files, beside, asked=list_data_folders(asked, name))
     return Finished(
         folder=folder,
         recipe=recipe,
         result=result,
-        task=parse_task(find_task(recipe.task, recipe.task_name, places.files, beside), recipe.task_name),
+        task=parse_task(task, name),
         model=base,
         data_dir=data_dir,
     )

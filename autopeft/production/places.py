@@ -26,17 +26,21 @@ def find_model(recipe: Recipe, places: LocalPlaces, given: str | None = None) ->
     )
 
 
-def find_task(text: str, name: str, files: Mapping[str, str], folders: Sequence[Path]) -> str:
+def find_task(
+    text: str, name: str, files: Mapping[str, str], folders: Sequence[Path], *, asked: Sequence[Path] = ()
+) -> str:
     """A portable task file's text with its own data files where they are here.
 
-    They are looked for where `files` says, by name, then by name in the folders. Raises DataError where one is nowhere.
+    They are looked for by name in the folders that were `asked` for, then where `files` says they were, then by name in
+    `folders`. Raises DataError where one is nowhere.
     """
     found = {}
     for file in find_task_files(text):
-        candidates = [*([Path(files[file])] if file in files else []), *(folder / file for folder in folders)]
+        known = [Path(files[file])] if file in files else []
+        candidates = [*(folder / file for folder in asked), *known, *(folder / file for folder in folders)]
         path = next((path for path in candidates if path.is_file()), None)
         if path is None:
-            looked = ", ".join(f"'{path.parent}'" for path in candidates) or "no folder"
+            looked = ", ".join(dict.fromkeys(f"'{path.parent}'" for path in candidates)) or "no folder"
             raise DataError(
                 f"Task '{name}' reads the file '{file}', which is not there; looked in {looked}. Put it "
                 "there, or name its folder with --data-dir."

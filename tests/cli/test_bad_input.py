@@ -335,6 +335,12 @@ def test_rows_that_have_moved_are_looked_for_in_the_data_folder(
     assert str(folder / "moved" / "train.jsonl") in resumed[0].config.task
     # From here on they are known.
     assert main(["resume", "own"]) == 0
+    # Rows that are named are taken, though those of before are still there.
+    (folder / "again").mkdir()
+    write_rows(folder / "again" / "train.jsonl", ROWS)
+    assert main(["resume", "own", "--data-dir", "again"]) == 0
+    assert str(folder / "again" / "train.jsonl") in resumed[-1].config.task
+    assert main(["resume", "own", "--data-dir", "moved"]) == 0
     write_rows(folder / "moved" / "train.jsonl", ROWS[::-1])
     assert "have changed since 'own' began" in refuse("resume", "own")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -12,8 +13,8 @@ import pytest
 from autopeft.cli.main import main
 from autopeft.executors.devices import Gpu, describe_cpu
 from autopeft.locks import lock_file
-from autopeft.production.files import LocalPlaces, read_recipe, write_local, write_recipe
-from autopeft.production.recipe import Recipe
+from autopeft.production.files import LocalPlaces, read_local, read_recipe, write_local, write_recipe
+from autopeft.production.recipe import Recipe, make_task_portable
 
 Make = Callable[..., Recipe]
 
@@ -135,6 +136,21 @@ def test_checkpoints_of_another_recipe_are_refused_and_named(folder: Path, capsy
     (folder.parent / "here" / "result.json").unlink()
     assert main(["train", "recipe", "--out", "here", "--seed", "5"]) == 2
     assert "its seed is 0, and yours is 5" in capsys.readouterr().err
+
+
+def test_rows_that_are_named_are_trained_on_though_those_of_before_are_there(
+    folder: Path, places: LocalPlaces, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = read_recipe(folder)
+    write_recipe(dataclasses.replace(recipe, task=make_task_portable(recipe.task)), folder)
+    ((name, before),) = places.files.items()
+    (folder.parent / "other").mkdir()
+    lines = Path(before).read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder.parent / "other" / name).write_text("".join(lines[:-32]), encoding="utf-8")
+    assert main(["train", "recipe", "--steps", "1", "--data-dir", "other"]) == 0
+    assert read_recipe(folder / "trained").num_train < recipe.num_train
+    assert read_local(folder / "trained").files == {name: str(folder.parent / "other" / name)}
+    assert "The rows are not those of the study" in capsys.readouterr().out
 
 
 def test_a_folder_of_another_machine_asks_for_the_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

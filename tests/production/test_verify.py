@@ -70,6 +70,29 @@ def test_every_way_of_saving_reproduces_its_score(
     assert found.largest_loss_difference < 1e-3 + largest * 2**-11
 
 
+def test_rows_are_those_that_were_asked_for_though_those_of_before_are_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Path(read_local(folder).files["train.jsonl"])
+    assert before.is_file()
+    # With half of its files, and with all of them under the task's name.
+    write_rows(tmp_path / "half", seed=1)
+    (tmp_path / "half" / "test.jsonl").unlink()
+    write_rows(tmp_path / "all" / "tiny", seed=1)
+
+    def find(**given: str) -> list[str | None]:
+        files = open_finished(folder, **given).task.files
+        assert files is not None
+        return [files.train, files.test]
+
+    assert find(data_dir=str(tmp_path / "half")) == [
+        str(tmp_path / "half" / "train.jsonl"), str(before.parent / "test.jsonl")
+    ]  # fmt: skip
+    monkeypatch.setenv("AUTOPEFT_DATA_DIR", str(tmp_path / "all"))
+    assert find() == [str(tmp_path / "all" / "tiny" / f"{split}.jsonl") for split in ("train", "test")]
+    assert find(data_dir=str(tmp_path / "half"))[0] == str(tmp_path / "half" / "train.jsonl")
+
+
 @pytest.mark.parametrize(("micro_batch", "known", "expected"), [(8, None, 16), (64, None, 32), (8, 4, 4)])
 def test_no_more_rows_are_scored_at_a_time_than_training_had_the_memory_for(
     folder: Path, micro_batch: int, known: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
