@@ -135,7 +135,7 @@ def test_an_export_loads_with_plain_peft_and_says_the_rest(finished: Path, tmp_p
     config = peft.PeftConfig.from_pretrained(str(out))
     assert config.peft_type == "LORA"
     training = yaml.safe_load((out / "training.yaml").read_text())
-    assert training["spec"]["max_steps"] == 80
+    assert training["trial_steps"] == 80
     assert (out / "data" / "train.jsonl").is_file()
     assert str(finished) not in (out / "training.yaml").read_text()
 

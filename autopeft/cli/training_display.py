@@ -177,10 +177,10 @@ class Display:
             where = "" if agreement.split == "test" else " on search-validation"
             if agreement.agrees:
                 self._print(f"             agrees{where}: {size}, within noise ({noise})")
-            elif result.steps < recipe.spec.max_steps:
+            elif result.steps < recipe.trial_steps:
                 self._print(
                     f"warning: the result is {size} the prediction{where}, beyond noise ({noise}; two-sided z test, "
-                    f"arXiv:2411.00640). It took {result.steps:,} steps, and the trial {recipe.spec.max_steps:,}."
+                    f"arXiv:2411.00640). It took {result.steps:,} steps, and the trial {recipe.trial_steps:,}."
                 )
             else:
                 self._print(
@@ -219,7 +219,7 @@ def describe_length(recipe: Recipe) -> dict[str, str]:
     cycles = f", {recipe.num_cycles} cycles" if recipe.num_cycles > 1 else ""
     return {
         "length": f"{recipe.steps:,} steps, {recipe.epochs:.3g} epochs of {recipe.num_train:,} rows "
-        f"(the trial: {recipe.spec.max_steps:,} steps)",
+        f"(the trial: {recipe.trial_steps:,} steps)",
         "steps": f"{batch}, lr {format_learning_rate(recipe.learning_rate)}, {recipe.warmup_steps:,} of warm-up, "
         f"{recipe.schedule.replace('_', ' ')}{cycles}, weight decay {recipe.weight_decay:.3g}, {recipe.optimizer}, "
         f"{recipe.precision}, seed {recipe.seed}",

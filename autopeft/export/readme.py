@@ -65,7 +65,7 @@ def _expectation(recipe: Recipe) -> str:
     if not parts:
         return "The study has not scored this configuration."
     return (
-        f"After {recipe.spec.max_steps:,} steps the study measured {title_scorer(scorer)}: {' and '.join(parts)}. "
+        f"After {recipe.trial_steps:,} steps the study measured {title_scorer(scorer)}: {' and '.join(parts)}. "
         "Margins are standard deviations between seeds."
     )
 
@@ -75,10 +75,10 @@ def _margin(sd: float | None, scorer: str) -> str:
 
 
 def _length(recipe: Recipe) -> str:
-    spec = recipe.spec
-    trial_warmup = math.ceil(spec.warmup_ratio * spec.max_steps)
+    trial_warmup = math.ceil(recipe.trial_warmup_ratio * recipe.trial_steps)
     return (
-        f"The trial took {spec.max_steps:,} steps of {spec.batch_size} rows, with {trial_warmup:,} steps of warm-up. "
+        f"The trial took {recipe.trial_steps:,} steps of {recipe.spec.batch_size} rows, with {trial_warmup:,} steps of "
+        "warm-up. "
         f"These files take {recipe.steps:,} steps, which see each of the {recipe.num_train:,} training rows "
         f"{recipe.epochs:.3g} times, with {recipe.warmup_steps:,} of warm-up; the batch, and with it the learning "
         f"rate, stays. The {recipe.prediction.num_validation:,} search-validation rows are not among them: `autopeft "

@@ -205,7 +205,7 @@ def _say_results(recipe: Recipe, result: TrainingResult, merged: Merged | None) 
         seeds = say_count(prediction.num_confirmed, "seed")
         lines[-1] += (
             f" The study had measured {_score(prediction.test_quality, prediction.test_sd, scorer)} on the test split "
-            f"for this configuration after {recipe.spec.max_steps:,} steps ({seeds})."
+            f"for this configuration after {recipe.trial_steps:,} steps ({seeds})."
         )
     if result.agreement is not None:
         agrees = "agree" if result.agreement.agrees else "DISAGREE beyond noise"

@@ -9,13 +9,13 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 
 from autopeft.errors import RecordError, suggest_nearest
 from autopeft.methods import fill_settings
-from autopeft.production.recipe import RECIPE_VERSION, Prediction, Recipe, check_recipe
+from autopeft.production.recipe import OWN, RECIPE_VERSION, Prediction, Recipe, check_recipe, with_own_values
 from autopeft.records import Inference, from_record, to_record
 from autopeft.report.files import write_atomically
 
@@ -135,6 +135,8 @@ def write_recipe(recipe: Recipe, folder: Path) -> Path:
     """`training.yaml` in the folder, which is made if need be; whole or as it was."""
     record = to_record(recipe)
     record = {"schema_version": record.pop("schema_version"), **record}
+    # Once: what is said twice can be edited where nobody reads it.
+    record["spec"] = {name: value for name, value in record["spec"].items() if name not in OWN}
     lines = [_HEAD]
     for name, value in record.items():
         if name in _SECTIONS:
@@ -163,9 +165,35 @@ def read_recipe(folder: Path) -> Recipe:
     for name in data:
         if name not in names:
             raise RecordError(f"'{path}' has the unknown key '{name}'. {suggest_nearest(str(name), names)}")
-    recipe = from_record(Recipe, data, f"'{path}'")
+    recipe = with_own_values(from_record(Recipe, _complete_spec(data, path), f"'{path}'"))
     check_recipe(recipe, str(path))
     return dataclasses.replace(recipe, spec=fill_settings(recipe.spec))
+
+
+_UNREAD = {
+    "learning_rate": 0.0, "batch_size": 0, "max_steps": 0, "warmup_ratio": 0.0, "schedule": "linear",
+    "weight_decay": 0.0, "seed": 0, "optimizer": "adamw",
+}  # fmt: skip
+"""Stands in a spec until `with_own_values`."""
+
+
+def _complete_spec(data: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The record with a whole spec. Older files have one, of which only the trial's length is read.
+
+    Raises RecordError where somebody gave a newer one what nobody would read.
+    """
+    spec = data.get("spec")
+    if not isinstance(spec, dict):
+        return data
+    if "trial_steps" not in data:
+        data = {**data, "trial_steps": spec.get("max_steps"), "trial_warmup_ratio": spec.get("warmup_ratio")}
+    elif twice := next((name for name in OWN if name in spec), None):
+        own = {"max_steps": "steps", "warmup_ratio": "warmup_steps"}.get(twice, OWN[twice])
+        raise RecordError(
+            f"In '{path}' spec says method, settings, targets and bits alone, but has {twice}, too, which nothing "
+            f"would come of. Take it out, and set {own} below instead."
+        )
+    return {**data, "spec": {**spec, **_UNREAD}}
 
 
 # --- JSON

@@ -78,7 +78,11 @@ class Recipe:
     device_kind: Literal["cpu", "cuda"]
     """Where the trial was trained."""
     spec: TrialSpec
-    """The trial's own, unchanged."""
+    """The trial's: method, settings, targets and bits. Of what is in `OWN` the recipe's fields alone count, and
+    `training.yaml` has nothing else."""
+    trial_steps: int
+    """Its full length."""
+    trial_warmup_ratio: float
     trial_num_train: int
     """Training rows that the trial drew its batches from."""
     num_train: int
@@ -144,17 +148,36 @@ class Recipe:
 
     def key(self) -> str:
         """Identity of the weights that it leads to on one machine: checkpoints of another key are not to be resumed."""
-        record = to_record(self)
+        record = to_record(with_own_values(self))
         return digest_json({name: record.get(name) for name in DECISIVE})
+
+
+OWN = {
+    "learning_rate": "learning_rate", "batch_size": "effective_batch", "max_steps": "trial_steps",
+    "warmup_ratio": "trial_warmup_ratio", "schedule": "schedule", "weight_decay": "weight_decay", "seed": "seed",
+    "optimizer": "optimizer",
+}  # fmt: skip
+"""Fields of a trial's spec -> those of a recipe that say the same, or what took its place."""
+
+
+def with_own_values(recipe: Recipe) -> Recipe:
+    """The recipe with its spec as they say it; of schedules, a trial knows no restarts."""
+    values = {name: getattr(recipe, own) for name, own in OWN.items()}
+    if recipe.schedule == "cosine_with_restarts":
+        values["schedule"] = "cosine"
+    return dataclasses.replace(recipe, spec=dataclasses.replace(recipe.spec, **values))
 
 
 DECISIVE = tuple(
     field.name
     for field in dataclasses.fields(Recipe)
     if field.name
-    not in ("prediction", "cost", "study", "study_uid", "trial", "pick", "provenance", "schema_version", "epochs")
-)
-"""Fields of a recipe that decide the weights; the others say where it comes from."""
+    not in (
+        "prediction", "cost", "study", "study_uid", "trial", "pick", "provenance", "schema_version", "epochs",
+        "trial_steps", "trial_warmup_ratio",
+    )
+)  # fmt: skip
+"""Fields of a recipe that decide the weights; the others say where it comes from, or are in its spec."""
 
 
 # --- from a trial
@@ -184,6 +207,8 @@ def make_recipe(
         split_seed=config.seed,
         device_kind=config.device_kind,
         spec=spec,
+        trial_steps=spec.max_steps,
+        trial_warmup_ratio=spec.warmup_ratio,
         trial_num_train=record.provenance.num_train,
         num_train=num_train,
         steps=spec.max_steps,
@@ -225,12 +250,12 @@ def lay_out(recipe: Recipe, *, num_train: int, epochs: float | None = None, step
     if steps is None:
         if epochs is not None and not (epochs > 0 and math.isfinite(epochs)):
             raise SpecError(f"epochs must be above zero, but is {epochs:g}.")
-        fewest = 1 if epochs is not None else recipe.spec.max_steps
+        fewest = 1 if epochs is not None else recipe.trial_steps
         steps = max(fewest, math.ceil((epochs or DEFAULT_EPOCHS) * num_train / recipe.effective_batch))
     if steps < 1:
         raise SpecError(f"steps must be at least 1, but is {steps}.")
-    warmup_steps = math.ceil(recipe.spec.warmup_ratio * steps)
-    if recipe.warmup_steps != math.ceil(recipe.spec.warmup_ratio * recipe.steps):
+    warmup_steps = math.ceil(recipe.trial_warmup_ratio * steps)
+    if recipe.warmup_steps != math.ceil(recipe.trial_warmup_ratio * recipe.steps):
         # It was edited. In whole numbers, so that the same length gives the same again.
         warmup_steps = -(-recipe.warmup_steps * steps // recipe.steps)
     return dataclasses.replace(
@@ -281,7 +306,7 @@ def check_recipe(recipe: Recipe, where: str) -> None:
             f"In {where} effective_batch must be micro_batch times gradient_accumulation, but {recipe.effective_batch} "
             f"is not {recipe.micro_batch} x {recipe.gradient_accumulation}."
         )
-    for name in ("steps", "num_train", "effective_batch", "micro_batch", "learning_rate", "num_cycles"):
+    for name in ("steps", "trial_steps", "num_train", "effective_batch", "micro_batch", "learning_rate", "num_cycles"):
         if not getattr(recipe, name) > 0:
             raise RecordError(f"In {where} {name} must be above zero, but is {getattr(recipe, name)}.")
     for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed"):

@@ -35,6 +35,8 @@ def make_recipe_for(make_spec: Callable[..., TrialSpec]) -> MakeRecipe:
             split_seed=0,
             device_kind="cpu",
             spec=spec,
+            trial_steps=spec.max_steps,
+            trial_warmup_ratio=spec.warmup_ratio,
             trial_num_train=len(splits.train),
             num_train=len(splits.train),
             steps=spec.max_steps,

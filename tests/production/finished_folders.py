@@ -58,11 +58,12 @@ def make_recipe(spec: TrialSpec, task_text: str, *, model: str, num_test: int) -
     )  # fmt: skip
     return Recipe(
         model=model, model_digest="", task_name="tiny", task=make_task_portable(task_text), split_seed=0,
-        device_kind="cpu", spec=spec, trial_num_train=80, num_train=80, steps=NUM_STEPS, epochs=NUM_STEPS * 8 / 80,
-        warmup_steps=0, schedule="constant", num_cycles=1, effective_batch=8, micro_batch=8, gradient_accumulation=1,
-        learning_rate=spec.learning_rate, weight_decay=0.0, max_grad_norm=1.0, optimizer="adamw", precision="float32",
-        checkpoint_activations=False, seed=spec.seed, prediction=prediction, cost=None, study="tiny-study",
-        study_uid="0123", trial=7, pick="knee", provenance=provenance,
+        device_kind="cpu", spec=spec, trial_steps=NUM_STEPS, trial_warmup_ratio=0.0, trial_num_train=80, num_train=80,
+        steps=NUM_STEPS, epochs=NUM_STEPS * 8 / 80, warmup_steps=0, schedule="constant", num_cycles=1,
+        effective_batch=8, micro_batch=8, gradient_accumulation=1, learning_rate=spec.learning_rate,
+        weight_decay=0.0, max_grad_norm=1.0, optimizer="adamw", precision="float32", checkpoint_activations=False,
+        seed=spec.seed, prediction=prediction, cost=None, study="tiny-study", study_uid="0123", trial=7,
+        pick="knee", provenance=provenance,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,8 +28,9 @@ from autopeft.production.recipe import (
     make_task_portable,
     name_model,
     with_batch,
+    with_own_values,
 )
-from autopeft.records import StudyRecord, TrialSpec, from_record
+from autopeft.records import StudyRecord, TrialSpec, from_record, to_record
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "study-schema-1.json"
 
@@ -165,7 +167,7 @@ def test_a_recipe_survives_its_file(recipe: Recipe, tmp_path: Path) -> None:
 def test_any_text_and_rate_survive_the_file(task: str, rate: float, name: str) -> None:
     study = from_record(StudyRecord, json.loads(GOLDEN.read_text(encoding="utf-8")))
     made = make_recipe(study, study.trials[0], pick="0", num_train=1000)
-    made = dataclasses.replace(made, task=task, learning_rate=rate, study=name)
+    made = with_own_values(dataclasses.replace(made, task=task, learning_rate=rate, study=name))
     with tempfile.TemporaryDirectory() as folder:
         write_recipe(made, Path(folder))
         assert read_recipe(Path(folder)) == made
@@ -201,6 +203,40 @@ def test_an_edit_that_contradicts_the_rest_is_refused(
     write_recipe(dataclasses.replace(recipe, **change), tmp_path)  # type: ignore[arg-type]
     with pytest.raises(RecordError, match=message):
         read_recipe(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"), [("learning_rate", "learning_rate"), ("batch_size", "effective_batch"), ("max_steps", "steps")]
+)
+def test_a_setting_is_said_once_and_refused_where_nobody_would_read_it(
+    recipe: Recipe, tmp_path: Path, name: str, instead: str
+) -> None:
+    path = write_recipe(recipe, tmp_path)
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert set(data["spec"]) == {"method", "settings", "target_modules", "bits"}
+    data["spec"][name] = 7
+    path.write_text(yaml.safe_dump(data), encoding="utf-8")
+    with pytest.raises(RecordError, match=f"has {name}, too.* set {instead} below instead"):
+        read_recipe(tmp_path)
+
+
+def test_an_edited_setting_is_named_as_the_file_has_it(recipe: Recipe, tmp_path: Path) -> None:
+    path = write_recipe(recipe, tmp_path)
+    # To YAML 1.1, which needs a point, it is a text.
+    text = path.read_text(encoding="utf-8").replace(f"\nlearning_rate: {recipe.learning_rate}", "\nlearning_rate: 1e-3")
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecordError, match=r"yaml'\.learning_rate must be float, but is '1e-3'"):
+        read_recipe(tmp_path)
+
+
+def test_a_changed_batch_and_rate_are_one_recipe_before_and_after_the_file(recipe: Recipe, tmp_path: Path) -> None:
+    changed = dataclasses.replace(
+        with_batch(recipe, effective=4 * recipe.effective_batch), seed=5, schedule="cosine_with_restarts", num_cycles=2
+    )
+    changed = lay_out(changed, num_train=recipe.num_train, steps=recipe.steps)
+    write_recipe(changed, tmp_path)
+    assert read_recipe(tmp_path).key() == changed.key()
+    assert read_recipe(tmp_path) == with_own_values(changed)
 
 
 def test_a_folder_without_a_recipe_says_how_to_get_one(tmp_path: Path) -> None:
@@ -249,4 +285,17 @@ def test_old_recipes_are_read(make_spec: Callable[..., TrialSpec], recipe: Recip
     text = path.read_text(encoding="utf-8")
     assert "    dropout: 0.0\n" in text
     path.write_text(text.replace("    dropout: 0.0\n", ""), encoding="utf-8")
-    assert read_recipe(tmp_path).spec == make_spec("lora")
+    assert read_recipe(tmp_path).spec.settings == make_spec("lora").settings
+
+
+def test_a_file_that_says_settings_twice_is_read_by_those_that_count(recipe: Recipe, tmp_path: Path) -> None:
+    """As files were written before: whole specs, and the length in them alone."""
+    path = write_recipe(recipe, tmp_path)
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    del data["trial_steps"], data["trial_warmup_ratio"]
+    data["spec"] = to_record(recipe.spec)
+    path.write_text(yaml.safe_dump(data), encoding="utf-8")
+    assert read_recipe(tmp_path) == recipe
+    data["learning_rate"] = 0.5
+    path.write_text(yaml.safe_dump(data), encoding="utf-8")
+    assert read_recipe(tmp_path).learning_rate == 0.5
