@@ -17,8 +17,8 @@ from autopeft.wording import in_one_line
 
 if TYPE_CHECKING:
     from autopeft.production.files import LocalPlaces
+    from autopeft.production.options import Options
     from autopeft.production.recipe import Recipe
-    from autopeft.production.session import Options
     from autopeft.records import StudyRecord
 
 TRAINED = Path("trained")
@@ -199,7 +199,7 @@ def _run(args: argparse.Namespace) -> int:
 
     with _hold(out), display:
         result = train(
-            recipe, task, places, model=model, out=out, options=_options(args), listener=display,
+            recipe, task, places, model=model, out=out, options=_options(args, out), listener=display,
             pretrained=Path(args.start) if args.start else None,
         )  # fmt: skip
     if result is not None:
@@ -215,24 +215,34 @@ def _pretrain(  # type: ignore[no-untyped-def]
 
     with _hold(out), display:
         result = pretrain(
-            recipe, task, places, model=model, text=Path(args.text), out=out, options=_options(args), listener=display,
-            epochs=args.epochs, steps=args.steps,
+            recipe, task, places, model=model, text=Path(args.text), out=out, options=_options(args, out),
+            listener=display, epochs=args.epochs, steps=args.steps,
         )  # fmt: skip
     if result is not None:
         display.finish_pretraining(args.source, args.pick, result)
     return 0
 
 
-def _options(args: argparse.Namespace) -> Options:
-    from autopeft.production.session import PATIENCE, Options
+def _options(args: argparse.Namespace, out: Path) -> Options:
+    """What is asked for; where nothing is, what an interrupted training in the folder was."""
+    from dataclasses import replace
 
-    return Options(
-        all_rows=args.all_rows,
-        patience=PATIENCE if args.patience is None else args.patience or None,
-        evaluate_every=args.eval_every,
-        save_every=args.save_every,
-        report_to=tuple(part.strip() for part in args.report_to.split(",")) if args.report_to else (),
-    )
+    from autopeft.production.checkpoints import find_newest
+    from autopeft.production.options import Options
+
+    newest = find_newest(out)
+    before = newest.options if newest is not None else None
+    # Those of one are not for the other, which is refused to go on with it.
+    options = before if before is not None and before.all_rows == args.all_rows else Options(all_rows=args.all_rows)
+    if args.patience is not None:
+        options = replace(options, patience=args.patience or None)
+    if args.eval_every is not None:
+        options = replace(options, evaluate_every=args.eval_every)
+    if args.save_every is not None:
+        options = replace(options, save_every=args.save_every)
+    if args.report_to:
+        options = replace(options, report_to=tuple(part.strip() for part in args.report_to.split(",")))
+    return options
 
 
 def _check_stage(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ leaves the one before. Two are kept: the newest, and the best on search-validati
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import torch
 
 from autopeft.backends.hf.saved import telling_the_disk
 from autopeft.errors import RecordError
+from autopeft.production.options import Options
 from autopeft.records import from_record, to_record
 
 CHECKPOINTS = "checkpoints"
@@ -55,6 +57,8 @@ class CheckpointMeta:
     seconds: float
     """Wall seconds of all sessions up to here."""
     evaluations: tuple[Evaluation, ...]
+    options: Options | None = dataclasses.field(default=None, metadata={"leave_out_default": True})
+    """What was asked for: a resumed training is asked for the same where nothing else is."""
 
     @property
     def best(self) -> Evaluation | None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from autopeft.backends.hf.data import Batch
 from autopeft.production.checkpoints import Evaluation
+from autopeft.production.options import Options
 from autopeft.production.recipe import Recipe
 
 
@@ -49,6 +50,8 @@ class Job:
     key: str
     """Identity of the weights that this leads to; checkpoints carry it."""
     folder: Path
+    options: Options
+    """Asked for; checkpoints carry them, too."""
     rhythm: Rhythm
     batches: Sequence[Sequence[int]]
     """Row indices of every step."""

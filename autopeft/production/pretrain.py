@@ -35,6 +35,7 @@ from autopeft.production import checkpoints
 from autopeft.production.checkpoints import Evaluation
 from autopeft.production.files import LocalPlaces, write_local, write_recipe
 from autopeft.production.job import Job
+from autopeft.production.options import Options, check_options
 from autopeft.production.recipe import Recipe, lay_out
 from autopeft.production.run import (
     Listener,
@@ -46,7 +47,7 @@ from autopeft.production.run import (
     run_trainer,
 )
 from autopeft.production.scores import own_forward
-from autopeft.production.session import Options, Session, check_options, is_sharded, open_session
+from autopeft.production.session import Session, is_sharded, open_session
 from autopeft.production.start import PRETRAINED, WEIGHTS, PretrainingResult, adapter_key
 from autopeft.production.trainer import RecipeTrainer
 from autopeft.records import digest_json, to_record
@@ -178,6 +179,7 @@ def pretrain(
         recipe=recipe,
         key=key,
         folder=out,
+        options=options,
         rhythm=plan_rhythm(recipe, options, num_scored=len(held)),
         batches=plan_batches(
             [task.max_length] * len(training),

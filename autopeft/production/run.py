@@ -28,9 +28,10 @@ from autopeft.production.files import LocalPlaces, TrainingResult, write_local, 
 from autopeft.production.finish import ADAPTER, Built, make_result, save_weights
 from autopeft.production.job import Job, Progress, Rhythm
 from autopeft.production.latency import measure_inference
+from autopeft.production.options import Options, check_options
 from autopeft.production.recipe import Recipe
 from autopeft.production.scores import join_splits, own_forward, score_everywhere
-from autopeft.production.session import Options, Session, check_options, find_peak, is_sharded, open_session
+from autopeft.production.session import Session, find_peak, is_sharded, open_session
 from autopeft.production.start import read_start
 from autopeft.production.trainer import RecipeTrainer
 from autopeft.records import TrialSpec, digest_json
@@ -132,6 +133,7 @@ def train(
         recipe=recipe,
         key=key,
         folder=out,
+        options=options,
         rhythm=rhythm,
         batches=plan_batches(rows.lengths, batch_size=recipe.effective_batch, num_steps=recipe.steps, seed=recipe.seed),
         collate=rows.collate,

@@ -236,7 +236,7 @@ class RecipeTrainer(transformers.Trainer):
             best = checkpoints.find_best(self.evaluations)
             meta = CheckpointMeta(
                 key=self.job.key, step=step, processes=self.args.world_size, seconds=self.seconds,
-                evaluations=self.evaluations,
+                evaluations=self.evaluations, options=self.job.options,
             )  # fmt: skip
             checkpoints.finish_checkpoint(self.job.folder, meta, keep=() if best is None else (best.step,))
         self._saved_at = step

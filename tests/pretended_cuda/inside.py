@@ -34,9 +34,10 @@ from autopeft.production import plain, pretrain
 from autopeft.production.files import LocalPlaces, TrainingResult
 from autopeft.production.finished import open_finished
 from autopeft.production.job import Progress
+from autopeft.production.options import Options
 from autopeft.production.recipe import Recipe, find_task_files
 from autopeft.production.run import Listener, train
-from autopeft.production.session import Options, Session
+from autopeft.production.session import Session
 from autopeft.production.verify import verify
 from autopeft.records import TrialSpec
 from autopeft.tasks.spec import TaskSpec, find_task_text, parse_task

@@ -15,10 +15,10 @@ from autopeft.backends.hf.base_model import load_base, load_tokenizer
 from autopeft.backends.hf.build import build_trial_model
 from autopeft.errors import DataError, ModelError, RecordError, SpecError
 from autopeft.production.files import LocalPlaces
+from autopeft.production.options import Options
 from autopeft.production.pretrain import pack, pretrain, read_documents
 from autopeft.production.recipe import Recipe, find_task_files
 from autopeft.production.run import train
-from autopeft.production.session import Options
 from autopeft.production.start import PretrainingResult, read_start
 from autopeft.tasks.spec import parse_task
 from autopeft.testing.tiny_models import ArchitectureName, tiny_folder, tiny_task

@@ -20,9 +20,10 @@ from autopeft.errors import DeviceError, ModelError, RecordError, SpecError, Tra
 from autopeft.production import checkpoints
 from autopeft.production.files import LocalPlaces, TrainingResult, read_recipe, read_result, write_recipe
 from autopeft.production.job import Progress
+from autopeft.production.options import Options
 from autopeft.production.recipe import Recipe
 from autopeft.production.run import EVALUATION_SHARE, Listener, explaining_memory, plan_rhythm, train
-from autopeft.production.session import Options, open_session, split_effective_batch
+from autopeft.production.session import open_session, split_effective_batch
 from autopeft.records import TrialSpec
 from autopeft.tasks.spec import parse_task
 from autopeft.testing.tiny_models import tiny_folder, tiny_task
@@ -314,7 +315,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("autopeft.production.session.find_spec", lambda name: None)
+    monkeypatch.setattr("autopeft.production.options.find_spec", lambda name: None)
     with pytest.raises(SpecError, match=message):
         run(make_recipe_for(), places, tmp_path / "out", options)
     assert not (tmp_path / "out").exists()

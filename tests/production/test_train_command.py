@@ -13,7 +13,9 @@ import pytest
 from autopeft.cli.main import main
 from autopeft.executors.devices import Gpu, describe_cpu
 from autopeft.locks import lock_file
+from autopeft.production.checkpoints import checkpoint_folder, find_newest
 from autopeft.production.files import LocalPlaces, read_local, read_recipe, write_local, write_recipe
+from autopeft.production.options import Options
 from autopeft.production.recipe import Recipe, make_task_portable
 
 Make = Callable[..., Recipe]
@@ -61,6 +63,29 @@ def test_a_training_folder_goes_on_in_itself(folder: Path, capsys: pytest.Captur
     assert main(["train", "here"]) == 0
     assert "going on from step 8" in capsys.readouterr().out
     assert (folder.parent / "here" / "result.json").is_file()
+
+
+def test_a_training_goes_on_as_it_was_asked_to(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["--patience", "0", "--eval-every", "3", "--save-every", "4"]
+    assert main(["train", "recipe", "--out", "here", *asked]) == 0
+    (folder.parent / "here" / "result.json").unlink()
+    seen: list[Options] = []
+    monkeypatch.setattr("autopeft.production.run.train", lambda *args, **given: seen.append(given["options"]))
+    assert main(["train", "here"]) == 0
+    assert main(["train", "here", "--patience", "5"]) == 0
+    assert seen == [Options(patience=patience, evaluate_every=3, save_every=4) for patience in (None, 5)]
+
+
+def test_checkpoints_of_before_options_were_kept_are_read(folder: Path) -> None:
+    assert main(["train", "recipe", "--out", "here"]) == 0
+    meta = find_newest(folder.parent / "here")
+    assert meta is not None
+    path = checkpoint_folder(folder.parent / "here", meta.step) / "checkpoint.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    del data["options"]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    (folder.parent / "here" / "result.json").unlink()
+    assert main(["train", "here"]) == 0
 
 
 def test_a_folder_that_another_process_trains_into_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

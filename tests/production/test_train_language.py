@@ -17,9 +17,9 @@ from autopeft.backends.base import Finished, Stretch, WorkerSetup
 from autopeft.backends.hf.trial import HfBackend
 from autopeft.errors import SpecError
 from autopeft.production.files import LocalPlaces, TrainingResult
+from autopeft.production.options import Options
 from autopeft.production.recipe import Recipe
 from autopeft.production.run import train
-from autopeft.production.session import Options
 from autopeft.tasks.data import load_splits
 from autopeft.tasks.spec import parse_task
 from autopeft.testing.tiny_models import tiny_folder
