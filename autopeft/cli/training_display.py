@@ -235,5 +235,6 @@ def _describe_prediction(recipe: Recipe) -> str:
         return f"{format_quality(prediction.test_quality, scorer)}{spread} on the test split ({seeds})"
     if prediction.validation_quality is not None:
         quality = format_quality(prediction.validation_quality, scorer)
-        return f"{quality} on search-validation; it was never confirmed on the test split"
+        after = recipe.say_measured_steps()
+        return f"{quality} on search-validation after {after}; it was never confirmed on the test split"
     return "nothing: the trial reached no rung"

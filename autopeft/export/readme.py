@@ -65,7 +65,7 @@ def _expectation(recipe: Recipe) -> str:
     if not parts:
         return "The study has not scored this configuration."
     return (
-        f"After {recipe.trial_steps:,} steps the study measured {title_scorer(scorer)}: {' and '.join(parts)}. "
+        f"After {recipe.say_measured_steps()} the study measured {title_scorer(scorer)}: {' and '.join(parts)}. "
         "Margins are standard deviations between seeds."
     )
 

@@ -220,7 +220,7 @@ def _find_rate_scale(recipe: Recipe) -> _RateScale | None:
 def _describe_prediction(recipe: Recipe) -> str:
     prediction = recipe.prediction
     seeds = "1 seed" if prediction.num_seeds == 1 else f"{prediction.num_seeds} seeds"
-    return f"{prediction.scorer} over {seeds} after {recipe.trial_steps} steps"
+    return f"{prediction.scorer} over {seeds} after {recipe.say_measured_steps()}"
 
 
 TARGET = Target(title="transformers and peft", package="transformers==5.23.0", refuse=refuse, write=write)

@@ -205,7 +205,7 @@ def _say_results(recipe: Recipe, result: TrainingResult, merged: Merged | None) 
         seeds = say_count(prediction.num_confirmed, "seed")
         lines[-1] += (
             f" The study had measured {_score(prediction.test_quality, prediction.test_sd, scorer)} on the test split "
-            f"for this configuration after {recipe.trial_steps:,} steps ({seeds})."
+            f"for this configuration after {recipe.say_measured_steps()} ({seeds})."
         )
     if result.agreement is not None:
         agrees = "agree" if result.agreement.agrees else "DISAGREE beyond noise"
@@ -248,7 +248,10 @@ def _say_how_chosen(recipe: Recipe, result: TrainingResult, study: StudyRecord |
         measured = ""
         if prediction.validation_quality is not None:
             quality = format_quality(prediction.validation_quality, prediction.scorer)
-            measured = f" There it had {quality} on {prediction.num_validation:,} search-validation examples."
+            measured = (
+                f" There it had {quality} on {prediction.num_validation:,} search-validation examples after "
+                f"{recipe.say_measured_steps()}."
+            )
         return "\n".join([*lines, f"{origin}.{measured} The study's record, and with it its front, was not at hand."])
     why = next((pick.why.rstrip(".") for pick in study.picks if pick.name == recipe.pick), "")
     methods = {trial.spec.method for trial in study.trials if trial.rungs}

@@ -66,7 +66,7 @@ class TrainingResult:
     test_loss: float
     prediction: Prediction
     agreement: Agreement | None
-    """None where the study measured nothing to compare with."""
+    """None where the study measured nothing to compare with: other rows, or a part of the trial's length alone."""
     train_seconds: float
     """Wall seconds of all sessions, evaluations and checkpoints included."""
     peak_bytes: int | None

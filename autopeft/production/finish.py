@@ -122,7 +122,8 @@ def make_result(
         validation_quality = score_predictions(task.scorer, labels, validation.predictions)
         validation_error = estimate_standard_error(task.scorer, np.asarray(labels), validation.predictions)
     agreement = None
-    if data.splits.digest == recipe.provenance.task_digest:
+    # What was stopped early would have scored otherwise at its full length.
+    if data.splits.digest == recipe.provenance.task_digest and recipe.measured_steps == recipe.trial_steps:
         agreement = compare(
             recipe.prediction, test_quality=quality, test_error=error, validation_quality=validation_quality,
             validation_error=validation_error,

@@ -32,6 +32,7 @@ from autopeft.records import (
     digest_json,
     to_record,
 )
+from autopeft.wording import say_count
 
 RECIPE_VERSION = 1
 """Raised when older code would misread `training.yaml`."""
@@ -45,7 +46,7 @@ Precision = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What the study measured for this configuration at its full length."""
+    """What the study measured for this configuration."""
 
     scorer: str
     validation_quality: float | None
@@ -60,6 +61,9 @@ class Prediction:
     """Between seeds; None with fewer than two."""
     num_confirmed: int
     num_test: int
+    steps: int | None = dataclasses.field(default=None, metadata={"leave_out_default": True})
+    """Optimizer steps after which it was scored, fewer than the trial's full length where it was stopped early; None
+    before its first score, and in older files, which do not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +142,16 @@ class Recipe:
             optimizer=self.optimizer,
             seed=self.seed,
         )
+
+    @property
+    def measured_steps(self) -> int:
+        """After which the study scored it; older files are taken to be of its full length."""
+        return self.prediction.steps or self.trial_steps
+
+    def say_measured_steps(self) -> str:
+        """`400 steps`, or `50 of 400 steps` of a trial that was stopped early."""
+        part = f"{self.measured_steps:,} of " if self.measured_steps < self.trial_steps else ""
+        return f"{part}{say_count(self.trial_steps, 'step')}"
 
     @property
     def scoring_batch(self) -> int:
@@ -392,6 +406,8 @@ def _predict(record: StudyRecord, trial: TrialRecord) -> Prediction:
         test_sd=_spread(tests),
         num_confirmed=len(tests),
         num_test=record.provenance.num_test,
+        # Confirmations are of full length.
+        steps=trial.spec.max_steps if tests else trial.rungs[-1].step if trial.rungs else None,
     )
 
 

@@ -15,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autopeft.backends.hf import steps as trial_steps
+from autopeft.cli.training_display import _describe_prediction
 from autopeft.errors import RecordError, SpecError
+from autopeft.export.readme import _expectation
 from autopeft.methods import fill_settings
 from autopeft.production.files import LocalPlaces, read_local, read_recipe, write_local, write_recipe
 from autopeft.production.recipe import (
@@ -156,6 +158,18 @@ def test_the_prediction_is_the_studys(study: StudyRecord, recipe: Recipe) -> Non
     assert prediction.num_seeds == 1 + len(trial.confirmations)
     assert prediction.num_confirmed == len(trial.confirmations)
     assert (prediction.test_sd is None) == (len(trial.confirmations) < 2)
+
+
+def test_a_trial_that_was_stopped_early_is_described_so(study: StudyRecord) -> None:
+    trial = next(trial for trial in study.trials if len(trial.rungs) > 1)
+    stopped = dataclasses.replace(trial, rungs=trial.rungs[:1], confirmations=())
+    recipe = make_recipe(study, stopped, pick="0", num_train=1000)
+    assert recipe.measured_steps == trial.rungs[0].step < recipe.trial_steps
+    assert recipe.say_measured_steps() == f"{trial.rungs[0].step} of {recipe.trial_steps} steps"
+    assert f"search-validation after {recipe.say_measured_steps()}; it was never" in _describe_prediction(recipe)
+    assert f"After {recipe.say_measured_steps()} the study measured" in _expectation(recipe)
+    whole = make_recipe(study, trial, pick="0", num_train=1000)
+    assert whole.say_measured_steps() == f"{recipe.trial_steps} steps"
 
 
 def test_a_recipe_survives_its_file(recipe: Recipe, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -286,6 +287,16 @@ def test_a_recipe_without_a_digest_is_trained_on_any_weights(make_recipe_for: Ma
     path = tmp_path / "training.yaml"
     path.write_text(path.read_text().replace("model_digest: 0123456789abcdef", "model_digest: ''"))
     assert read_recipe(tmp_path).model_digest == ""
+
+
+def test_what_was_measured_before_its_full_length_is_not_compared(
+    make_recipe_for: Make, places: LocalPlaces, tmp_path: Path
+) -> None:
+    recipe = make_recipe_for("ia3")
+    whole = dataclasses.replace(recipe.prediction, test_quality=None, test_sd=None, num_confirmed=0)
+    assert run(dataclasses.replace(recipe, prediction=whole), places, tmp_path / "whole").agreement is not None
+    part = dataclasses.replace(whole, steps=recipe.trial_steps // 2)
+    assert run(dataclasses.replace(recipe, prediction=part), places, tmp_path / "part").agreement is None
 
 
 def test_other_rows_than_the_studys_are_trained_on_but_not_compared(
