@@ -178,7 +178,7 @@ def _run(args: argparse.Namespace) -> int:
         start = read_start(Path(args.start), _seeded(source.recipe, args))
         source = source._replace(recipe=replace(source.recipe, pretrained=start.digest))
     goes_on = source.folder is not None and is_training_folder(source.folder)
-    recipe, notes = _change(source.recipe, args, task, data_dir)
+    recipe, notes = _change(source, args, task, data_dir)
     default = source.folder if goes_on else source.folder / "trained" if source.folder else TRAINED / source.name
     assert default is not None
     out = Path(args.out) if args.out else default
@@ -318,7 +318,7 @@ def _seeded(recipe: Recipe, args: argparse.Namespace) -> Recipe:
     return recipe if args.seed is None else replace(recipe, seed=args.seed)
 
 
-def _change(recipe: Recipe, args: argparse.Namespace, task, data_dir: str | None):  # type: ignore[no-untyped-def]
+def _change(source: _Source, args: argparse.Namespace, task, data_dir: str | None):  # type: ignore[no-untyped-def]
     """(the recipe with what the command line asks, sentences on what follows from it)."""
     from dataclasses import replace
 
@@ -328,7 +328,7 @@ def _change(recipe: Recipe, args: argparse.Namespace, task, data_dir: str | None
     from autopeft.report.words import format_learning_rate
     from autopeft.tasks.data import load_splits
 
-    notes = []
+    recipe, notes = source.recipe, []
     if recipe.device_kind == "cpu" and find_gpus():
         notes.append("The study was made on CPUs, so training takes the CPU too. To train on the GPU, search on it.")
     recipe = _seeded(recipe, args)
@@ -353,7 +353,10 @@ def _change(recipe: Recipe, args: argparse.Namespace, task, data_dir: str | None
     num_train = len(splits.train) + (len(splits.validation) if args.all_rows else 0)
     if args.stage == "task" and (args.epochs is not None or args.steps is not None):
         recipe = lay_out(recipe, num_train=num_train, epochs=args.epochs, steps=args.steps)
+    elif source.folder is None:
+        recipe = lay_out(recipe, num_train=num_train)
     elif num_train != recipe.num_train or args.batch_size is not None:
+        # The length that its file says.
         recipe = lay_out(recipe, num_train=num_train, epochs=recipe.epochs)
     check_recipe(recipe, "the recipe")
     return recipe, notes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from autopeft.cli.main import main
+from autopeft.cli.train import _Source
 from autopeft.executors.devices import Gpu, describe_cpu
 from autopeft.locks import lock_file
 from autopeft.production.checkpoints import checkpoint_folder, find_newest
 from autopeft.production.files import LocalPlaces, read_local, read_recipe, write_local, write_recipe
 from autopeft.production.options import Options
-from autopeft.production.recipe import Recipe, make_task_portable
+from autopeft.production.recipe import Recipe, lay_out, make_task_portable
 
 Make = Callable[..., Recipe]
 
@@ -111,6 +113,22 @@ def test_a_changed_batch_says_what_becomes_of_the_rate(folder: Path, capsys: pyt
     assert "note: The effective batch goes from 8 to 32, so the learning rate goes from 3e-2 to 6e-2" in output
     assert "batch 32 (4 x 8), lr 6e-2" in output
     assert read_recipe(folder.parent / "big").gradient_accumulation == 4
+
+
+@pytest.mark.parametrize(("asked", "batch"), [([], 8), (["--batch-size", "32"], 32)])
+def test_a_studys_trial_takes_three_epochs_of_the_rows_there_are_or_its_own_steps(
+    folder: Path, places: LocalPlaces, monkeypatch: pytest.MonkeyPatch, asked: list[str], batch: int
+) -> None:
+    recipe = read_recipe(folder)
+    rows, seen = recipe.num_train, list[Recipe]()
+    monkeypatch.setattr("autopeft.production.run.train", lambda recipe, *args, **given: seen.append(recipe))
+    for trial_steps, known in ((5, 4 * rows), (1000, rows // 2)):
+        # As the study knows it, of another number of rows.
+        chosen = lay_out(dataclasses.replace(recipe, trial_steps=trial_steps), num_train=known)
+        source = _Source(chosen, places, None, f"{trial_steps}-{batch}")
+        monkeypatch.setattr("autopeft.cli.train._read_source", lambda args, source=source: source)
+        assert main(["train", "study", "--pick", "knee", *asked]) == 0
+        assert seen[-1].steps == max(trial_steps, math.ceil(3 * rows / batch))
 
 
 def test_a_recipe_of_a_cpu_says_that_the_gpu_is_not_for_it(
