@@ -67,9 +67,9 @@ def print_merged(finished: Finished, merged: Merged) -> None:
     """How far the merged model's answers are from the unmerged one's."""
     from autopeft.methods import find_method
 
-    spec = finished.recipe.spec
+    recipe = finished.recipe
     rows = f"{say_count(merged.num_rows, 'row')} of the test split, logits up to {merged.largest_logit:.3g}"
-    print(f"method       {find_method(spec.method).title}, trained on a base of {spec.bits} bits")
+    print(f"method       {find_method(recipe.spec.method).title}, trained on a base of {recipe.bits} bits")
     print(f"compared     on {rows}")
     print(f"merging      moves logits by at most {merged.difference:.1e} in float32")
     if merged.quantization_difference is not None:

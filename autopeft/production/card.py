@@ -311,7 +311,7 @@ def _say_configuration(recipe: Recipe, result: TrainingResult) -> str:
         ["Setting", "Value"],
         ["Method", f"{method.title}, {method.paper}"],
         ["Settings", escape_markdown(describe_settings(spec)) or NOTHING],
-        ["Base weights", f"{spec.bits} bits" + (", NF4 twice quantized" if spec.bits == 4 else "")],
+        ["Base weights", f"{recipe.bits} bits" + (", NF4 twice quantized" if recipe.bits == 4 else "")],
         ["Trainable parameters", f"{result.trainable_parameters:,}, and {result.head_parameters:,} of the task head"],
         [
             "Optimizer",

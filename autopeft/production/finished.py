@@ -84,15 +84,15 @@ def make_job(finished: Finished, data: Any, rows: Sequence[int], *, device: str,
     from autopeft.backends.hf.base_model import describe_base, find_head, resolve_model
 
     recipe, is_whole = finished.recipe, finished.result.saved_as == "transformers"
-    base = describe_base(finished.model, num_labels=finished.num_labels, bits=recipe.spec.bits)
+    base = describe_base(finished.model, num_labels=finished.num_labels, bits=recipe.bits)
     return {
         "saved_as": finished.result.saved_as,
         "saved": str(finished.adapter.resolve()),
         "base": finished.model if finished.result.saved_as == "autopeft" else resolve_model(finished.model),
-        "bits": recipe.spec.bits,
+        "bits": recipe.bits,
         # On GPUs the base's weights went through bfloat16 before they were quantized or trained on. What was trained
         # itself is float32.
-        "dtype": "bfloat16" if recipe.device_kind == "cuda" and not is_whole else "float32",
+        "dtype": "bfloat16" if recipe.trains_on == "cuda" and not is_whole else "float32",
         "device": device,
         "head": list(find_head(base.model)),
         "num_labels": finished.num_labels,

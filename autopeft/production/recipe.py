@@ -23,6 +23,7 @@ import yaml
 from autopeft.errors import RecordError, SpecError
 from autopeft.methods import check_spec, fill_settings
 from autopeft.records import (
+    Bits,
     Cost,
     Optimizer,
     Provenance,
@@ -135,6 +136,7 @@ class Recipe:
         """
         return dataclasses.replace(
             self.spec,
+            bits=self.bits,
             learning_rate=self.learning_rate,
             batch_size=self.effective_batch,
             max_steps=self.steps,
@@ -142,6 +144,16 @@ class Recipe:
             optimizer=self.optimizer,
             seed=self.seed,
         )
+
+    @property
+    def trains_on(self) -> Literal["cpu", "cuda"]:
+        """Wherever the study was made: bfloat16 is for GPUs, and float32 for CPUs (`session.open_session`)."""
+        return "cuda" if self.precision == "bfloat16" else "cpu"
+
+    @property
+    def bits(self) -> Bits:
+        """Of the base's weights as it is trained on: unquantized they have 16 on GPUs, and 32 on CPUs."""
+        return 32 if self.spec.bits == 16 and self.trains_on == "cpu" else self.spec.bits
 
     @property
     def measured_steps(self) -> int:

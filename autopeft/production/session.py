@@ -48,9 +48,6 @@ def open_session(recipe: Recipe, out: Path, options: Options) -> Session:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     on_gpu = recipe.device_kind == "cuda" and torch.cuda.is_available() and not _env_says("ACCELERATE_USE_CPU")
-    rule = refuse_spec(recipe.training_spec(), "cuda" if on_gpu else "cpu")
-    if rule is not None:
-        raise SpecError(rule)
     if recipe.precision == "float32" and on_gpu:
         raise DeviceError(
             "On a GPU training computes in bfloat16, as the study's trials did, but the recipe says float32. Set "
@@ -66,6 +63,9 @@ def open_session(recipe: Recipe, out: Path, options: Options) -> Session:
             "The recipe computes in bfloat16, which is for GPUs, but this machine has none. Train where there is one, "
             "or set precision: float32 in training.yaml; the result will then differ a little from the study's."
         )
+    rule = refuse_spec(recipe.training_spec(), "cuda" if on_gpu else "cpu")
+    if rule is not None:
+        raise SpecError(rule)
     if "tensorboard" in options.report_to:
         # Else its files would lie among the checkpoints.
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(out / "runs"))

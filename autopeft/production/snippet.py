@@ -36,7 +36,7 @@ def make_code(recipe: Recipe, result: TrainingResult, task: TaskSpec, *, merged:
             "",
             f"folder = {where}",
             f'base = load_base("{"minilm" if recipe.model == "minilm" else base}", '
-            f'num_labels={len(task.labels) or None}, bits={recipe.spec.bits}, device="cpu")',
+            f'num_labels={len(task.labels) or None}, bits={recipe.bits}, device="cpu")',
             "tokenizer = load_tokenizer(folder)",
             "model = load_trained(base, Path(folder))",
             *_answer(task),
@@ -47,12 +47,12 @@ def make_code(recipe: Recipe, result: TrainingResult, task: TaskSpec, *, merged:
     else:
         arguments = [f'"{base}"']
         arguments += [f"num_labels={len(task.labels)}"] if task.labels else []
-        quantized = recipe.spec.bits < 16
+        quantized = recipe.bits < 16
         arguments += ["quantization_config=quantization"] if quantized else []
         lines += ["from peft import PeftModel", "", f"folder = {where}"]
         if quantized:
             width = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
-            width = width if recipe.spec.bits == 4 else "load_in_8bit=True"
+            width = width if recipe.bits == 4 else "load_in_8bit=True"
             skip = ', llm_int8_skip_modules=["classifier", "score"]' if task.labels else ""
             lines.append(f"quantization = BitsAndBytesConfig({width}{skip})")
         lines += [
@@ -66,7 +66,7 @@ def make_code(recipe: Recipe, result: TrainingResult, task: TaskSpec, *, merged:
 
 
 def _quantizer(recipe: Recipe, merged: bool) -> str:
-    return ", BitsAndBytesConfig" if recipe.spec.bits < 16 and not merged else ""
+    return ", BitsAndBytesConfig" if recipe.bits < 16 and not merged else ""
 
 
 def _answer(task: TaskSpec) -> list[str]:

@@ -97,8 +97,8 @@ def choose_tolerance(finished: Finished, device: str) -> Tolerance:
     """In float32 only the order of additions differs: an example or two on the edge may fall to the other side. With
     bfloat16 or rounded weights, or on another kind of device, arithmetic itself differs."""
     least = 2 / max(finished.result.num_test, 1)
-    trained_on = finished.recipe.device_kind
-    if trained_on == "cpu" and device == "cpu" and finished.recipe.spec.bits == 32:
+    trained_on = finished.recipe.trains_on
+    if trained_on == "cpu" and device == "cpu" and finished.recipe.bits == 32:
         return Tolerance(max(least, 0.001), 0.001, "float32 on the same kind of device")
     if (device == "cpu") == (trained_on == "cpu"):
         return Tolerance(max(least, 0.005), 0.01, "rounded weights or bfloat16")
@@ -122,7 +122,7 @@ def check_scores(finished: Finished, found: Verification) -> None:
 
 
 def _choose_device(finished: Finished) -> str:
-    return "cuda:0" if finished.recipe.device_kind == "cuda" and torch.cuda.is_available() else "cpu"
+    return "cuda:0" if finished.recipe.trains_on == "cuda" and torch.cuda.is_available() else "cpu"
 
 
 def _check_digests(finished: Finished, data_digest: str) -> None:

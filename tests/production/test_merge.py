@@ -305,7 +305,7 @@ def test_a_gpus_quantized_weights_pass_through_bfloat16(tmp_path: Path) -> None:
     """Trained on a GPU, the base was rounded to bfloat16 before it was quantized; on CPU that is done again."""
     folder = make_finished(tmp_path / "done", "lora", "bert", bits=4)
     on_cpu = merge(open_finished(folder), tmp_path / "cpu")
-    write_recipe(dataclasses.replace(read_recipe(folder), device_kind="cuda"), folder)
+    write_recipe(dataclasses.replace(read_recipe(folder), device_kind="cuda", precision="bfloat16"), folder)
     on_gpu = merge(open_finished(folder), tmp_path / "gpu")
     assert isinstance(on_gpu, Merged)
     assert on_gpu.difference <= 1e-4

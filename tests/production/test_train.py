@@ -20,11 +20,13 @@ from autopeft.backends.hf.trial import HfBackend
 from autopeft.errors import DeviceError, ModelError, RecordError, SpecError, TrainingError
 from autopeft.production import checkpoints
 from autopeft.production.files import LocalPlaces, TrainingResult, read_recipe, read_result, write_recipe
+from autopeft.production.finished import load_data, make_job, open_finished
 from autopeft.production.job import Progress
 from autopeft.production.options import Options
 from autopeft.production.recipe import Recipe
 from autopeft.production.run import EVALUATION_SHARE, Listener, explaining_memory, plan_rhythm, train
 from autopeft.production.session import open_session, split_effective_batch
+from autopeft.production.verify import verify
 from autopeft.records import TrialSpec
 from autopeft.tasks.spec import parse_task
 from autopeft.testing.tiny_models import tiny_folder, tiny_task
@@ -363,6 +365,24 @@ def test_a_recipe_of_a_cpu_trains_there_beside_a_gpu(
     assert open_session(make_recipe_for(), tmp_path, Options()).device == "cpu"
     with pytest.raises(DeviceError, match="precision: float32"):
         open_session(make_recipe_for(precision="bfloat16"), tmp_path, Options())
+
+
+@pytest.mark.parametrize("method", ["lora", "bottleneck"])
+def test_a_gpus_recipe_in_float32_trains_and_is_verified_on_a_cpu(
+    make_recipe_for: Make, places: LocalPlaces, tmp_path: Path, method: str
+) -> None:
+    recipe = make_recipe_for(method, device_kind="cuda", spec={"bits": 16})
+    with pytest.raises(DeviceError, match=r"this machine has none.*set precision: float32"):
+        run(dataclasses.replace(recipe, precision="bfloat16"), places, tmp_path / "out")
+    run(recipe, places, tmp_path / "out")
+    run(make_recipe_for(method), places, tmp_path / "cpu")
+    assert same(tmp_path / "out", tmp_path / "cpu")
+    done = open_finished(tmp_path / "out")
+    # Not rounded to bfloat16, which a GPU would have done.
+    assert make_job(done, load_data(done), [0], device="cpu", batch_size=1)["dtype"] == "float32"
+    found = verify(done)
+    assert found.tolerance.why == "float32 on the same kind of device"
+    assert found.loss == pytest.approx(found.recorded_loss, abs=1e-5)
 
 
 def test_float32_is_refused_on_a_gpu(make_recipe_for: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -255,7 +255,7 @@ def test_a_thousandth_of_a_nat_may_differ_and_more_not(lora: Path) -> None:
 
 def test_another_kind_of_device_is_given_more_room(lora: Path) -> None:
     done = open_finished(lora)
-    on_gpu = done._replace(recipe=dataclasses.replace(read_recipe(lora), device_kind="cuda"))
+    on_gpu = done._replace(recipe=dataclasses.replace(read_recipe(lora), device_kind="cuda", precision="bfloat16"))
     assert choose_tolerance(on_gpu, "cpu").loss > choose_tolerance(on_gpu, "cuda:0").loss
     assert choose_tolerance(on_gpu, "cuda:0").loss > choose_tolerance(done, "cpu").loss
     assert choose_tolerance(on_gpu, "cpu").why == "it was trained on a GPU"
