@@ -203,6 +203,8 @@ def _say_results(recipe: Recipe, result: TrainingResult, merged: Merged | None) 
     lines = ["## Results", "", *_table(rows, numbers=3), "", "± is the standard error over the test examples."]
     if prediction.test_quality is not None:
         seeds = say_count(prediction.num_confirmed, "seed")
+        if prediction.test_sd is not None:
+            seeds += ", ± is the standard deviation between them"
         lines[-1] += (
             f" The study had measured {_score(prediction.test_quality, prediction.test_sd, scorer)} on the test split "
             f"for this configuration after {recipe.say_measured_steps()} ({seeds})."

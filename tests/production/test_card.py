@@ -138,6 +138,9 @@ def test_the_score_stands_first_with_its_error(folder: Path, recipe: Recipe, res
     text = make_card(folder, recipe, result, None)
     assert "**87.5% ± 1.2 accuracy** on 800 test examples" in text
     assert "The study had measured 68.0% on the test split for this configuration after 12 steps (1 seed)" in text
+    several = dataclasses.replace(result.prediction, test_sd=0.02, num_confirmed=3)
+    text = make_card(folder, recipe, dataclasses.replace(result, prediction=several), None)
+    assert "after 12 steps (3 seeds, ± is the standard deviation between them)" in text
 
 
 def test_a_disagreement_with_the_study_is_not_hidden(folder: Path, recipe: Recipe, result: TrainingResult) -> None:
