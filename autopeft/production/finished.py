@@ -139,7 +139,7 @@ def ask_fresh_process(what: Literal["score", "logits"], job: dict[str, Any]) -> 
 
 
 def run_plain(what: str, folder: Path, *, with_autopeft: bool) -> str:
-    """Runs `plain` as a file in a process of its own; what it printed to standard error."""
+    """Runs `plain` as a file in a process of its own, which ends with this one; what it printed to standard error."""
     environment = dict(os.environ)
     if with_autopeft:
         import autopeft
@@ -148,4 +148,9 @@ def run_plain(what: str, folder: Path, *, with_autopeft: bool) -> str:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
     # -P keeps this folder off sys.path, whose names could hide a library's.
     command = [sys.executable, "-P", plain.__file__, what, str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment).stderr
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        # `communicate` would close its standard input, by whose end it knows that nobody waits for it any more.
+        assert process.stderr is not None
+        return process.stderr.read()

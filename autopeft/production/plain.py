@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -245,9 +247,23 @@ def answer(what: str, folder: Path) -> bool:
     return True
 
 
+def end_with_parent() -> None:
+    """The end of standard input, however it comes about, ends this process at once."""
+
+    def wait() -> None:
+        # Not by sys.stdin, whose lock this would hold when the interpreter ends.
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def main() -> None:
-    """`plain.py score|logits FOLDER` answers once; without arguments, every line of standard input that says the same,
-    as a list in JSON."""
+    """`plain.py score|logits FOLDER` answers once, as long as its standard input is open; without arguments, every line
+    of that which says the same, as a list in JSON."""
+    if len(sys.argv) > 1:
+        end_with_parent()
     import transformers
 
     warnings.simplefilter("ignore")

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +264,40 @@ def test_another_kind_of_device_is_given_more_room(lora: Path) -> None:
     assert choose_tolerance(on_gpu, "cpu").loss > choose_tolerance(on_gpu, "cuda:0").loss
     assert choose_tolerance(on_gpu, "cuda:0").loss > choose_tolerance(done, "cpu").loss
     assert choose_tolerance(on_gpu, "cpu").why == "it was trained on a GPU"
+
+
+def test_the_fresh_process_ends_with_the_one_that_asks_it(tmp_path: Path) -> None:
+    # It waits for the rest of its job until somebody closes this.
+    os.mkfifo(tmp_path / "job.json")
+    code = "import sys, pathlib; from autopeft.production.finished import run_plain as run; "
+    code += "run('score', pathlib.Path(sys.argv[1]), with_autopeft=False)"
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    try:
+        pipe = wait_for(lambda: os.open(tmp_path / "job.json", os.O_WRONLY | os.O_NONBLOCK), OSError)
+    finally:
+        parent.kill()
+        parent.wait()
+
+    def write() -> None:
+        assert os.write(pipe, b" ") == 0
+
+    try:
+        with pytest.raises(BrokenPipeError):
+            wait_for(write, AssertionError)
+    finally:
+        os.close(pipe)
+
+
+def wait_for(act: Callable[[], Any], *errors: type[Exception]) -> Any:
+    """What it gives once it raises none of these."""
+    end = time.monotonic() + 120
+    while True:
+        try:
+            return act()
+        except errors:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
 
 
 def test_answers_that_were_not_kept_are_not_compared(folder: Path) -> None:
