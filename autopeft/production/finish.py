@@ -14,7 +14,7 @@ import transformers
 
 import autopeft
 from autopeft.backends.hf.base_model import BaseModel, digest_file, load_base, resolve_model
-from autopeft.backends.hf.build import build_trial_model, count_trainable, trainable_parameters
+from autopeft.backends.hf.build import ParameterCount, build_trial_model, trainable_parameters
 from autopeft.backends.hf.data import TaskData
 from autopeft.backends.hf.saved import save_adapter, save_trained
 from autopeft.backends.hf.steps import SplitScores
@@ -43,6 +43,8 @@ class Built(NamedTuple):
     head: tuple[str, ...]
     initial: dict[str, torch.Tensor] | None
     """The adapter that it was built with, where it took a part of the base's weights."""
+    parameters: ParameterCount
+    """Of what trains, the whole of it: FSDP leaves a process with its part."""
 
 
 def save_weights(
@@ -128,7 +130,6 @@ def make_result(
             recipe.prediction, test_quality=quality, test_error=error, validation_quality=validation_quality,
             validation_error=validation_error,
         )  # fmt: skip
-    count = count_trainable(built.model, built.head)
     files = sorted(path for path in (out / ADAPTER).iterdir() if path.suffix in (".safetensors", ".bin"))
     return TrainingResult(
         task_name=recipe.task_name,
@@ -149,8 +150,8 @@ def make_result(
         agreement=agreement,
         train_seconds=seconds,
         peak_bytes=peak,
-        trainable_parameters=count.adapter,
-        head_parameters=count.head,
+        trainable_parameters=built.parameters.adapter,
+        head_parameters=built.parameters.head,
         saved_as=saved_as,
         adapter_bytes=sum(path.stat().st_size for path in files),
         processes=processes,

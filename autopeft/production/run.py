@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from autopeft.backends.hf.base_model import BaseModel, load_base
-from autopeft.backends.hf.build import build_trial_model
+from autopeft.backends.hf.build import build_trial_model, count_trainable
 from autopeft.backends.hf.data import TaskData, TokenizedSplit, plan_batches
 from autopeft.backends.hf.row_start import start_from_rows
 from autopeft.backends.hf.saved import copy_adapter
@@ -247,11 +247,12 @@ def _build(recipe: Recipe, task: TaskSpec, model: str, session: Session) -> Buil
     trained = build_beside(base, spec, device=session.device)
     if recipe.checkpoint_activations:
         checkpoint_activations(trained)
+    count = count_trainable(trained, base.head)
     if not method.writes_base(spec):
-        return Built(trained, base, base.head, None)
+        return Built(trained, base, base.head, None, count)
     # Only peft's PiSSA and the like are saved relative to what they began with. A resumed training builds the same
     # again, from the seed and on the same kind of device.
-    return Built(trained, None, base.head, None if method.peft is None else copy_adapter(trained))
+    return Built(trained, None, base.head, None if method.peft is None else copy_adapter(trained), count)
 
 
 def build_beside(base: BaseModel, spec: TrialSpec, *, device: str) -> Any:

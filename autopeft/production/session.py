@@ -42,8 +42,8 @@ def open_session(recipe: Recipe, out: Path, options: Options) -> Session:
     if _env_says("ACCELERATE_USE_DEEPSPEED"):
         raise SpecError(
             "Several processes train by DDP or FSDP, but accelerate launch was told to use DeepSpeed, with which "
-            "autopeft does not train. Use accelerate launch --multi_gpu, or --use_fsdp where one GPU is too small for "
-            "the model."
+            "autopeft does not train. Use accelerate launch --multi_gpu, or --use_fsdp where a GPU has room for the "
+            "base, which each of them loads whole, but not for training it."
         )
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

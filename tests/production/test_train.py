@@ -20,6 +20,7 @@ from autopeft.backends.hf.trial import HfBackend
 from autopeft.errors import DeviceError, ModelError, RecordError, SpecError, TrainingError
 from autopeft.production import checkpoints
 from autopeft.production.files import LocalPlaces, TrainingResult, read_recipe, read_result, write_recipe
+from autopeft.production.finish import Built, make_result
 from autopeft.production.finished import load_data, make_job, open_finished
 from autopeft.production.job import Progress
 from autopeft.production.options import Options
@@ -159,6 +160,23 @@ def test_micro_batches_lead_to_the_same_weights_but_for_rounding(
     run(parts, places, tmp_path / "parts", architecture="llama")
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-4
+
+
+def test_what_trains_is_counted_before_it_is_divided_among_processes(
+    make_recipe_for: Make, places: LocalPlaces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(make_recipe_for("ia3"), places, tmp_path / "whole")
+
+    def make_divided(*args: Any, built: Built, **given: Any) -> TrainingResult:
+        for parameter in trainable_parameters(built.model).values():
+            parameter.data = parameter.data[:1]
+        return make_result(*args, built=built, **given)
+
+    # As a process is left by FSDP 1, which needs GPUs.
+    monkeypatch.setattr("autopeft.production.run.make_result", make_divided)
+    monkeypatch.setattr("autopeft.production.run.measure_inference", lambda *args, **given: None)
+    part = run(make_recipe_for("ia3"), places, tmp_path / "part")
+    assert (part.trainable_parameters, part.head_parameters) == (whole.trainable_parameters, whole.head_parameters)
 
 
 def test_activation_checkpointing_changes_no_weight(make_recipe_for: Make, places: LocalPlaces, tmp_path: Path) -> None:
