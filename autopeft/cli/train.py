@@ -65,7 +65,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--eval-every", type=int, metavar="STEPS", help="default: a twentieth, or what a quarter of the time pays for"
     )
     parser.add_argument("--save-every", type=int, metavar="STEPS", help="default: as --eval-every, or a twentieth")
-    parser.add_argument("--report-to", metavar="TRACKER", help="tensorboard, wandb, mlflow, trackio; several by commas")
+    parser.add_argument(
+        "--report-to", metavar="TRACKER", help="tensorboard, wandb, mlflow, trackio; several by commas; none"
+    )
     parser.add_argument("--stage", choices=("task", "pretrain"), default="task", help="pretrain: on --text first")
     parser.add_argument("--text", metavar="FILE", help="with --stage pretrain: text, or .jsonl with a column text")
     parser.add_argument("--from", dest="start", metavar="DIR", help="start from a finished --stage pretrain")
@@ -241,7 +243,8 @@ def _options(args: argparse.Namespace, out: Path) -> Options:
     if args.save_every is not None:
         options = replace(options, save_every=args.save_every)
     if args.report_to:
-        options = replace(options, report_to=tuple(part.strip() for part in args.report_to.split(",")))
+        names = tuple(part.strip() for part in args.report_to.split(","))
+        options = replace(options, report_to=() if names == ("none",) else names)
     return options
 
 

@@ -33,12 +33,12 @@ class Options:
 def check_options(options: Options) -> None:
     for name in options.report_to:
         if name not in TRACKERS:
-            raise SpecError(f"--report-to knows {', '.join(TRACKERS)}, but was given '{name}'.")
+            raise SpecError(f"--report-to knows {', '.join(TRACKERS)} and none, but was given '{name}'.")
         packages = _TRACKER_PACKAGES.get(name, (name,))
         if not any(find_spec(package) for package in packages):
             raise SpecError(
                 f"--report-to {name} needs the package '{packages[0]}', which is not installed. Run: pip install "
-                f"{packages[0]}, or leave --report-to away."
+                f"{packages[0]}, or give --report-to none."
             )
     if options.all_rows and options.evaluate_every is not None:
         raise SpecError(

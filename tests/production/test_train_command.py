@@ -68,14 +68,15 @@ def test_a_training_folder_goes_on_in_itself(folder: Path, capsys: pytest.Captur
 
 
 def test_a_training_goes_on_as_it_was_asked_to(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = ["--patience", "0", "--eval-every", "3", "--save-every", "4"]
+    asked = ["--patience", "0", "--eval-every", "3", "--save-every", "4", "--report-to", "none"]
     assert main(["train", "recipe", "--out", "here", *asked]) == 0
     (folder.parent / "here" / "result.json").unlink()
     seen: list[Options] = []
     monkeypatch.setattr("autopeft.production.run.train", lambda *args, **given: seen.append(given["options"]))
     assert main(["train", "here"]) == 0
-    assert main(["train", "here", "--patience", "5"]) == 0
-    assert seen == [Options(patience=patience, evaluate_every=3, save_every=4) for patience in (None, 5)]
+    assert main(["train", "here", "--patience", "5", "--report-to", "wandb, mlflow"]) == 0
+    before = Options(patience=None, evaluate_every=3, save_every=4)
+    assert seen == [before, dataclasses.replace(before, patience=5, report_to=("wandb", "mlflow"))]
 
 
 def test_checkpoints_of_before_options_were_kept_are_read(folder: Path) -> None:
