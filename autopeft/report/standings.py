@@ -49,7 +49,7 @@ class Standing(NamedTuple):
     latency_device: str | None
     """What that was measured on: latencies on other devices are no rivals."""
     device_seconds: float
-    """Mean of a full-length run."""
+    """Mean of a full-length run, of those on the newest one's device: seconds of GPUs and of cores are not alike."""
     studies: list[str]
     date: str
     """Of the newest run."""
@@ -85,6 +85,7 @@ def _stand(entry: Entry) -> Standing:
     qualities = _average_by_seed((run.seed, run.quality) for run in entry.runs)
     tests = _average_by_seed((run.seed, run.test_quality) for run in entry.runs if run.test_quality is not None)
     timed = _find_timed(entry)
+    newest = max(entry.runs, key=lambda run: (run.created_at, run.identity()))
     return Standing(
         entry=entry,
         rank=None,
@@ -100,9 +101,9 @@ def _stand(entry: Entry) -> Standing:
         adapter_bytes=_find_size(entry),
         latency_seconds=timed.cost.latency_seconds if timed is not None and timed.cost is not None else None,
         latency_device=None if timed is None else timed.device,
-        device_seconds=statistics.fmean(run.device_seconds for run in entry.runs),
+        device_seconds=statistics.fmean(run.device_seconds for run in entry.runs if run.device == newest.device),
         studies=sorted({run.study for run in entry.runs}),
-        date=max(run.created_at for run in entry.runs)[:10],
+        date=newest.created_at[:10],
     )
 
 

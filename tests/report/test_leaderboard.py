@@ -151,6 +151,19 @@ def test_a_seed_run_twice_counts_once(study_of, trial_of):
     assert (len(row.entry.runs), row.num_seeds, row.quality_sd) == (2, 1, None)
 
 
+def test_device_time_is_of_the_device_that_was_used_last(study_of, trial_of):
+    entries = []
+    for i, (device, seconds) in enumerate([("a CPU", 600.0), ("a GPU", 30.0), ("a GPU", 50.0)]):
+        trial = trial_of(0)
+        rungs = [dataclasses.replace(score, device_seconds=seconds / len(trial.rungs)) for score in trial.rungs]
+        scored = [dataclasses.replace(trial, rungs=tuple(rungs))]
+        study = study_of(trials=scored, with_baseline=False, with_picks=False, uid=f"uid{i}")
+        provenance = dataclasses.replace(study.provenance, device=device, created_at=f"2026-01-0{1 + i}T00:00:00+00:00")
+        entries += list_entries(dataclasses.replace(study, provenance=provenance))
+    (row,) = [standing for standing in rank_entries(merge_entries(entries)) if standing.entry.kind == "trial"]
+    assert row.device_seconds == pytest.approx(40.0)
+
+
 def test_only_full_length_trials_and_the_two_baselines_enter(study):
     entries = list_entries(study)
     assert sum(entry.kind == "trial" for entry in entries) == sum(trial.state == "complete" for trial in study.trials)
