@@ -159,18 +159,18 @@ def _run(args: argparse.Namespace) -> int:
         find_task,
         is_training_folder,
         keep_folder,
+        list_asked_folders,
         list_data_folders,
     )
     from autopeft.tasks.spec import parse_task
 
     _check_stage(args)
     source = _read_source(args)
-    asked = args.data_dir or os.environ.get("AUTOPEFT_DATA_DIR")
-    data_dir, name = asked or keep_folder(source.places.data_dir), source.recipe.task_name
+    data_dir = args.data_dir or os.environ.get("AUTOPEFT_DATA_DIR") or keep_folder(source.places.data_dir)
+    text, name = source.recipe.task, source.recipe.task_name
     folders = [*([source.folder] if source.folder else []), *list_data_folders(data_dir, name)]
-    task_text = find_task(
-        source.recipe.task, name, source.places.files, folders, asked=list_data_folders(asked, name)
-    )  # fmt: skip
+    asked = list_asked_folders(args.data_dir, text, name)
+    task_text = find_task(text, name, source.places.files, folders, asked=asked)
     task = parse_task(task_text, name)
     model = find_model(source.recipe, source.places, args.model)
     places = _places(source, task_text, model, data_dir)
@@ -229,6 +229,7 @@ def _options(args: argparse.Namespace, out: Path) -> Options:
     """What is asked for; where nothing is, what an interrupted training in the folder was."""
     from dataclasses import replace
 
+    from autopeft.errors import SpecError
     from autopeft.production.checkpoints import find_newest
     from autopeft.production.options import Options
 
@@ -244,6 +245,8 @@ def _options(args: argparse.Namespace, out: Path) -> Options:
         options = replace(options, save_every=args.save_every)
     if args.report_to:
         names = tuple(part.strip() for part in args.report_to.split(","))
+        if "none" in names and len(names) > 1:
+            raise SpecError(f"--report-to takes none alone, but was given '{args.report_to}'.")
         options = replace(options, report_to=() if names == ("none",) else names)
     return options
 

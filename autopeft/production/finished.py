@@ -17,7 +17,7 @@ import numpy.typing as npt
 from autopeft.errors import RecordError
 from autopeft.production import plain
 from autopeft.production.files import TrainingResult, read_local, read_recipe, read_result
-from autopeft.production.places import find_model, find_task, keep_folder, list_data_folders
+from autopeft.production.places import find_model, find_task, keep_folder, list_asked_folders, list_data_folders
 from autopeft.production.recipe import Recipe
 from autopeft.tasks.spec import TaskSpec, parse_task
 
@@ -58,11 +58,10 @@ def open_finished(folder: Path, *, model: str | None = None, data_dir: str | Non
     recipe, result, places = read_recipe(folder), read_result(folder), read_local(folder)
     if not (folder / ADAPTER).is_dir():
         raise RecordError(f"'{folder}' must hold the trained weights in {ADAPTER}/, but does not. Train it again.")
-    asked = data_dir or os.environ.get("AUTOPEFT_DATA_DIR")
-    data_dir, name = asked or keep_folder(places.data_dir), recipe.task_name
+    name, asked = recipe.task_name, list_asked_folders(data_dir, recipe.task, recipe.task_name)
+    data_dir = data_dir or os.environ.get("AUTOPEFT_DATA_DIR") or keep_folder(places.data_dir)
     base = find_model(recipe, places, model)
-    beside = [folder, *list_data_folders(data_dir, name)]
-    task = find_task(recipe.task, name, places.files, beside, asked=list_data_folders(asked, name))
+    task = find_task(recipe.task, name, places.files, [folder, *list_data_folders(data_dir, name)], asked=asked)
     return Finished(
         folder=folder,
         recipe=recipe,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from autopeft.errors import DataError, ModelError, RecordError
 from autopeft.production.files import LOCAL_FILE, RECIPE_FILE, RESULT_FILE, LocalPlaces, read_recipe
-from autopeft.production.recipe import DECISIVE, Recipe, find_task_files
+from autopeft.production.recipe import DECISIVE, OWN, Recipe, find_task_files
 from autopeft.records import to_record
 
 
@@ -63,6 +65,17 @@ def list_data_folders(data_dir: str | None, task_name: str) -> list[Path]:
     return [Path(data_dir), Path(data_dir) / task_name] if data_dir else []
 
 
+def list_asked_folders(data_dir: str | None, text: str, task_name: str) -> list[Path]:
+    """Those whose files take the place of a task's own wherever these are: where `data_dir` names them, or in
+    AUTOPEFT_DATA_DIR one that has all of them. That stands for many tasks, and rows of two origins do not go together.
+    """
+    if data_dir is not None:
+        return list_data_folders(data_dir, task_name)
+    files = find_task_files(text)
+    offered = list_data_folders(os.environ.get("AUTOPEFT_DATA_DIR"), task_name)
+    return [folder for folder in offered if all((folder / file).is_file() for file in files)]
+
+
 def is_training_folder(folder: Path) -> bool:
     """Whether a training was begun in it, so that it is to be gone on with."""
     return (folder / "checkpoints").is_dir() or (folder / RESULT_FILE).is_file()
@@ -90,13 +103,17 @@ def check_folder(recipe: Recipe, out: Path) -> None:
     before = read_recipe(out)
     if before.key() == recipe.key():
         return
-    old, new = to_record(before), to_record(recipe)
+    old, new = (_say_once(to_record(each)) for each in (before, recipe))
     name = next(name for name in DECISIVE if old.get(name) != new.get(name))
     raise RecordError(
         f"'{out}' holds a training of another recipe: its {name} is {_short(old.get(name))}, and yours is "
         f"{_short(new.get(name))}. Its checkpoints were left as they are. Give the same settings to go on with it, or "
         "another --out."
     )
+
+
+def _say_once(record: dict[str, Any]) -> dict[str, Any]:
+    return record | {"spec": {name: value for name, value in record["spec"].items() if name not in OWN}}
 
 
 def _short(value: object) -> str:

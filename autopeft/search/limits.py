@@ -6,6 +6,7 @@ base, are added to later estimates; where nothing was measured, estimates are ta
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -157,7 +158,8 @@ class Limits:
 
     def _least_that_ran_out(self, but: Trial | None = None) -> Trial | None:
         """Of those that needed more than what fitted, on no smaller a GPU than today's."""
-        fitted = max((measured for _, measured in measured_pairs(self._trials)), default=0)
+        room = math.inf if self.room_bytes is None else self.room_bytes
+        fitted = max((peak for _, peak in measured_pairs(self._trials) if peak <= room), default=0)
         failed = [
             trial
             for trial in self._trials

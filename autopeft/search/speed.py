@@ -93,12 +93,13 @@ class Speed:
         return num_steps * self._find_pace(kind, unseen) + max(recent) + (passes - 1) * min(recent)
 
     def _find_pace(self, kind: Kind, unseen: Callable[[Iterable[float]], float]) -> float:
-        """Seconds a step. A batch of another size is taken to need as much an example, until one was timed."""
+        """Seconds a step. Until one of its size was timed, a larger batch is taken to need as much an example as others
+        do, and a smaller one as much a step."""
         known = self._medians.get(kind)
         if known is not None:
             return known
         alike = [timed for timed in self._medians if timed.method == kind.method] or list(self._medians)
-        return unseen(self._medians[timed] * kind.batch_size / timed.batch_size for timed in alike)
+        return unseen(self._medians[timed] * max(1.0, kind.batch_size / timed.batch_size) for timed in alike)
 
     def predict_to_end(
         self, kind: Kind, step: int, rungs: Sequence[int], *, unseen: Callable[[Iterable[float]], float] = max

@@ -62,7 +62,7 @@ _MOST_DEATHS = 2
 _MOST_REFUSED = 50
 """Suggestions refused in a row before the space is taken to hold nothing more that fits."""
 _MOST_IDLE_DEATHS = 3
-"""Times that a worker may die before it has begun anything, since it last finished a stretch, until it is given up."""
+"""Times that a worker may die while it comes up or waits, since it last finished a stretch, until it is given up."""
 _WAIT_SECONDS = 0.5
 
 
@@ -394,6 +394,12 @@ class Search:
         if isinstance(event.event, Finished):
             running = running._replace(base_seconds=event.event.load_seconds)
         self._held[running.worker] = running.stretch.spec.bits
+        if isinstance(event.event, Ended) and self._may_pass(running, event.event):
+            self._held.pop(running.worker)
+            self._charge(running, "lost", event.at_seconds)
+            self._lose_stretch(running, event.event.detail, counts=True)
+            self.account.heartbeat(force=True)
+            return
         seconds = self._charge(running, purpose, event.at_seconds)
         if isinstance(event.event, Ended):
             self._record_end(running, event.event)
@@ -465,9 +471,6 @@ class Search:
 
     def _record_end(self, running: _Running, ended: Ended) -> None:
         trial = running.trial
-        if ended.reason == "out_of_memory" and self._may_pass(running):
-            self._lose_stretch(running, ended.detail, counts=True)
-            return
         if running.stretch.purpose == "confirm":
             self._give_up_confirmation(running, ended.reason, ended.detail)
             return
@@ -482,10 +485,11 @@ class Search:
             )
             self._set_floor(0.0, 0.0)
 
-    def _may_pass(self, running: _Running) -> bool:
-        """Whether a trial that ran out of memory is tried once more: another process may have had it."""
+    def _may_pass(self, running: _Running, ended: Ended) -> bool:
+        """Whether it ran out of memory and is tried once more, as if its worker had died: another process may have had
+        what it lacked."""
         trial, stretch = running.trial, running.stretch
-        if stretch.purpose == "baseline" or not self.limits.has_ample_room(trial):
+        if ended.reason != "out_of_memory" or stretch.purpose == "baseline" or not self.limits.has_ample_room(trial):
             return False
         deaths = (
             trial.deaths if stretch.purpose == "search" else self._confirmation_deaths[trial.number, stretch.spec.seed]
@@ -568,8 +572,8 @@ class Search:
         if self.account.num_workers == 0:
             raise make_worker_error("Workers die even without work, so the search was ended. Last words:", detail)
         self._note(
-            f"Worker {worker} died {self._idle_deaths[worker]} times before it began anything, so it was given up and "
-            f"the others went on: {last_line(detail)}"
+            f"Worker {worker} died {self._idle_deaths[worker]} times while it came up or waited, so it was given up "
+            f"and the others went on: {last_line(detail)}"
         )
 
     # --- race
@@ -597,10 +601,7 @@ class Search:
             self._conclude()
 
     def _next_confirmation(self, held: Bits | None) -> tuple[Trial, Stretch] | None:
-        promised = sum(
-            max(0.0, self._predict_confirmation(running.trial) - self.account.measure_open(worker))
-            for worker, running in self._running.items()
-        )
+        promised = sum(map(self._predict_rest, self._running.values()))
         # Of device-seconds one worker can have what others do not need: idle they cost nothing.
         left = self.account.seconds_left_for_one(promised)
         for index, (trial, seed) in enumerate(self._confirm_queue):
@@ -611,6 +612,14 @@ class Search:
                     score_test=True, measure_inference=True,
                 )  # fmt: skip
         return None
+
+    def _predict_rest(self, running: _Running) -> float:
+        """Wall seconds that a confirmation under way still needs."""
+        needed = self._predict_confirmation(running.trial)
+        if running.worker in self._coming_up:
+            return needed
+        needed += self.speed.predict_load(running.trial.spec.bits, self._find_held(running.worker))
+        return max(0.0, needed + running.loading_seconds - self.account.measure_open(running.worker))
 
     def _predict_confirmation(self, trial: Trial) -> float:
         """Wall seconds; the test split is scored as well."""

@@ -180,6 +180,10 @@ def test_checkpoints_of_another_recipe_are_refused_and_named(folder: Path, capsy
     (folder.parent / "here" / "result.json").unlink()
     assert main(["train", "recipe", "--out", "here", "--seed", "5"]) == 2
     assert "its seed is 0, and yours is 5" in capsys.readouterr().err
+    assert main(["train", "recipe", "--out", "there", "--seed", "5"]) == 0
+    (folder.parent / "there" / "result.json").unlink()
+    assert main(["train", "recipe", "--out", "there"]) == 2
+    assert "its seed is 5, and yours is 0" in capsys.readouterr().err
 
 
 def test_rows_that_are_named_are_trained_on_though_those_of_before_are_there(

@@ -93,6 +93,9 @@ def test_rows_are_those_that_were_asked_for_though_those_of_before_are_there(
     assert find(data_dir=str(tmp_path / "half")) == [
         str(tmp_path / "half" / "train.jsonl"), str(before.parent / "test.jsonl")
     ]  # fmt: skip
+    # What stands for many tasks has to have all of one's.
+    monkeypatch.setenv("AUTOPEFT_DATA_DIR", str(tmp_path / "half"))
+    assert find() == [str(before.parent / f"{split}.jsonl") for split in ("train", "test")]
     monkeypatch.setenv("AUTOPEFT_DATA_DIR", str(tmp_path / "all"))
     assert find() == [str(tmp_path / "all" / "tiny" / f"{split}.jsonl") for split in ("train", "test")]
     assert find(data_dir=str(tmp_path / "half"))[0] == str(tmp_path / "half" / "train.jsonl")

@@ -141,6 +141,8 @@ def test_what_ran_out_where_more_has_fitted_refuses_nothing(config, make_trial):
     limits = Limits(config, [failed, fitted], None)
     assert limits.judge(another).rule is None
     assert "vram" not in limits.most()
+    # That was on a larger GPU than there is now.
+    assert Limits(config, [failed, fitted], 15 * GIB).judge(another).rule is not None
 
 
 def test_what_ran_out_on_a_smaller_gpu_refuses_nothing_on_a_larger_one(config, make_trial):
@@ -254,6 +256,8 @@ def test_what_runs_out_of_memory_beside_ample_room_is_tried_once_more(studies, p
     executor.__class__ = _Crowded
     executor.times, executor.purpose = times, purpose
     record = Search(store, executor, restore_space(store.config), free_bytes=free_bytes).run()
+    lost = [segment for segment in record.segments if segment.purpose == "lost"]
+    assert len(lost) == (free_bytes is not None and times > num_failed)
     if purpose == "search":
         failed = [trial for trial in record.trials if trial.state == "failed"]
         assert [trial.outcome.reason for trial in failed] == ["out_of_memory"] * num_failed

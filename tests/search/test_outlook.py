@@ -239,6 +239,14 @@ def test_a_clocked_search_that_ends_early_confirms_and_leaves_time_unspent(
     assert any(trial.confirmations for trial in early.trials)
 
 
+def test_what_waits_and_does_not_fit_the_time_holds_up_no_early_end(
+    studies: FakeStudies, make_spec: Callable[..., TrialSpec]
+) -> None:
+    early = run(studies, budget="60min", least_gain=0.2, included=(make_spec(batch_size=10_000),))
+    assert [trial.state for trial in early.trials if trial.source == "included"] == ["waiting"]
+    assert any("ended early" in note for note in early.notes)
+
+
 def test_a_study_that_ended_early_goes_on_without_its_threshold(studies: FakeStudies) -> None:
     early = run(studies, budget="40trials", least_gain=0.2)
     assert any("ended early" in note for note in early.notes)

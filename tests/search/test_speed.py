@@ -85,7 +85,10 @@ def test_a_step_takes_what_its_kind_took_and_as_much_an_example_where_that_is_un
     assert pace(make_spec()) == pytest.approx(20.0)
     assert pace(make_spec(batch_size=32)) == pytest.approx(30.0)
     assert pace(make_spec(bits=4)) == pytest.approx(80.0)
-    # Never timed: the slowest of its method, by the example; in the middle of them where that is asked for.
-    assert pace(make_spec(batch_size=8)) == pytest.approx(80.0 / 2)
-    assert pace(make_spec(batch_size=8), unseen=statistics.median) == pytest.approx(20.0 / 2)
-    assert pace(make_spec("vera", batch_size=8)) == pytest.approx(160.0 / 2)
+    # Never timed: as the slowest of its method; in the middle of them where that is asked for.
+    assert pace(make_spec(bits=8)) == pytest.approx(80.0)
+    assert pace(make_spec(batch_size=64)) == pytest.approx(4 * 80.0)
+    assert pace(make_spec(batch_size=64), unseen=statistics.median) == pytest.approx(4 * 20.0)
+    assert pace(make_spec("vera")) == pytest.approx(160.0)
+    # A step has a part that no batch shortens.
+    assert pace(make_spec("vera", batch_size=8)) == pytest.approx(160.0)

@@ -662,7 +662,7 @@ def test_a_gpu_that_is_lost_costs_no_trial_and_the_others_have_its_budget(studie
     assert not any(trial.state == "failed" for trial in record.trials)
     # The one that it was lost under; those that waited for it in vain are as they were.
     assert sum(trial.deaths for trial in search.store.trials) == 1
-    assert [note for note in record.notes if "Worker 1 died 4 times before it began anything" in note]
+    assert [note for note in record.notes if "Worker 1 died 4 times while it came up" in note]
     lost = [segment for segment in record.segments if segment.purpose == "lost"]
     assert [segment.worker for segment in lost] == [1] * len(lost)
     assert max(segment.start_seconds for segment in record.segments if segment.worker == 1) < 100.0
