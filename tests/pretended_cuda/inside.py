@@ -178,6 +178,24 @@ def test_a_trial_on_a_gpu_measures_its_peak_and_one_that_goes_on_keeps_it(backen
     assert went_on.peak_vram_bytes is None
 
 
+def test_a_peak_is_measured_with_padding_though_all_rows_were_cut_to_one_length(
+    backend: HfBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = backend.data.train
+    cut = [{name: (ids * 16)[:16] for name, ids in feature.items()} for feature in split.features]
+    monkeypatch.setattr(backend.data, "train", split._replace(features=cut))
+    padded: list[int] = []
+
+    def step(model: Any, optimizer: Any, batch: dict[str, torch.Tensor], **how: Any) -> torch.Tensor:
+        padded.append(int((batch["attention_mask"] == 0).sum()))
+        return train_step(model, optimizer, batch, **how)
+
+    monkeypatch.setattr("autopeft.backends.hf.trial.train_step", step)
+    assert isinstance(run(backend, make_spec("lora"), 0, 2), Finished)
+    # Three steps of the probe, two of training.
+    assert padded == [1, 1, 1, 0, 0]
+
+
 def test_loading_a_base_that_is_not_held_is_timed(backend: HfBackend) -> None:
     loads = []
     for bits in (16, 4, 4):

@@ -152,6 +152,18 @@ def scoring_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def longest_batch(lengths: Sequence[int], batch_size: int) -> list[int]:
-    """The worst case for memory: the longest rows together."""
-    return sorted(range(len(lengths)), key=lambda i: -lengths[i])[:batch_size]
+def longest_batch(rows: Rows, batch_size: int) -> Batch:
+    """The worst case for memory: the longest rows together, of which at least one is padded, as in nearly every batch.
+
+    Without any padding, as where all are cut to one length, transformers drops the mask, and attention needs neither
+    that nor, where several queries share a key, copies of the keys and values (5.23, `use_gqa_in_sdpa`).
+    """
+    longest = sorted(range(len(rows.lengths)), key=lambda i: -rows.lengths[i])[:batch_size]
+    batch = rows.collate(longest)
+    # FNet's tokenizer gives none.
+    mask_BT = batch.get("attention_mask")
+    if mask_BT is not None and mask_BT.all():
+        mask_BT[-1, -1] = 0
+        if batch["labels"].dim() > 1:
+            batch["labels"][-1, -1] = IGNORED
+    return batch

@@ -258,8 +258,7 @@ class HfBackend:
         before = {name: p.detach().to("cpu", copy=True) for name, p in trainable_parameters(live.model).items()}
         stepping_before = copy.deepcopy(live.stepping.state(live.model)) if live.stepping else {}
         random_state, cuda_state = torch.get_rng_state(), torch.cuda.get_rng_state()
-        indices = longest_batch(self.data.train.lengths(), live.spec.batch_size)
-        batch = self.data.collate(self.data.train, indices, self.setup.device)
+        batch = longest_batch(self.data.rows(self.data.train, self.setup.device), live.spec.batch_size)
         release_memory()
         torch.cuda.reset_peak_memory_stats()
         for step in range(1, _PROBE_STEPS + 1):

@@ -12,6 +12,8 @@ from recipe_specs import make_recipe_spec
 
 from autopeft.backends.hf.build import build_trial_model
 from autopeft.backends.hf.cost import HfCostModel
+from autopeft.backends.hf.data import Rows, longest_batch
+from autopeft.backends.hf.language import IGNORED
 from autopeft.backends.hf.live_bytes import LiveBytes
 from autopeft.backends.hf.memory import Rehearsal, find_peak
 from autopeft.backends.hf.steps import build_optimizer, checkpoint_activations, score_batch, train_step
@@ -100,6 +102,28 @@ def test_estimates_equal_the_bytes_of_a_real_step_within_1_percent(costs, archit
         )
     assert len(errors) == len(configurations)
     assert {name: both for name, both in errors.items() if max(map(abs, both)) > 0.01} == {}
+
+
+def cut_rows(architecture: ArchitectureName, labels: torch.Tensor) -> Rows:
+    """Four that were all cut to one length."""
+    batch = real_batch(architecture, 4)
+    batch |= {"attention_mask": torch.ones_like(batch["attention_mask"]), "labels": labels}
+    return Rows([TOKENS] * 4, lambda indices: {name: tensor[indices] for name, tensor in batch.items()}, "cpu")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_the_longest_rows_need_what_is_estimated_though_they_were_all_cut_to_one_length(costs, architecture):
+    spec = spec_of("lora")
+    batch = longest_batch(cut_rows(architecture, torch.zeros(4, dtype=torch.int64)), BATCH_SIZE)
+    trained = find_peak(rehearse(architecture, spec, PLAIN).train(batch))
+    assert costs[architecture].estimate(spec).peak_bytes == pytest.approx(trained.total, rel=0.01)
+
+
+def test_of_the_longest_rows_what_is_made_padding_does_not_count():
+    batch = longest_batch(cut_rows("llama", torch.ones(4, TOKENS, dtype=torch.int64)), 2)
+    assert batch["attention_mask"].shape == (2, TOKENS)
+    for name, padded in (("attention_mask", 0), ("labels", IGNORED)):
+        assert (batch[name] == padded).nonzero().tolist() == [[1, TOKENS - 1]]
 
 
 def test_the_parts_add_up_to_the_peak(costs):
