@@ -34,9 +34,11 @@ def load_cost_model(setup: WorkerSetup) -> CostModel:
 
     task = parse_task(setup.task, "task")
     data: Any = TaskData(task, model=setup.model, data_dir=setup.data_dir, split_seed=setup.split_seed)
+    # Of the test rows, lengths alone: what is retrained must have room to be scored on them at the end.
+    scored = (data.validation, data.test)
     writing = None
     if task.scorer == "exact_match":
-        prompts = [data.validation.prompt_ids(i) for i in range(len(data.validation.features))]
+        prompts = (split.prompt_ids(i) for split in scored for i in range(len(split.features)))
         writing = Writing(max(map(len, prompts)), task.max_new_tokens)
     on_gpu = setup.device.startswith("cuda")
     gpu = setup.planned_gpu
@@ -48,7 +50,7 @@ def load_cost_model(setup: WorkerSetup) -> CostModel:
         num_labels=task.num_labels,
         device_kind="cuda" if on_gpu else "cpu",
         longest_tokens=data.longest_tokens,
-        scoring_tokens=max(data.validation.lengths()),
+        scoring_tokens=max(max(split.lengths()) for split in scored),
         writing=writing,
         gpu=gpu or MODELLED_GPU,
     )

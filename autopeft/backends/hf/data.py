@@ -69,7 +69,7 @@ class TaskData:
 
     @property
     def test(self) -> TokenizedSplit:
-        """Tokenized when first asked for, which only confirmations do."""
+        """Tokenized when first asked for, which of workers only confirmations do."""
         if self._test is None:
             self._test = self._tokenize(self.splits.test)
         return self._test

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ import pytest
 import torch
 import transformers
 from recipe_specs import make_recipe_spec
+from test_language import write_text
+from tiny_models import make_tiny_llama
 
 from autopeft.backends import load_cost_model
 from autopeft.backends.base import WorkerSetup
@@ -128,17 +130,29 @@ def test_a_deep_model_writes_as_if_all_its_layers_had_been_run(tmp_path, archite
     assert extrapolated.scoring_bytes > make_costs(tmp_path, architecture, 26, None).estimate(spec).scoring_bytes
 
 
-def test_a_task_says_what_is_written(tmp_path):
-    from test_language import write_text
-    from tiny_models import make_tiny_llama
-
-    task = write_text(tmp_path, scorer="exact_match", max_new_tokens=7)
+def costs_of_task(folder: Path, **keys: Any) -> HfCostModel:
     setup = WorkerSetup(
-        backend="hf", model=make_tiny_llama(tmp_path), task=task, data_dir=None, split_seed=0, study_dir=str(tmp_path),
-        device="cpu", threads=1,
+        backend="hf", model=make_tiny_llama(folder), task=write_text(folder, **keys), data_dir=None, split_seed=0,
+        study_dir=str(folder), device="cpu", threads=1,
     )  # fmt: skip
-    costs: Any = load_cost_model(setup)
+    return load_cost_model(setup)  # type: ignore[return-value]
+
+
+def test_a_task_says_what_is_written(tmp_path):
+    costs = costs_of_task(tmp_path, scorer="exact_match", max_new_tokens=7)
+    assert costs.writing is not None
     assert costs.writing.new_tokens == 7
     assert 5 < costs.writing.prompt_tokens < 20
-    other = load_cost_model(dataclasses.replace(setup, task=write_text(tmp_path)))
-    assert other.writing is None  # type: ignore[attr-defined]
+    assert costs_of_task(tmp_path).writing is None
+
+
+def test_rows_of_the_test_are_scored_and_written_after_too(tmp_path):
+    test = tmp_path / "test.jsonl"
+    rows = [{"meaning": "name : a", "text": "a ."}, {"meaning": "name " * 50, "text": "a is in the b ."}]
+    test.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"train": str(tmp_path / "rows.jsonl"), "test": str(test)}
+    costs = costs_of_task(tmp_path, scorer="exact_match", max_new_tokens=7, files=files)
+    # What begins a text and what ends it.
+    assert costs.scoring_tokens == 1 + 50 + 6 + 1
+    assert costs.writing == Writing(1 + 50, 7)
+    assert costs.longest_tokens < 20
