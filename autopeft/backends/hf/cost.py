@@ -251,18 +251,21 @@ class HfCostModel:
         return Rehearsal(built.model, spec, on_gpu=self.device_kind == "cuda", parts=parts)
 
     def _check_positions(self, spec: TrialSpec, model: Any) -> None:
-        """Raises SpecError where prompt and text are longer than the model can be; on fakes no look-up would fail."""
+        """Raises SpecError where prompt and text, or what is written after it, are longer than the model can be; on
+        fakes no look-up would fail."""
         positions = count_positions(model)
-        tokens = max(self.longest_tokens, self.scoring_tokens)
+        written = sum(self.writing) if self.writing is not None else 0
+        tokens = max(self.longest_tokens, self.scoring_tokens, written)
         prompt = _count_prompt(model)
         if positions is None or prompt + tokens <= positions:
             return
         mine = f"{find_method(spec.method).title} puts {prompt} in front of {tokens} tokens" if prompt else ""
         ways = "fewer virtual tokens, " if prompt else ""
+        settings = "max_length or max_new_tokens" if self.writing is not None else "max_length"
         raise SpecError(
             f"A sequence must fit into the positions that a model has learned, of which '{self._model}' has "
             f"{positions:,}, but {mine or f'the longest has {tokens:,} tokens'}. Use {ways}sequences of at most "
-            f"{max(positions - prompt, 0):,} tokens (max_length in a task, --seq-len in an estimate), or another model."
+            f"{max(positions - prompt, 0):,} tokens ({settings} in a task, --seq-len in an estimate), or another model."
         )
 
     @contextlib.contextmanager

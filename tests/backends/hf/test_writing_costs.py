@@ -20,6 +20,7 @@ from autopeft.backends.hf.base_model import load_base
 from autopeft.backends.hf.build import build_trial_model
 from autopeft.backends.hf.cost import HfCostModel, Writing
 from autopeft.backends.hf.live_bytes import LiveBytes, list_tensors
+from autopeft.errors import SpecError
 from autopeft.records import Bits, TrialSpec
 
 PROMPT, NEW = 40, 60
@@ -109,6 +110,14 @@ def test_a_soft_prompt_is_kept_like_text(tmp_path):
         for tokens in (2, 64)
     )
     assert long.scoring_bytes - plain.scoring_bytes > long.scoring_batch_size * 62 * 2 * 6 * 2 * 16 * 4
+
+
+def test_what_is_written_needs_positions_beside_a_soft_prompt(tmp_path):
+    # A GPT-2 of 256 positions.
+    costs = make_costs(tmp_path, "gpt2", 2, Writing(PROMPT, 200))
+    assert costs.cost(spec_of("prompt_tuning", num_virtual_tokens=16)).peak_vram_bytes > 0
+    with pytest.raises(SpecError, match=r"17 in front of 240 tokens.* at most 239 tokens \(max_length or max_new_tok"):
+        costs.cost(spec_of("prompt_tuning", num_virtual_tokens=17))
 
 
 def test_fewer_are_written_at_a_time_where_more_would_not_fit(tmp_path):
