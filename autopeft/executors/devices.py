@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shutil
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from autopeft.backends.base import ModelledGpu
@@ -177,8 +179,27 @@ def find_memory() -> tuple[int, int] | None:
 
 
 def count_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores this process may use; within a container's limit, of which affinity knows nothing, a part of one counts."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = _find_core_limit()
+    return cores if limit is None else min(cores, math.ceil(limit))
+
+
+_CGROUP = Path("/sys/fs/cgroup")
+_LIMITS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
+"""Where cgroups of version 2 and 1 keep what `docker --cpus` and Kubernetes set: a quota, then its period."""
+
+
+def _find_core_limit() -> float | None:
+    for names in _LIMITS:
+        try:
+            quota, period = " ".join((_CGROUP / name).read_text(encoding="utf-8") for name in names).split()
+            # Without a limit it is `max`, or -1.
+            if int(quota) > 0:
+                return int(quota) / int(period)
+        except (OSError, ValueError):
+            continue
+    return None
 
 
 def describe_cpu() -> str:

@@ -14,7 +14,15 @@ from autopeft.backends.base import ModelledGpu
 from autopeft.backends.hf.cuda_rules import find_gpu
 from autopeft.cli.session import run_study
 from autopeft.errors import DeviceError, StudyError
-from autopeft.executors.devices import Gpu, check_visible, find_gpus, find_known, find_memory
+from autopeft.executors.devices import (
+    Gpu,
+    check_visible,
+    count_cores,
+    find_gpus,
+    find_known,
+    find_memory,
+    plan_cpu_workers,
+)
 from autopeft.search.plan import Plan, make_plan, restore_devices
 from autopeft.search.request import Request
 from autopeft.spaces.space import SearchSpace
@@ -208,3 +216,27 @@ def test_a_part_of_a_gpu_is_no_device_and_no_reason_to_take_the_cpu(tell, monkey
     with pytest.raises(DeviceError, match=r"a part of one \(MIG\)"):
         plan_on(1, "5trials")
     assert plan_on(1, "5cpu-min").config.device_kind == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "200000 100000\n"}, 2),
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "20000 100000\n"}, 1),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu.max": "1600000 100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ({}, 8),
+    ],
+    ids=["two", "one and a half", "a fifth", "unlimited", "more than there are", "v1", "v1, unlimited", "no cgroups"],
+)
+def test_a_containers_limit_counts_where_affinity_knows_of_all_cores(tmp_path, monkeypatch, files, cores):
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr("autopeft.executors.devices._CGROUP", tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)), raising=False)
+    assert count_cores() == cores
+    assert plan_cpu_workers(None) == (min(cores, 4), cores // min(cores, 4))
