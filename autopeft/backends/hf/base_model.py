@@ -94,11 +94,12 @@ def load_config(name: str, num_labels: int | None) -> Any:
             f"Bases are quantized by autopeft itself, as a trial's bits say, but '{name}' comes quantized already. "
             "Name the model that it was made from."
         )
+    if find_kind(config) == "decoder":
+        # Keys and values are kept for writing alone; in training they would hold memory to no end.
+        config.use_cache = False
     if num_labels is None:
         _check_writes(name, config)
         config.problem_type = None
-        # Keys and values are kept for writing alone; in training they would hold memory to no end.
-        config.use_cache = False
         return config
     _check_answers(name, config)
     if find_kind(config) == "decoder":

@@ -8,10 +8,13 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny_models import make_tiny_llama
 
 from autopeft.backends.hf.base_model import QuietLoading, load_base, load_config, load_tokenizer
 from autopeft.errors import ModelError
@@ -102,3 +105,10 @@ def test_code_that_comes_with_a_known_architecture_is_not_run(tmp_path: Path) ->
     base = load_base(str(copy), num_labels=2, bits=32, device="cpu")
     assert type(base.model).__name__ == "BertForSequenceClassification"
     assert load_tokenizer(str(copy)).pad_token is not None
+
+
+@pytest.mark.parametrize("num_labels", [2, None])
+def test_no_keys_and_values_are_kept_in_training(tmp_path: Path, num_labels: int | None) -> None:
+    folder = tiny_folder("llama") if num_labels else make_tiny_llama(tmp_path)
+    model: Any = load_base(folder, num_labels=num_labels, bits=32, device="cpu").model
+    assert model(input_ids=torch.ones(1, 4, dtype=torch.int64)).past_key_values is None
