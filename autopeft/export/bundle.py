@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from autopeft.errors import ExportError
 from autopeft.methods import find_method
 from autopeft.methods.base import BuildContext, PeftCall
+from autopeft.methods.selective import find_biases
 from autopeft.methods.targets import choose_layers
 from autopeft.production.recipe import Recipe, make_recipe
 from autopeft.records import StudyRecord, TrialRecord, TrialSpec
@@ -105,13 +106,12 @@ def complete_bundle(recipe: Recipe, task: TaskSpec, task_text: str, splits: Spli
         context=context,
         call=method.peft(spec, context) if method.peft is not None else None,
         words=words,
-        biases=tuple(_list_biases(base, spec)) if spec.method == "bitfit" else (),
+        biases=_list_biases(base.model, spec, context) if spec.method == "bitfit" else (),
     )
 
 
-def _list_biases(base: Any, spec: TrialSpec) -> list[str]:
-    names = [name for name, _ in base.model.named_parameters() if name.endswith(".bias")]
-    return choose_layers(spec.target_modules, [name for name in names if name.split(".")[0] not in base.head])
+def _list_biases(model: Any, spec: TrialSpec, context: BuildContext) -> tuple[str, ...]:
+    return tuple(choose_layers(spec.target_modules, list(find_biases(model, context))))
 
 
 def adapter_config(bundle: Bundle) -> dict[str, Any]:

@@ -158,6 +158,7 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
         "adapter_arguments": ", ".join(_ARGUMENTS[name] for name in adapter.names) if adapter else "",
         "adalora": method.name == "adalora",
         "biases": list(bundle.biases),
+        "unread": bundle.context.unread,
         "rate_scale": _find_rate_scale(recipe),
         "mutates": _INITIALISATIONS.get(str(spec.settings.get("init"))),
         "schedule_words": _SCHEDULES[recipe.schedule],

@@ -114,9 +114,11 @@ class BuildContext(NamedTuple):
     sizes: Mapping[str, tuple[int, int]] = MappingProxyType({})
     """Linear modules by full name, with their (input, output) features; for methods whose blocks must divide them."""
     norms: tuple[str, ...] = ()
-    """Full names of the LayerNorm and RMSNorm modules outside the head."""
+    """Full names of the LayerNorm and RMSNorm modules outside the head that texts pass through."""
     transposed: bool = False
     """Whether linear layers keep their weights as (input, output), as GPT-2's Conv1D does."""
+    unread: tuple[str, ...] = ()
+    """How names begin of what no text passes through, such as a vision tower: never to be trained."""
 
 
 class Stepping(NamedTuple):

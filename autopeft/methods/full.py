@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def _unfreeze(model: nn.Module, spec: TrialSpec, context: BuildContext) -> nn.Module:
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(context.unread))
     return model
 
 

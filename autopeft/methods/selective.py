@@ -13,12 +13,17 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def _unfreeze_biases(model: nn.Module, spec: TrialSpec, context: BuildContext) -> nn.Module:
-    biases = {
+def find_biases(model: nn.Module, context: BuildContext) -> dict[str, nn.Parameter]:
+    """By name, outside the head."""
+    return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if name.endswith(".bias") and name.split(".")[0] not in context.head
+        if name.endswith(".bias") and name.split(".")[0] not in context.head and not name.startswith(context.unread)
     }
+
+
+def _unfreeze_biases(model: nn.Module, spec: TrialSpec, context: BuildContext) -> nn.Module:
+    biases = find_biases(model, context)
     if not biases:
         raise SpecError(
             "BitFit trains bias terms, but this model has none: Llama, T5 and ModernBERT are built without. "

@@ -249,7 +249,7 @@ def _write(model: Any, finished: Finished, folder: Path, dtype: Dtype) -> None:
         del model.config.quantization_config
     if finished.num_labels is None:
         # Training keeps no keys and values; whoever writes text does.
-        model.config.use_cache = True
+        model.config.get_text_config().use_cache = True
     with QuietLoading():
         model.save_pretrained(folder)
     complete_folder(folder, load_tokenizer(str(finished.adapter)), finished.model)

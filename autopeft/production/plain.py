@@ -46,8 +46,9 @@ def load_base(job: dict[str, Any], name: str) -> Any:
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
             name, num_labels=job["num_labels"], **arguments
         )
-        # A decoder's classifier finds the last token of each row by it.
-        model.config.pad_token_id = job["pad_token_id"]
+        # A decoder's classifier finds the last token of each row by it; where there are other parts, by the text's.
+        for config in (model.config, model.config.get_text_config()):
+            config.pad_token_id = job["pad_token_id"]
     for module in model.modules():
         # On CPUs with AVX512-BF16, bitsandbytes would compute in bfloat16: another rounding, not another model.
         if hasattr(module, "support_avx512bf16_for_cpu"):

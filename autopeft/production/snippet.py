@@ -61,7 +61,7 @@ def make_code(recipe: Recipe, result: TrainingResult, task: TaskSpec, *, merged:
         ]
     lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
     if task.labels:
-        lines.append("model.config.pad_token_id = tokenizer.pad_token_id")
+        lines.append("model.config.get_text_config().pad_token_id = tokenizer.pad_token_id")
     return [*lines, "model.eval()", *_answer(task)]
 
 

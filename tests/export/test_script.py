@@ -152,3 +152,12 @@ def test_the_script_is_python_without_long_lines(kind: str, bundle_of: Callable[
     }
     assert "autopeft" not in imported
     assert max(map(len, script.splitlines())) <= 120
+
+
+def test_the_script_trains_no_part_that_texts_do_not_pass_through(bundle_of: Callable[..., Bundle]) -> None:
+    bundle = bundle_of(make_spec("full"))
+    assert "not name.startswith" not in render_script(bundle)
+    other = bundle.context._replace(unread=("model.vision_tower.", "model.multi_modal_projector."))
+    script = render_script(dataclasses.replace(bundle, context=other))
+    assert ast.parse(script)
+    assert 'not name.startswith(tuple(["model.vision_tower.", "model.multi_modal_projector."]))' in script

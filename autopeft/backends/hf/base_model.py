@@ -94,16 +94,18 @@ def load_config(name: str, num_labels: int | None) -> Any:
             f"Bases are quantized by autopeft itself, as a trial's bits say, but '{name}' comes quantized already. "
             "Name the model that it was made from."
         )
-    if find_kind(config) == "decoder":
+    # Of a model that also takes images or sound, what reads text has a configuration of its own.
+    text = config.get_text_config() if find_kind(config) == "decoder" else None
+    if text is not None:
         # Keys and values are kept for writing alone; in training they would hold memory to no end.
-        config.use_cache = False
+        text.use_cache = False
     if num_labels is None:
         _check_writes(name, config)
         config.problem_type = None
         return config
     _check_answers(name, config)
-    if find_kind(config) == "decoder":
-        config.pad_token_id = _find_padding(name, config)
+    if text is not None:
+        text.pad_token_id = _find_padding(name, text)
     # Otherwise each forward pass guesses it from the labels, which DeBERTa does by reading their values.
     config.problem_type = "single_label_classification"
     return config
@@ -137,8 +139,8 @@ def _find_padding(name: str, config: Any) -> int | None:
         padding: int | None = load_tokenizer(place).pad_token_id
     except ModelError:
         # A folder of a configuration or of weights alone: nothing can be padded for it.
-        padding = config.pad_token_id
-    ends = config.eos_token_id
+        padding = getattr(config, "pad_token_id", None)
+    ends = getattr(config, "eos_token_id", None)
     return padding if padding is not None else ends[0] if isinstance(ends, list) else ends
 
 
@@ -185,12 +187,28 @@ def find_head(model: nn.Module) -> tuple[str, ...]:
     )
 
 
+def find_unread(model: Any) -> tuple[str, ...]:
+    """How names in a decoder begin that no text passes through: those of parts that take images or sound, as Gemma 3's
+    `model.vision_tower.`; none where it takes text alone."""
+    config = model.config
+    if find_kind(config) != "decoder" or config.get_text_config() is config:
+        return ()
+    decoder = model.get_decoder()
+    parent, _, _ = next(name for name, module in model.named_modules() if module is decoder).rpartition(".")
+    if not parent:
+        return ()
+    return tuple(
+        f"{parent}.{name}." for name, part in model.get_submodule(parent).named_children() if part is not decoder
+    )
+
+
 def find_linear_names(model: nn.Module, head: Sequence[str]) -> tuple[str, ...]:
-    """Names of linear layers outside of `head`, quantized ones and GPT-2's Conv1D included."""
+    """Names of linear layers that texts pass through outside of `head`, quantized ones and GPT-2's Conv1D included."""
+    unread = find_unread(model)
     return tuple(
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and name.split(".")[0] not in head
+        if isinstance(module, nn.Linear | Conv1D) and name.split(".")[0] not in head and not name.startswith(unread)
     )
 
 

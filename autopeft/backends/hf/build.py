@@ -11,7 +11,14 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from autopeft.backends.hf.base_model import BaseModel, draw_head, find_kind, is_language_model, lend_model
+from autopeft.backends.hf.base_model import (
+    BaseModel,
+    draw_head,
+    find_kind,
+    find_unread,
+    is_language_model,
+    lend_model,
+)
 from autopeft.backends.hf.peft_stand_ins import install_block_diagonal
 from autopeft.errors import SpecError
 from autopeft.methods import find_method
@@ -35,7 +42,8 @@ def build_context(base: BaseModel, spec: TrialSpec) -> BuildContext:
         # Groups and patterns mean layers of the decoder; its output layer has to be asked for.
         linears = (*linears, *base.output_names)
     sizes = {name: _read_size(modules[name]) for name in linears}
-    norms = [name for name, module in modules.items() if _is_norm(module)]
+    unread = find_unread(base.model)
+    norms = [name for name, module in modules.items() if _is_norm(module) and not name.startswith(unread)]
     targets: tuple[str, ...] = ()
     if method.target_modules and spec.target_modules is not None:
         chosen = resolve_targets(spec.target_modules, linears)
@@ -51,6 +59,7 @@ def build_context(base: BaseModel, spec: TrialSpec) -> BuildContext:
         sizes=sizes,
         norms=tuple(norms),
         transposed=any(isinstance(modules[name], Conv1D) for name in base.linear_names),
+        unread=unread,
     )
 
 

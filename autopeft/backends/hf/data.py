@@ -61,7 +61,8 @@ class TaskData:
         self.tokenizer = load_tokenizer(tokenizer or model)
         self._most_positions: int | None = None
         if task.kind == "generation":
-            self._most_positions = getattr(load_config(model, None), "max_position_embeddings", None)
+            config = load_config(model, None).get_text_config()
+            self._most_positions = getattr(config, "max_position_embeddings", None)
         self.splits: Splits = load_splits(task, data_dir, seed=split_seed)
         self.train = self._tokenize(self.splits.train)
         self.validation = self._tokenize(self.splits.validation)
