@@ -101,6 +101,8 @@ class Ready:
     num_parameters: int
     notes: tuple[str, ...] = ()
     """What a reader of the study must know of this model, such as what target groups mean on it."""
+    unquantized_share: float = 0.0
+    """Of the weights in the model's blocks those that 4 and 8 bits leave as they are."""
     latency: Latency | None = None
     """Of the unquantized base, where latency is an objective."""
     kind: Literal["ready"] = "ready"

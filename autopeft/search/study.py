@@ -61,6 +61,8 @@ _MOST_DEATHS = 2
 """Workers that may die under one trial before it is given up."""
 _MOST_REFUSED = 50
 """Suggestions refused in a row before the space is taken to hold nothing more that fits."""
+_MUCH_UNQUANTIZED = 0.25
+"""Of the weights in blocks. What is no linear layer is under 1% of them where there are no experts."""
 _MOST_IDLE_DEATHS = 3
 """Times that a worker may die while it comes up or waits, since it last finished a stretch, until it is given up."""
 _WAIT_SECONDS = 0.5
@@ -180,6 +182,11 @@ class Search:
             base_seconds = first.latency.single_seconds if known is None else known / WORST_LATENCY
             self.costs.begin_latency(base_seconds, self.store.trials)
         self._note(*first.notes)
+        if first.unquantized_share > _MUCH_UNQUANTIZED and self.space.quantizes:
+            self._note(
+                f"Of the weights in this model's blocks 4 and 8 bits leave {first.unquantized_share:.0%} as they are: "
+                "bitsandbytes quantizes linear layers alone, and experts that are one fused parameter are none."
+            )
 
     def _fix_reference(self) -> None:
         reply = self.costs.find(make_dearest(self.config, self.space))

@@ -61,6 +61,12 @@ class MethodSpace:
     """Names without the method's prefix; shared settings among them."""
     fixed: Mapping[str, Scalar]
 
+    def list_values(self, name: str) -> tuple[Scalar, ...]:
+        """Those that a setting of a few values may have."""
+        if name in self.fixed:
+            return (self.fixed[name],)
+        return next(dimension.choices for dimension in self.dimensions if dimension.name == name)
+
     def settle(self, answer: Callable[[Dimension], Scalar]) -> dict[str, Scalar]:
         """All settings by name, as `make_spec` takes them. Asks for those that the settings before them leave open."""
         values = dict(self.fixed)
@@ -123,6 +129,12 @@ class SearchSpace:
             else:
                 answers[f"{spec.method}.{dimension.name}"] = value
         return answers
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether a trial may have a base of 4 or 8 bits."""
+        widths = [width for space in self.methods.values() for width in space.list_values("bits")]
+        return 4 in widths or 8 in widths
 
     def count_dimensions(self) -> int:
         return 1 + sum(len(space.dimensions) for space in self.methods.values())

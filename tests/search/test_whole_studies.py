@@ -106,6 +106,23 @@ def test_a_study_in_which_nothing_beats_the_majority_class_says_so(studies: Fake
     assert any("No trial clearly beats" in note for note in record.notes)
 
 
+@pytest.mark.parametrize(
+    ("bits", "share", "is_told"),
+    [("[4, unquantized]", 0.93, True), ("[4]", 0.02, False), ("[unquantized]", 0.93, False)],
+)
+def test_what_stays_unquantized_is_told_where_much_does_and_trials_may_be_quantized(
+    studies: FakeStudies, bits: str, share: float, is_told: bool
+) -> None:
+    class Mixture(InlineExecutor):
+        def start(self) -> list[Ready]:
+            return [dataclasses.replace(ready, unquantized_share=share) for ready in super().start()]
+
+    store = studies.create(budget="1trials", space=f"methods: {{lora: {{bits: {bits}}}, ia3: {{bits: [unquantized]}}}}")
+    executor = Mixture(studies.executor(store)._setup, 1)
+    record = Search(store, executor, restore_space(store.config)).run()
+    assert any("4 and 8 bits leave 93% as they are" in n for n in record.notes) is is_told
+
+
 def test_a_budget_too_small_for_anything_says_so(studies: FakeStudies) -> None:
     record = studies.run(studies.create(budget="0.1min"))
     assert any("too small" in note for note in record.notes)

@@ -27,6 +27,7 @@ from autopeft.errors import ModelError
 from autopeft.hub import explain, is_hub_id, look_for_hub
 from autopeft.methods import kinds
 from autopeft.methods.base import ModelKind
+from autopeft.methods.targets import find_block
 from autopeft.records import Bits
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -210,6 +211,18 @@ def find_linear_names(model: nn.Module, head: Sequence[str]) -> tuple[str, ...]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and name.split(".")[0] not in head and not name.startswith(unread)
     )
+
+
+def count_unquantized_share(model: nn.Module) -> float:
+    """Of the weights in an unquantized model's repeated blocks those that 4 and 8 bits leave as they are: bitsandbytes
+    quantizes linear layers alone, and transformers 5 makes a mixture's experts one parameter a block."""
+    total = sum(parameter.numel() for name, parameter in model.named_parameters() if find_block(name))
+    quantized = sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and find_block(name)
+    )
+    return 1 - quantized / total if total else 0.0
 
 
 def count_positions(model: nn.Module) -> int | None:

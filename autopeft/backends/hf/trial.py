@@ -23,7 +23,14 @@ import numpy as np
 import torch
 
 from autopeft.backends.base import Ended, Event, Finished, Progress, Ready, Stretch, WorkerSetup
-from autopeft.backends.hf.base_model import BaseModel, describe_base, digest_file, load_base, resolve_model
+from autopeft.backends.hf.base_model import (
+    BaseModel,
+    count_unquantized_share,
+    describe_base,
+    digest_file,
+    load_base,
+    resolve_model,
+)
 from autopeft.backends.hf.build import build_trial_model, trainable_parameters
 from autopeft.backends.hf.data import TaskData, TokenizedSplit, longest_batch, plan_batches
 from autopeft.backends.hf.health import check_cuda
@@ -139,6 +146,7 @@ class HfBackend:
             model_digest=digest_weights(self.setup.model),
             num_parameters=sum(p.numel() for p in base.model.parameters()),
             notes=tuple(filter(None, (explain_targets(group, base.linear_names) for group in GROUPS))),
+            unquantized_share=count_unquantized_share(base.model),
             latency=self._base_latency if self.setup.latency else None,
         )
 

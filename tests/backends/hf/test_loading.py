@@ -16,9 +16,15 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_llama
 
-from autopeft.backends.hf.base_model import QuietLoading, load_base, load_config, load_tokenizer
+from autopeft.backends.hf.base_model import (
+    QuietLoading,
+    count_unquantized_share,
+    load_base,
+    load_config,
+    load_tokenizer,
+)
 from autopeft.errors import ModelError
-from autopeft.testing.tiny_models import tiny_folder
+from autopeft.testing.tiny_models import ArchitectureName, tiny_base, tiny_folder
 
 
 def forget(folder: Path, ending: str) -> str:
@@ -112,3 +118,24 @@ def test_no_keys_and_values_are_kept_in_training(tmp_path: Path, num_labels: int
     folder = tiny_folder("llama") if num_labels else make_tiny_llama(tmp_path)
     model: Any = load_base(folder, num_labels=num_labels, bits=32, device="cpu").model
     assert model(input_ids=torch.ones(1, 4, dtype=torch.int64)).past_key_values is None
+
+
+def test_of_a_mixture_of_experts_the_share_that_is_not_quantized_is_told(tmp_path: Path) -> None:
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    told = count_unquantized_share(load_base(str(tmp_path), num_labels=2, bits=32, device="cpu").model)
+    sizes = {"left": 0, "quantized": 0}
+    for name, parameter in load_base(str(tmp_path), num_labels=2, bits=4, device="cpu").model.named_parameters():
+        if ".layers." in name:
+            state = getattr(parameter, "quant_state", None)
+            sizes["left" if state is None else "quantized"] += (parameter if state is None else state.shape).numel()
+    assert told == pytest.approx(sizes["left"] / sum(sizes.values()), rel=1e-9)
+    assert told > 0.75
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama", "t5"])
+def test_without_experts_nearly_all_of_the_blocks_is_quantized(architecture: ArchitectureName) -> None:
+    assert count_unquantized_share(tiny_base(architecture, 32).model) < 0.03
