@@ -220,8 +220,8 @@ def find_resume(out: Path, key: str) -> CheckpointMeta | None:
     meta = checkpoints.find_newest(out)
     if meta is not None and meta.key != key:
         raise RecordError(
-            f"The checkpoints in '{out}' were trained on other rows, or with --all-rows given where it is not now (or "
-            "the reverse). They were left as they are. Train as before, or with another --out."
+            f"The checkpoints in '{out}' were trained on other rows, by an earlier autopeft, or with --all-rows given "
+            "where it is not now (or the reverse). They were left as they are. Train as before, or with another --out."
         )
     return meta
 
