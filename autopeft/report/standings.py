@@ -85,7 +85,7 @@ def _stand(entry: Entry) -> Standing:
     qualities = _average_by_seed((run.seed, run.quality) for run in entry.runs)
     tests = _average_by_seed((run.seed, run.test_quality) for run in entry.runs if run.test_quality is not None)
     timed = _find_timed(entry)
-    newest = max(entry.runs, key=lambda run: (run.created_at, run.identity()))
+    newest = max(entry.runs, key=_age)
     return Standing(
         entry=entry,
         rank=None,
@@ -134,7 +134,12 @@ def _find_size(entry: Entry) -> int | None:
 def _find_timed(entry: Entry) -> Run | None:
     """The newest run with a latency."""
     timed = [run for run in entry.runs if run.cost is not None and run.cost.latency_seconds is not None]
-    return max(timed, key=lambda run: (run.created_at, run.identity()), default=None)
+    return max(timed, key=_age, default=None)
+
+
+def _age(run: Run) -> tuple[str, tuple[str, int, int]]:
+    """Sorts runs from the oldest to the newest."""
+    return run.created_at, run.identity()
 
 
 def _rank_group(group: Sequence[Standing]) -> list[Standing]:

@@ -158,13 +158,16 @@ class Limits:
 
     def _least_that_ran_out(self, but: Trial | None = None) -> Trial | None:
         """Of those that needed more than what fitted, on no smaller a GPU than today's."""
-        room = math.inf if self.room_bytes is None else self.room_bytes
-        fitted = max((peak for _, peak in measured_pairs(self._trials) if peak <= room), default=0)
         failed = [
             trial
             for trial in self._trials
             if ran_out(trial) and trial.cost is not None and trial is not but and not self._has_more_room_than(trial)
         ]
+        if not failed:
+            # Mostly nothing has, and every decision asks.
+            return None
+        room = math.inf if self.room_bytes is None else self.room_bytes
+        fitted = max((peak for _, peak in measured_pairs(self._trials) if peak <= room), default=0)
         return min((trial for trial in failed if self._need_of(trial) > fitted), key=self._need_of, default=None)
 
     def _has_more_room_than(self, trial: Trial) -> bool:
