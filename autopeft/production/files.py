@@ -15,7 +15,7 @@ import yaml
 
 from autopeft.errors import RecordError, suggest_nearest
 from autopeft.methods import fill_settings
-from autopeft.production.recipe import OWN, RECIPE_VERSION, Prediction, Recipe, check_recipe, with_own_values
+from autopeft.production.recipe import OWN, RECIPE_VERSION, Prediction, Recipe, check_recipe, to_plain, with_own_values
 from autopeft.records import Inference, from_record, to_record
 from autopeft.report.files import write_atomically
 
@@ -133,10 +133,8 @@ _Dumper.add_representer(str, _represent_text)
 
 def write_recipe(recipe: Recipe, folder: Path) -> Path:
     """`training.yaml` in the folder, which is made if need be; whole or as it was."""
-    record = to_record(recipe)
+    record = to_plain(recipe)
     record = {"schema_version": record.pop("schema_version"), **record}
-    # Once: what is said twice can be edited where nobody reads it.
-    record["spec"] = {name: value for name, value in record["spec"].items() if name not in OWN}
     lines = [_HEAD]
     for name, value in record.items():
         if name in _SECTIONS:

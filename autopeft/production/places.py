@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from autopeft.errors import DataError, ModelError, RecordError
 from autopeft.production.files import LOCAL_FILE, RECIPE_FILE, RESULT_FILE, LocalPlaces, read_recipe
-from autopeft.production.recipe import DECISIVE, OWN, Recipe, find_task_files
-from autopeft.records import to_record
+from autopeft.production.recipe import DECISIVE, Recipe, find_task_files, to_plain
 
 
 def find_model(recipe: Recipe, places: LocalPlaces, given: str | None = None) -> str:
@@ -103,17 +101,13 @@ def check_folder(recipe: Recipe, out: Path) -> None:
     before = read_recipe(out)
     if before.key() == recipe.key():
         return
-    old, new = (_say_once(to_record(each)) for each in (before, recipe))
+    old, new = to_plain(before), to_plain(recipe)
     name = next(name for name in DECISIVE if old.get(name) != new.get(name))
     raise RecordError(
         f"'{out}' holds a training of another recipe: its {name} is {_short(old.get(name))}, and yours is "
         f"{_short(new.get(name))}. Its checkpoints were left as they are. Give the same settings to go on with it, or "
         "another --out."
     )
-
-
-def _say_once(record: dict[str, Any]) -> dict[str, Any]:
-    return record | {"spec": {name: value for name, value in record["spec"].items() if name not in OWN}}
 
 
 def _short(value: object) -> str:

@@ -194,6 +194,12 @@ def with_own_values(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, spec=dataclasses.replace(recipe.spec, **values))
 
 
+def to_plain(recipe: Recipe) -> dict[str, Any]:
+    """Its record, in which everything is said once: what is said twice can be edited where nobody reads it."""
+    record: dict[str, Any] = to_record(recipe)
+    return record | {"spec": {name: value for name, value in record["spec"].items() if name not in OWN}}
+
+
 DECISIVE = tuple(
     field.name
     for field in dataclasses.fields(Recipe)
